@@ -1,0 +1,97 @@
+"""Attach, read, load and export adapters: LoRA on attention plus the task head.
+
+An adapter is a dict from PEFT's parameter names to tensors. FM and sub-FM have the same
+names and shapes, so nothing is converted between them, and every load checks that no
+name is missing and none is left over.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import peft
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fedpft_flower.architectures import architecture_of
+from fedpft_flower.config import FedPFTError, LoraConfig, derive_seed, names_in
+
+Adapter = dict[str, Tensor]
+
+
+def attach_adapter(
+    model: PreTrainedModel, config: LoraConfig, head: tuple[str, ...], seed: int
+) -> PeftModel:
+    """Attach LoRA and a trainable head to a model, in place, and freeze the rest.
+
+    LoRA starts at the identity (B = 0), so the outputs do not change.
+
+    Raises:
+        FedPFTError: `lora.targets` names a module that the model does not have.
+    """
+    row = architecture_of(model.config.model_type)
+    targets = list(names_in(config.targets) or row.attention)
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise FedPFTError(
+                f"lora.targets: {model.config.model_type} has no module {target!r}; "
+                f"the attention modules are {', '.join(row.attention)}"
+            )
+    lora = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        modules_to_save=list(head),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora"))
+        return peft.get_peft_model(model, lora)
+
+
+def get_adapter(model: PeftModel) -> Adapter:
+    """Return a copy of the adapter that a model holds."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def load_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
+    """Load an adapter into a model; into the FM, this is the plug-in.
+
+    Raises:
+        FedPFTError: a name is missing or left over, or a shape differs.
+    """
+    check_adapter(adapter, get_adapter(model))
+    set_peft_model_state_dict(model, dict(adapter))
+
+
+def check_adapter(
+    adapter: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Check that an adapter has the expected names, shapes and finite values.
+
+    Raises:
+        FedPFTError: it has not.
+    """
+    missing, extra = expected.keys() - adapter.keys(), adapter.keys() - expected.keys()
+    if missing or extra:
+        raise FedPFTError(
+            f"adapter does not fit: missing {sorted(missing)[:3]}, left over "
+            f"{sorted(extra)[:3]}"
+        )
+    for name, tensor in adapter.items():
+        want = expected[name]
+        if tensor.shape != want.shape or tensor.dtype != want.dtype:
+            raise FedPFTError(
+                f"adapter does not fit: {name} is {tensor.dtype} {tuple(tensor.shape)},"
+                f" expected {want.dtype} {tuple(want.shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise FedPFTError(f"adapter has values that are not finite in {name}")
+
+
+def export_adapter(model: PeftModel, directory: Path) -> None:
+    """Write the adapter as a PEFT directory that loads on the stock FM."""
+    model.save_pretrained(str(directory), save_embedding_layers=False)

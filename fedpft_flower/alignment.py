@@ -1,0 +1,326 @@
+"""Align the sub-FM with the FM on public data, and measure how well it is aligned.
+
+Loss of both distillations (Peng et al. 2024, sub-FM alignment), the mean over the
+compressed layers of
+
+    MSE(h_FM, h_sub) / mean(h_FM^2)
+    + alpha * MSE(W_out W_in, W'_out W'_in) / mean((W_out W_in)^2)
+
+with h the output of a layer on real tokens. The authors' code computes the second term
+from detached weights, so there it has no gradient; the method needs one, and here it
+has one. Teacher and student are always given the same adapter by the caller.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from fedpft_flower.activity import Batch, real_tokens
+from fedpft_flower.architectures import FFN, ffns_of, layers_of
+from fedpft_flower.config import derive_seed
+from fedpft_flower.plan import Plan
+
+# A parameter that may change, and the mask of its entries that may (None: all).
+Trainable = tuple[nn.Parameter, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limit an alignment by steps, tokens and seconds; 0 means no such limit."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def used(self, steps: int, tokens: int, seconds: float) -> float:
+        """Return the used share of the limit that is closest, in [0, 1]."""
+        pairs = (
+            (steps, self.steps),
+            (tokens, self.tokens),
+            (seconds, self.seconds),
+        )
+        return min(1.0, max(used / limit for used, limit in pairs if limit))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Tell how far an alignment is."""
+
+    share: float
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """Hold the error of the sub-FM's adapter gradients, over batches: mean, spread."""
+
+    relative: float
+    relative_spread: float
+    cosine: float
+    cosine_spread: float
+
+
+# -------------------------------------------------------------------------- losses
+
+
+def state_loss(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None
+) -> Tensor:
+    """Return the mean over layers of MSE(h_FM, h_sub) / mean(h_FM^2).
+
+    Args:
+        teacher: outputs [B, T, D] of the FM's layers.
+        student: outputs [B, T, D] of the sub-FM's layers at the same places.
+        mask: attention mask [B, T]; padding does not count.
+    """
+    losses = []
+    for h_fm, h_sub in zip(teacher, student, strict=True):
+        target = real_tokens(h_fm, mask)
+        error = (target - real_tokens(h_sub, mask)).square().mean()
+        losses.append(error / target.square().mean())
+    return torch.stack(losses).mean()
+
+
+def weight_products(ffn: FFN) -> list[Tensor]:
+    """Return W_out W_x, [D, D], for every block of input weights W_x."""
+    return [ffn.down_columns() @ rows for rows in ffn.up_rows()]
+
+
+def product_loss(
+    teacher: Sequence[Sequence[Tensor]], student: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """Return the mean over layers of MSE(P, P') / mean(P^2), P = W_out W_in.
+
+    Gated FFNs take the mean over gate and up. Both arguments hold, for every layer,
+    the matrices of `weight_products`.
+    """
+    losses = [
+        torch.stack(
+            [
+                (p_fm - p_sub).square().mean() / p_fm.square().mean()
+                for p_fm, p_sub in zip(layer_fm, layer_sub, strict=True)
+            ]
+        ).mean()
+        for layer_fm, layer_sub in zip(teacher, student, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+# ------------------------------------------------------------------- what may change
+
+
+def layer_level(ffns: Sequence[FFN]) -> list[Trainable]:
+    """Let whole FFNs change, and the output norm of post-LN blocks."""
+    modules: list[nn.Module] = []
+    for ffn in ffns:
+        modules += [linear for linear, _ in ffn.up] + [ffn.down]
+        modules += [ffn.output_norm] if ffn.output_norm is not None else []
+    return [
+        (parameter, None) for module in modules for parameter in module.parameters()
+    ]
+
+
+def neuron_level(ffns: Sequence[FFN], neurons: Sequence[Tensor]) -> list[Trainable]:
+    """Let only the chosen neurons change: their rows, input biases and columns.
+
+    Args:
+        ffns: the FFNs of the compressed layers.
+        neurons: the chosen positions, one int64 tensor an FFN.
+    """
+    trainable: list[Trainable] = []
+    for ffn, chosen in zip(ffns, neurons, strict=True):
+        for parameter, axis, places in ffn.parameters_by_axis(chosen):
+            mask = torch.zeros_like(parameter, dtype=torch.bool)
+            places = places.to(parameter.device)
+            trainable.append((parameter, mask.index_fill_(axis, places, True)))
+    return trainable
+
+
+def most_inactive(rates: Sequence[Tensor], proportion: float) -> list[Tensor]:
+    """Choose the neurons with the highest rate of inactivity, layer by layer.
+
+    Args:
+        rates: inactive rates [K] of every layer.
+        proportion: share of each layer's neurons to choose (p of the paper).
+
+    Returns:
+        Ascending positions, round(p * K) of them, at least one; equal rates choose the
+        lower position.
+    """
+    chosen = []
+    for rate in rates:
+        count = max(1, round(proportion * len(rate)))
+        order = torch.sort(rate, descending=True, stable=True).indices
+        chosen.append(order[:count].sort().values)
+    return chosen
+
+
+# ------------------------------------------------------------------------- the loop
+
+
+def distil(
+    fm: PeftModel,
+    sub_fm: PeftModel,
+    plan: Plan,
+    trainable: Sequence[Trainable],
+    batches: Iterator[Batch],
+    budget: Budget,
+    lr: float,
+    product_weight: float,
+    report: Callable[[Progress], None],
+) -> Progress:
+    """Train a part of the sub-FM's FFNs to follow the FM on public batches.
+
+    Adam without weight decay, so that an entry outside its mask stays bit-identical;
+    the learning rate falls linearly with the used budget. Dropout is off in both.
+
+    Args:
+        fm: the teacher.
+        sub_fm: the student, holding the same adapter.
+        plan: what the student kept.
+        trainable: the parameters that may change.
+        batches: endless public inputs.
+        budget: when to stop.
+        lr: the first step's learning rate.
+        product_weight: alpha of the loss.
+        report: called after every step.
+
+    Returns:
+        The last step's progress.
+    """
+    compressed = [plan.layers.index(layer) for layer in plan.compressed]
+    teacher_layers = [layers_of(fm.get_base_model())[i] for i in plan.compressed]
+    student_layers = [layers_of(sub_fm.get_base_model())[i] for i in compressed]
+    fm_ffns = ffns_of(fm.get_base_model())
+    with torch.no_grad():
+        teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
+    student_ffns = [ffns_of(sub_fm.get_base_model())[i] for i in compressed]
+    fm.eval()
+    sub_fm.eval()
+    parameters = [parameter for parameter, _ in trainable]
+    optimiser = torch.optim.Adam(parameters, lr=lr)
+    began, tokens, step = time.monotonic(), 0, 0
+    with _learning(parameters):
+        while True:
+            share = budget.used(step, tokens, time.monotonic() - began)
+            if step and share >= 1.0:
+                return progress
+            optimiser.param_groups[0]["lr"] = lr * (1.0 - share)
+            batch = next(batches)
+            mask = batch.get("attention_mask")
+            with torch.no_grad(), _outputs(teacher_layers) as teacher:
+                fm(**batch)
+            with _outputs(student_layers) as student:
+                sub_fm(**batch)
+            loss = state_loss(teacher, student, mask)
+            if product_weight:
+                products = [weight_products(ffn) for ffn in student_ffns]
+                loss = loss + product_weight * product_loss(teacher_products, products)
+            _step(optimiser, loss, trainable)
+            step += 1
+            tokens += len(real_tokens(teacher[0], mask))
+            seconds = time.monotonic() - began
+            share = budget.used(step, tokens, seconds)
+            progress = Progress(share, step, tokens, seconds, float(loss.detach()))
+            report(progress)
+
+
+def _step(
+    optimiser: torch.optim.Optimizer, loss: Tensor, trainable: Sequence[Trainable]
+) -> None:
+    gradients = torch.autograd.grad(loss, [parameter for parameter, _ in trainable])
+    for (parameter, mask), gradient in zip(trainable, gradients, strict=True):
+        parameter.grad = gradient if mask is None else torch.where(mask, gradient, 0.0)
+    optimiser.step()
+
+
+@contextmanager
+def _learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let these frozen parameters take gradients for a while."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+@contextmanager
+def _outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the outputs [B, T, D] of layers during a forward pass, in order."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: object, output: object) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ----------------------------------------------------------------------- the measure
+
+
+def gradient_error(
+    fm: PeftModel, sub_fm: PeftModel, batches: Iterable[Batch], seed: int
+) -> GradientError:
+    """Compare the adapter gradients of the sub-FM with those of the FM.
+
+    The scalar is the logits times seeded unit cotangents, the same for both models, so
+    no labels are needed. Tensors whose FM gradient is zero are left out (LoRA's A has
+    none while B = 0). The convergence bound of the paper is in terms of this error.
+
+    Args:
+        fm: the FM with an adapter.
+        sub_fm: the sub-FM with the same adapter.
+        batches: public inputs.
+        seed: seed of the cotangents.
+
+    Returns:
+        Relative L2 error and cosine, mean and sample standard deviation over batches.
+    """
+    relative, cosine = [], []
+    generator = torch.Generator().manual_seed(derive_seed(seed, "cotangent"))
+    for batch in batches:
+        target = _adapter_gradients(fm, batch, generator.get_state())
+        found = _adapter_gradients(sub_fm, batch, generator.get_state())
+        torch.randn(1, generator=generator)  # other cotangents for the next batch
+        names = [name for name, gradient in target.items() if bool(gradient.any())]
+        g_fm = torch.cat([target[name].flatten() for name in names])
+        g_sub = torch.cat([found[name].flatten() for name in names])
+        relative.append(float((g_sub - g_fm).norm() / g_fm.norm()))
+        cosine.append(float(torch.cosine_similarity(g_sub, g_fm, dim=0)))
+    return GradientError(*_mean_and_spread(relative), *_mean_and_spread(cosine))
+
+
+def _adapter_gradients(
+    model: PeftModel, batch: Batch, state: Tensor
+) -> Mapping[str, Tensor]:
+    model.eval()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    logits = model(**batch).logits
+    generator = torch.Generator()
+    generator.set_state(state)
+    cotangent = torch.randn(logits.shape, generator=generator).to(logits.device)
+    cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True)
+    gradients = torch.autograd.grad((logits * cotangent).sum(), list(trained.values()))
+    return dict(zip(trained, gradients, strict=True))
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    spread = float(tensor.std()) if len(values) > 1 else 0.0
+    return float(tensor.mean()), spread

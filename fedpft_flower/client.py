@@ -1,0 +1,236 @@
+"""Do what a node does: introduce itself, install the sub-FM, train, measure activity.
+
+A node needs its own rows and what arrives with the install; it never has the FM and
+never asks a hub. In deployment every message runs in a new process, in simulation one
+process serves many virtual clients: what is cached here is keyed by content alone.
+"""
+
+import functools
+import json
+import logging
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from peft import PeftModel
+from transformers import AutoConfig
+
+from fedpft_flower.activity import inactive_rates
+from fedpft_flower.adapters import attach_adapter, get_adapter, load_adapter
+from fedpft_flower.architectures import (
+    AUTO_PROCESSORS,
+    Architecture,
+    architecture_of,
+    ffns_of,
+    layers_of,
+)
+from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
+from fedpft_flower.server import Package
+from fedpft_flower.sub_fm import build_skeleton, load_weights
+from fedpft_flower.tasks import (
+    ImageRows,
+    TextRows,
+    encode,
+    load_partition,
+    shuffled_batches,
+)
+from fedpft_flower.training import train_adapter
+from fedpft_flower.wire import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    PACKAGE,
+    Store,
+    pack_rates,
+    pack_tensors,
+    package_from,
+    patched,
+    source_hash,
+    unpack_tensors,
+)
+
+logger = logging.getLogger(__name__)
+
+_REFUSED = 2  # Flower's code for a ClientApp that raised; the reason says more
+
+Handler = Callable[[Message, Context], Message]
+
+
+@dataclass(frozen=True)
+class SubFM:
+    """Hold an installed sub-FM, ready to take an adapter."""
+
+    model: PeftModel
+    package: Package
+    processor: Any
+    architecture: Architecture
+
+
+def one_line_errors(handler: Handler) -> Handler:
+    """Reply with one clear line where the user can mend what went wrong."""
+
+    @functools.wraps(handler)
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except FedPFTError as error:
+            logger.error("%s", error)
+            return Message(Error(_REFUSED, str(error)), reply_to=message)
+
+    return handle
+
+
+@one_line_errors
+def hello(message: Message, context: Context) -> Message:
+    """Say who this node is, how many rows it has, and which sub-FMs it holds."""
+    config = Config.from_run_config(context.run_config)
+    key, index, count = _identity(context)
+    rows = load_partition(config.data, config.partition, index, count, config.seed)
+    store = Store()
+    introduction = ConfigRecord(
+        {
+            "key": key,
+            "store": store.name,
+            "held": json.dumps(store.hashes()),
+            "source": source_hash(),
+        }
+    )
+    sizes = MetricRecord({"num-examples": len(rows), "num-partitions": count})
+    return _reply(message, {CONFIG: introduction, METRICS: sizes})
+
+
+@one_line_errors
+def install(message: Message, context: Context) -> Message:
+    """Keep a sub-FM on disk: a whole one, or the changes of one that is there."""
+    request, store = message.content[CONFIG], Store()
+    wanted, base = str(request["sub-fm"]), str(request["base"])
+    received = unpack_tensors(message.content[ARRAYS], str(request["bit-cast"]))
+    text, installed = str(request[PACKAGE]), True
+    if base:
+        held = store.get(base)
+        installed = held is not None
+        if held is not None:
+            received, text = patched(held[0], received), held[1]
+    if installed:
+        store.put(wanted, received, text)
+    return _reply(message, {CONFIG: ConfigRecord({"installed": installed})})
+
+
+@one_line_errors
+def train(message: Message, context: Context) -> Message:
+    """Train the received adapter on this node's rows, on the installed sub-FM.
+
+    A node that has lost its copy says so instead, and gets it again.
+    """
+    config = Config.from_run_config(context.run_config)
+    request = message.content[CONFIG]
+    wanted, current = str(request["sub-fm"]), int(request["server-round"])
+    sub_fm = _load_sub_fm(wanted, config.lora, config.seed)
+    if sub_fm is None:
+        return _reply(message, {CONFIG: ConfigRecord({"missing": wanted})})
+    key, index, count = _identity(context)
+    rows = _rows(config, sub_fm, index, count)
+    load_adapter(sub_fm.model, unpack_tensors(message.content[ARRAYS]))
+    metrics: dict[str, Any] = {}
+    if request["measure-activity"]:
+        metrics |= pack_rates(_measure(sub_fm, rows, config))
+    seed = derive_seed(config.seed, "client", current, key)
+    report = train_adapter(sub_fm.model, rows, config.train, float(request["lr"]), seed)
+    metrics |= {
+        "num-examples": report.examples,
+        "train_loss": report.loss,  # the name that Flower's QFedAvg reads
+        "steps": report.steps,
+        "seconds": report.seconds,
+        "peak-memory": peak_memory(),
+    }
+    adapter, _ = pack_tensors(get_adapter(sub_fm.model))
+    return _reply(message, {ARRAYS: adapter, METRICS: MetricRecord(metrics)})
+
+
+def peak_memory() -> int:
+    """Return this process's largest resident memory so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def build_from_package(package: Package, lora: LoraConfig, seed: int) -> PeftModel:
+    """Rebuild the sub-FM with an adapter still to be loaded.
+
+    Raises:
+        FedPFTError: the package's family has no row, or its weights do not fit.
+    """
+    fields = dict(package.model_config)
+    model_type = str(fields.pop("model_type"))
+    architecture_of(model_type)
+    skeleton = build_skeleton(AutoConfig.for_model(model_type, **fields), package.plan)
+    head = {
+        name: torch.zeros(tensor.shape, dtype=torch.float32)
+        for name, tensor in skeleton.state_dict().items()
+        if any(name.startswith(f"{module}.") for module in package.head)
+    }
+    load_weights(skeleton, {**package.weights, **head})
+    return attach_adapter(skeleton, lora, package.head, seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_sub_fm_cached(content: str, lora: LoraConfig, seed: int) -> SubFM:
+    store = Store()
+    held = store.get(content)
+    if held is None:
+        raise LookupError(content)
+    package = package_from(held[1], held[0])
+    architecture = architecture_of(str(package.model_config["model_type"]))
+    processor = AUTO_PROCESSORS[architecture.modality].from_pretrained(
+        store.directory(content) / "processor", local_files_only=True
+    )
+    model = build_from_package(package, lora, seed)
+    return SubFM(model, package, processor, architecture)
+
+
+def _load_sub_fm(content: str, lora: LoraConfig, seed: int) -> SubFM | None:
+    try:
+        return _load_sub_fm_cached(content, lora, seed)
+    except LookupError:
+        return None
+
+
+def _rows(
+    config: Config, sub_fm: SubFM, index: int, count: int
+) -> TextRows | ImageRows:
+    part = load_partition(config.data, config.partition, index, count, config.seed)
+    modality = sub_fm.architecture.modality
+    return encode(part, sub_fm.processor, modality, config.data.max_length)
+
+
+def _measure(
+    sub_fm: SubFM, rows: TextRows | ImageRows, config: Config
+) -> list[torch.Tensor]:
+    plan, base = sub_fm.package.plan, sub_fm.model.get_base_model()
+    assert len(layers_of(base)) == len(plan.layers)
+    ffns = [ffns_of(base)[plan.layers.index(layer)] for layer in plan.compressed]
+    batches = shuffled_batches(rows, config.train.batch_size, seed=0)
+    return inactive_rates(sub_fm.model, ffns, batches, sub_fm.package.activity_limits)
+
+
+def _identity(context: Context) -> tuple[str, int, int]:
+    """Return sampling key, partition and number of partitions of this node."""
+    node = context.node_config
+    if "partition-id" not in node or "num-partitions" not in node:
+        raise FedPFTError(
+            "this node has no partition; start it with --node-config "
+            "'partition-id=0 num-partitions=2'"
+        )
+    index, count = int(node["partition-id"]), int(node["num-partitions"])
+    if not 0 <= index < count:
+        raise FedPFTError(
+            f"partition-id = {index} is outside 0 to {count - 1} (num-partitions)"
+        )
+    return f"partition-{index:06d}", index, count
+
+
+def _reply(message: Message, records: dict[str, Any]) -> Message:
+    return Message(RecordDict(records), reply_to=message)

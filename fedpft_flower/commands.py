@@ -1,0 +1,274 @@
+"""Start runs from the command line."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import tomli_w
+
+from fedpft_flower.config import Config, FedPFTError, flatten, nest
+
+MARK = "[fedpft] "
+START_SECONDS = 60.0
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run one experiment in simulation (`fedpft-run`), and exit 0 only if it ended well.
+
+    It uses its own Flower home, SuperLink and port, so that nothing of other runs or
+    checkouts gets in, and stops what it started.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status = run_experiment(
+            options.conf, options.set, options.nodes, options.app, options.verbose
+        )
+    except FedPFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; everything that was started is stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(status)
+
+
+def run_experiment(
+    conf: Path, pairs: Sequence[str], nodes: int, app: Path, verbose: bool
+) -> int:
+    """Run one experiment on virtual nodes and stream its progress.
+
+    Returns:
+        0 if the run completed, 1 if it failed.
+
+    Raises:
+        FedPFTError: the configuration or the app is wrong; nothing was started.
+    """
+    config = read_config(conf, pairs)
+    if not (app / "pyproject.toml").is_file() or not (app / "client_app.py").is_file():
+        raise FedPFTError(f"--app {app} is not this Flower app; give its checkout")
+    if nodes < 1:
+        raise FedPFTError(f"--nodes {nodes}; give at least 1")
+    wanted = config.train.clients_per_round
+    if wanted > nodes:
+        raise FedPFTError(
+            f"train.clients-per-round = {wanted}, but there are {nodes} nodes; lower it "
+            "or raise --nodes"
+        )
+    with tempfile.TemporaryDirectory(prefix="fedpft-run-") as place:
+        home = Path(place)
+        (home / "run.toml").write_text(tomli_w.dumps(nest(config.flat())))
+        with _superlink(home) as environment:
+            return _run(home, app, nodes, environment, verbose)
+
+
+def read_config(conf: Path, pairs: Sequence[str]) -> Config:
+    """Read a TOML file and lay `key=value` pairs over it.
+
+    Raises:
+        FedPFTError: the file or a pair cannot be read, or a value makes no sense.
+    """
+    try:
+        flat = flatten(tomllib.loads(conf.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FedPFTError(f"cannot read {conf}: {error}; give a TOML file") from error
+    for pair in pairs:
+        flat |= _pair(pair)
+    # Relative paths mean the shell's directory here, not some server process's.
+    for key in ("fm.name", "data.path", "data.public-path"):
+        value = flat.get(key)
+        if isinstance(value, str) and value and Path(value).expanduser().exists():
+            flat[key] = str(Path(value).expanduser().absolute())
+    if isinstance(out := flat.get("out-dir"), str):
+        flat["out-dir"] = str(Path(out).expanduser().absolute())
+    return Config.from_run_config(flat)
+
+
+def _pair(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise FedPFTError(f"{text!r} is not key=value, e.g. rounds=5")
+    key, value = key.strip(), value.strip()
+    try:
+        return {key: tomllib.loads(f"value = {value}")["value"]}
+    except tomllib.TOMLDecodeError:
+        return {key: value}  # a bare word is text: method=fedpft-n
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpft-run",
+        description="Run one FedPFT experiment in simulation, from a TOML file.",
+    )
+    parser.add_argument("conf", type=Path, help="experiment, e.g. conf/demo.toml")
+    parser.add_argument("set", nargs="*", metavar="key=value", help="overrides")
+    parser.add_argument(
+        "--nodes", type=int, default=20, help="virtual nodes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--app",
+        type=Path,
+        default=Path(__file__).resolve().parent.parent,
+        help="checkout of the app (default: where this package lives)",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="show Flower's and Ray's output too"
+    )
+    return parser
+
+
+# ----------------------------------------------------------------- the Flower processes
+
+
+@contextmanager
+def _superlink(home: Path) -> Iterator[dict[str, str]]:
+    """Start a SuperLink of our own in a neutral directory, and stop it at the end."""
+    port = _free_port()
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(home / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_DEDUP_LOGS": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        # Flower finds its own commands through the path.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    (home / "flwr").mkdir()
+    (home / "flwr" / "config.toml").write_text(
+        '[superlink]\ndefault = "own"\n\n'
+        f'[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    # Ray workers import from this directory first: it must hold no code.
+    (home / "empty").mkdir()
+    log = home / "superlink.log"
+    command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            cwd=home / "empty",
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_up(process, port, log)
+        yield environment
+    finally:
+        _stop(process)
+
+
+def _wait_until_up(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (URLError, OSError):
+            time.sleep(0.2)
+    tail = log.read_text(errors="replace").strip().splitlines()[-3:]
+    raise FedPFTError(f"the SuperLink did not start: {' | '.join(tail)}")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """Stop a process and all of its session; the rest of Ray follows its parent."""
+    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _run(
+    home: Path, app: Path, nodes: int, environment: Mapping[str, str], verbose: bool
+) -> int:
+    federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
+    process = subprocess.Popen(
+        [
+            *("flwr", "run", str(app), "own", "--stream"),
+            *("--run-config", str(home / "run.toml")),
+            *("--federation-config", federation),
+        ],
+        cwd=home / "empty",
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(_ANSI.sub("", line.rstrip()))
+            _show(lines[-1], verbose)
+        process.wait()
+        status = _status(lines, environment, home / "empty")
+    finally:
+        if process.poll() is None:
+            _stop(process)
+    if status == "finished:completed":
+        return 0
+    told = any(line.startswith(f"{MARK}error:") for line in lines)
+    if not told and not verbose:
+        print("\n".join(lines[-30:]), file=sys.stderr)
+    print(f"the run failed ({status})", file=sys.stderr)
+    return 1
+
+
+def _show(line: str, verbose: bool) -> None:
+    if line.startswith(MARK):
+        print(line.removeprefix(MARK), flush=True)
+    elif verbose:
+        print(line, flush=True)
+
+
+def _status(lines: Sequence[str], environment: Mapping[str, str], place: Path) -> str:
+    """Return the run's true status: the stream ends with 0 whatever happened."""
+    started = [m[1] for line in lines if (m := re.search(r"started run (\d+)", line))]
+    if not started:
+        return "not started"
+    status = "unknown"
+    for _ in range(60):
+        listed = subprocess.run(
+            ["flwr", "list", "own", "--run-id", started[0], "--format", "json"],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if listed.returncode == 0:
+            status = str(json.loads(listed.stdout)["runs"][0]["status"])
+            if status.startswith("finished:"):
+                return status
+        time.sleep(0.5)
+    return status
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,358 @@
+"""Read the run configuration once, at the door, and refuse what makes no sense.
+
+A `Config` is made of frozen dataclasses; its keys in TOML are the field names in
+kebab-case, with the section as prefix (`train.local-epochs`). The defaults here and in
+`pyproject.toml` are the embedded example, and a test keeps the two equal.
+"""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+Scalar = bool | int | float | str
+
+
+class FedPFTError(Exception):
+    """Report a mistake that its reader can mend, in one line.
+
+    The text names the thing, the value, and the remedy.
+    """
+
+
+@dataclass(frozen=True)
+class FMConfig:
+    """Say which foundation model the server owns."""
+
+    # "minilm" (bundled with the extra `offline`), a local directory, or a hub name.
+    name: str = "minilm"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Say which rows are learnt from, and which public rows align the sub-FM."""
+
+    # "docstrings", "digits" (both embedded), or "text" / "image" for your own data.
+    task: str = "docstrings"
+    # A directory, file or hub name that `datasets` loads; only for "text" / "image".
+    path: str = ""
+    # One column, or two for sentence pairs: "question,sentence".
+    text_columns: str = "text"
+    image_column: str = "image"
+    label_column: str = "label"
+    # The label set in its order, "negative,positive"; "" takes it from the data.
+    labels: str = ""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    # Seeded samples of this many rows; 0 keeps all.
+    max_train_rows: int = 0
+    max_validation_rows: int = 0
+    max_test_rows: int = 0
+    # Training rows with fewer words are left out; 0 keeps all.
+    min_words: int = 0
+    # Longer texts are cut, in tokens.
+    max_length: int = 64
+    # The public corpus for alignment; "" takes the embedded task's own.
+    public_path: str = ""
+    public_column: str = ""
+    public_split: str = "train"
+    public_rows: int = 4000
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """Say how virtual clients share the training rows."""
+
+    kind: str = "dirichlet"
+    # Concentration of the label skew (Dirichlet only); small means more skew.
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Say how clients are sampled and how they train."""
+
+    # 0 means `fraction` of the nodes, at least one.
+    clients_per_round: int = 0
+    fraction: float = 0.25
+    local_epochs: int = 1
+    # When positive, this many optimiser steps take the place of `local_epochs`.
+    local_steps: int = 0
+    batch_size: int = 16
+    lr: float = 0.002
+    # "linear": lr_r = lr * (1 - (r - 1) / rounds); "none": constant.
+    lr_decay: str = "linear"
+    weight_decay: float = 0.01
+    # Largest L2 norm of the gradient; 0 does not clip.
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Shape the LoRA adapter (r, lora_alpha, dropout of PEFT)."""
+
+    r: int = 8
+    alpha: float = 48.0
+    dropout: float = 0.1
+    # Comma-separated module names; "" takes the attention of the architecture row.
+    targets: str = ""
+
+
+@dataclass(frozen=True)
+class SubFMConfig:
+    """Say how much of each FFN the sub-FM keeps."""
+
+    keep_fraction: float = 0.25
+    # When positive, this many neurons per layer take the place of `keep_fraction`.
+    keep_neurons: int = 0
+    # Layers left whole, comma-separated; negative counts from the end: "0,-1".
+    whole_layers: str = ""
+    # "norm" (the paper's saliency) or "random" (a control).
+    saliency: str = "norm"
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Budget and shape the two distillations of the paper.
+
+    A budget ends at whichever of its positive limits comes first.
+    """
+
+    # Before the first round: layer-level distillation.
+    steps: int = 240
+    tokens: int = 0
+    seconds: float = 0.0
+    lr: float = 0.001
+    # During training: neuron-level distillation after every `every`-th round.
+    every: int = 4
+    during_steps: int = 20
+    during_tokens: int = 0
+    during_seconds: float = 0.0
+    during_lr: float = 0.0005
+    # Share of each FFN's kept neurons that neuron-level distillation may change.
+    proportion: float = 0.5
+    batch_size: int = 16
+    # Weight of the product term (the paper's alpha).
+    product_weight: float = 0.01
+    # Who measures activity: "clients" on their data, "public" the server's corpus.
+    activity: str = "clients"
+    # Inactive: |a| <= threshold * RMS of that neuron on the public corpus.
+    inactive_threshold: float = 0.01
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hold everything a run depends on."""
+
+    method: str = "fedpft"
+    rounds: int = 12
+    seed: int = 0
+    # Where run directories go; relative paths start at the home directory.
+    out_dir: str = "fedpft-runs"
+    # Evaluate after every so many rounds (and after the last one).
+    eval_every: int = 1
+    # Threads of the server's process; 0 leaves PyTorch's default.
+    server_threads: int = 0
+    # How long the server waits for nodes and for replies.
+    timeout_seconds: float = 3600.0
+    fm: FMConfig = field(default_factory=FMConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sub_fm: SubFMConfig = field(default_factory=SubFMConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without model and data.
+
+        Raises:
+            FedPFTError: a value is out of its range.
+        """
+        for problem in _problems(self):
+            raise FedPFTError(problem)
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> "Config":
+        """Build a Config from flat keys such as `train.local-epochs`.
+
+        Raises:
+            FedPFTError: an unknown key, a wrong type, or a value out of range.
+        """
+        known = flat_defaults()
+        for key in run_config:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "see conf/*.toml"
+                raise FedPFTError(f"unknown configuration key {key!r}; {hint}")
+        return _build(cls, "", run_config)
+
+    def flat(self) -> dict[str, Scalar]:
+        """Return the flat keys and values that `from_run_config` reads."""
+        return _flatten(self, "")
+
+
+def flat_defaults() -> dict[str, Scalar]:
+    """Return every configuration key with its default."""
+    return Config().flat()
+
+
+def nest(flat: Mapping[str, Scalar]) -> dict[str, Any]:
+    """Turn dotted keys into nested tables, for TOML."""
+    tables: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        table = tables
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
+    return tables
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested TOML tables into dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """Derive an independent 63-bit seed for one named purpose of a run."""
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Split a comma-separated value into its stripped, non-empty names."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def cache_dir() -> Path:
+    """Return where extracted data and installed sub-FMs are kept on this machine.
+
+    `FEDPFT_CACHE` names it; the default is `~/.cache/fedpft-flower`.
+    """
+    chosen = os.environ.get("FEDPFT_CACHE")
+    return Path(chosen or "~/.cache/fedpft-flower").expanduser().absolute()
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _build(cls: type[Any], prefix: str, flat: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for item in fields(cls):
+        key, kind = prefix + _kebab(item.name), hints[item.name]
+        if is_dataclass(kind):
+            values[item.name] = _build(kind, f"{key}.", flat)
+        elif key in flat:
+            values[item.name] = _typed(key, flat[key], kind)
+    return cls(**values)
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise FedPFTError(
+            f"{key} = {value!r} is {type(value).__name__}; give a {kind.__name__}"
+        )
+    return value
+
+
+def _flatten(section: Any, prefix: str) -> dict[str, Scalar]:
+    flat: dict[str, Scalar] = {}
+    for item in fields(section):
+        key, value = prefix + _kebab(item.name), getattr(section, item.name)
+        if is_dataclass(value):
+            flat |= _flatten(value, f"{key}.")
+        else:
+            flat[key] = value
+    return flat
+
+
+# Ranges: key -> (smallest, largest, whether the smallest itself is allowed).
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "rounds": (1, 1e6, True),
+    "seed": (0, 2**53, True),
+    "eval-every": (1, 1e6, True),
+    "server-threads": (0, 4096, True),
+    "timeout-seconds": (0, 1e9, False),
+    "data.max-train-rows": (0, 1e12, True),
+    "data.max-validation-rows": (0, 1e12, True),
+    "data.max-test-rows": (0, 1e12, True),
+    "data.min-words": (0, 1e6, True),
+    "data.max-length": (2, 1e6, True),
+    "data.public-rows": (0, 1e12, True),
+    "partition.alpha": (0, 1e9, False),
+    "train.clients-per-round": (0, 1e9, True),
+    "train.fraction": (0, 1, False),
+    "train.local-epochs": (1, 1e6, True),
+    "train.local-steps": (0, 1e9, True),
+    "train.batch-size": (1, 1e6, True),
+    "train.lr": (0, 1e3, False),
+    "train.weight-decay": (0, 1e3, True),
+    "train.clip-norm": (0, 1e9, True),
+    "lora.r": (1, 4096, True),
+    "lora.alpha": (0, 1e6, False),
+    "lora.dropout": (0, 0.95, True),
+    "sub-fm.keep-fraction": (0, 1, False),
+    "sub-fm.keep-neurons": (0, 1e9, True),
+    "align.steps": (0, 1e9, True),
+    "align.tokens": (0, 1e15, True),
+    "align.seconds": (0, 1e9, True),
+    "align.lr": (0, 1e3, False),
+    "align.every": (1, 1e6, True),
+    "align.during-steps": (0, 1e9, True),
+    "align.during-tokens": (0, 1e15, True),
+    "align.during-seconds": (0, 1e9, True),
+    "align.during-lr": (0, 1e3, False),
+    "align.proportion": (0, 1, False),
+    "align.batch-size": (1, 1e6, True),
+    "align.product-weight": (0, 1e9, True),
+    "align.inactive-threshold": (0, 1e3, True),
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "partition.kind": ("iid", "dirichlet"),
+    "train.lr-decay": ("linear", "none"),
+    "align.activity": ("clients", "public"),
+}
+
+
+def _problems(config: Config) -> list[str]:
+    flat, found = config.flat(), []
+    for key, (low, high, closed) in _RANGES.items():
+        value = flat[key]
+        assert isinstance(value, int | float)
+        inside = low <= value <= high if closed else low < value <= high
+        if not inside:  # also true for NaN
+            bracket = "[" if closed else "("
+            found.append(f"{key} = {value!r} is outside {bracket}{low:g}, {high:g}]")
+    for key, choices in _CHOICES.items():
+        if flat[key] not in choices:
+            found.append(f"{key} = {flat[key]!r}; choose one of {', '.join(choices)}")
+    for name, budget in (
+        ("align", ("steps", "tokens", "seconds")),
+        ("align", ("during-steps", "during-tokens", "during-seconds")),
+    ):
+        if not any(flat[f"{name}.{limit}"] for limit in budget):
+            keys = ", ".join(f"{name}.{limit}" for limit in budget)
+            found.append(f"{keys} are all 0; give at least one a positive budget")
+    for entry in names_in(config.sub_fm.whole_layers):
+        if not entry.lstrip("-").isdigit():
+            found.append(
+                f"sub-fm.whole-layers = {config.sub_fm.whole_layers!r}: {entry!r} is "
+                "not a layer number; write them like '0,-1'"
+            )
+    return found

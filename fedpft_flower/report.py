@@ -1,0 +1,141 @@
+"""Write the run directory: metrics, curves, summary, adapter, manifest."""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # the ServerApp may run in a thread and has no display
+
+import tomli_w
+from matplotlib import pyplot as plt
+
+from fedpft_flower.adapters import export_adapter
+from fedpft_flower.config import Config, FedPFTError, nest
+from fedpft_flower.server import Metrics, ProxyServer
+
+_PACKAGES = (
+    "fedpft-flower",
+    "flwr",
+    "flwr-datasets",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "numpy",
+    "ray",
+)
+
+
+class RunDirectory:
+    """Hold the results of one run; every file appears whole or not at all."""
+
+    def __init__(self, config: Config, run_id: int) -> None:
+        """Create the directory and write the effective configuration.
+
+        Raises:
+            FedPFTError: the directory cannot be written.
+        """
+        root = Path(os.environ.get("FEDPFT_OUT") or config.out_dir).expanduser()
+        # The working directory is that of a SuperLink started who knows where.
+        root = root if root.is_absolute() else Path.home() / root
+        self.path = root / str(run_id)
+        self._rounds: list[Metrics] = []
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write("config.toml", tomli_w.dumps(nest(config.flat())))
+        except OSError as error:
+            raise FedPFTError(
+                f"out-dir = {config.out_dir!r}: cannot write {self.path} ({error}); "
+                "choose another directory"
+            ) from error
+
+    @property
+    def rounds(self) -> list[Metrics]:
+        """Return the metrics of all rounds so far; round 0 is before training."""
+        return list(self._rounds)
+
+    def add_round(self, metrics: Metrics) -> None:
+        """Add one object to `metrics.jsonl` and redraw `curves.png`."""
+        self._rounds.append(metrics)
+        lines = [json.dumps(entry, sort_keys=True) for entry in self._rounds]
+        self._write("metrics.jsonl", "\n".join(lines) + "\n")
+
+    def finish(self, server: ProxyServer, summary: Metrics, manifest: Metrics) -> None:
+        """Write everything that a finished run has."""
+        self._write("summary.json", _pretty(summary))
+        self._write("manifest.json", _pretty(manifest))
+        self._put("curves.png", lambda path: draw_curves(self._rounds, path))
+        export_adapter(server.fm, self.path / "adapter")
+
+    def _write(self, name: str, text: str) -> None:
+        self._put(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _put(self, name: str, write: Callable[[Path], Any]) -> None:
+        handle, draft = tempfile.mkstemp(dir=self.path, suffix=Path(name).suffix)
+        os.close(handle)
+        try:
+            write(Path(draft))
+            Path(draft).replace(self.path / name)
+        finally:
+            Path(draft).unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # the app runs from a bundle, not installed
+            found[package] = "not installed"
+    return found
+
+
+def draw_curves(rounds: list[Metrics], path: Path) -> None:
+    """Draw accuracy, loss, bytes and gradient error against rounds."""
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    accuracy, loss, data, gradient = panels.flat
+    for name, label in (("fm", "FM, plugged in"), ("sub-fm", "sub-FM")):
+        _line(accuracy, rounds, lambda r, n=name: r.get(f"{n}-accuracy"), label)
+        _line(
+            loss, rounds, lambda r, n=name: r.get(f"{n}-loss"), f"{label}, validation"
+        )
+    _line(loss, rounds, lambda r: r.get("train-loss"), "clients, training")
+    for way in ("down", "up"):
+        _line(data, rounds, lambda r, w=way: r.get(f"bytes-{w}", 0) / 1e6, way)
+    _line(gradient, rounds, lambda r: _gradient(r, "before"), "before alignment")
+    _line(gradient, rounds, lambda r: _gradient(r, "after"), "after alignment")
+    for panel, title, unit in (
+        (accuracy, "Accuracy on validation", "accuracy"),
+        (loss, "Loss", "cross-entropy"),
+        (data, "Bytes between server and clients", "MB per round"),
+        (gradient, "Gradient error of the sub-FM", "relative L2"),
+    ):
+        panel.set(title=title, xlabel="round", ylabel=unit)
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _line(panel: Any, rounds: list[Metrics], value: Any, label: str) -> None:
+    points = [(r["round"], v) for r in rounds if (v := value(r)) is not None]
+    if points:
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+
+
+def _gradient(entry: Metrics, when: str) -> float | None:
+    error = entry.get("alignment", {}).get(f"gradient-{when}")
+    return None if error is None else float(error["relative"])
+
+
+def _pretty(value: Metrics) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"

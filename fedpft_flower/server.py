@@ -1,0 +1,368 @@
+"""Own the FM: plan, cut, align, plug in, evaluate. No federation framework here.
+
+`ProxyServer` can be driven by a plain loop (see tests/test_reference_loop.py), which
+gives the same adapter as the same run through Flower.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+
+from fedpft_flower.activity import activation_rms, inactive_rates
+from fedpft_flower.adapters import (
+    Adapter,
+    attach_adapter,
+    check_adapter,
+    get_adapter,
+    load_adapter,
+)
+from fedpft_flower.alignment import (
+    Budget,
+    Progress,
+    Trainable,
+    distil,
+    gradient_error,
+    layer_level,
+    most_inactive,
+    neuron_level,
+)
+from fedpft_flower.architectures import FFN, ffns_of
+from fedpft_flower.config import Config, FedPFTError, derive_seed
+from fedpft_flower.foundation import FoundationModel
+from fedpft_flower.methods import method_of
+from fedpft_flower.plan import Plan, score
+from fedpft_flower.sub_fm import build_sub_fm, frozen_weights
+from fedpft_flower.tasks import (
+    ImageRows,
+    TaskData,
+    TextRows,
+    encode,
+    endless_batches,
+    shuffled_batches,
+)
+from fedpft_flower.training import Evaluation, evaluate, round_lr
+
+logger = logging.getLogger(__name__)
+
+GRADIENT_BATCHES, GRADIENT_ROWS = 8, 8
+ACTIVITY_BATCHES = 16
+PROGRESS_SECONDS = 5.0
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Package:
+    """Hold all that a client needs to rebuild the sub-FM and to encode its rows."""
+
+    # Fields of the FM's config, which name its family and sizes.
+    model_config: dict[str, Any]
+    plan: Plan
+    # Modules that train in full: they arrive with the adapter, not in `weights`.
+    head: tuple[str, ...]
+    weights: dict[str, Tensor]
+    # |a| up to which a neuron is inactive, [K] for each compressed layer; or empty.
+    activity_limits: list[Tensor]
+    # File name -> content of the tokenizer or image processor.
+    processor_files: dict[str, bytes]
+
+
+class ProxyServer:
+    """Own the FM, its sub-FM and the adapter that both hold."""
+
+    def __init__(
+        self,
+        config: Config,
+        fm: FoundationModel,
+        task: TaskData,
+        public: Dataset | None,
+    ) -> None:
+        """Attach the adapter to the FM and plan the sub-FM.
+
+        Args:
+            config: the run.
+            fm: the FM, which becomes this server's own.
+            task: validation and test rows, and the label set.
+            public: public unlabelled rows; None where nothing needs them.
+
+        Raises:
+            FedPFTError: the plan asks for what the FM does not have, or alignment is
+                due without a public corpus.
+        """
+        self.config, self.method = config, method_of(config.method)
+        self._head, self._processor = fm.head, fm.processor
+        self._modality = fm.architecture.modality
+        self._model_config = fm.model.config.to_dict()
+        scores = score(ffns_of(fm.model), config.sub_fm.saliency, config.seed)
+        self.plan = self.method.plan(scores, config.sub_fm)
+        if self._aligns and public is None:
+            raise FedPFTError(
+                f"method = {config.method!r} aligns on a public corpus and there is "
+                "none; set data.public-path"
+            )
+        self.fm_weights = frozen_weights(fm.model, fm.head)
+        sub_fm = build_sub_fm(fm.model, self.plan)
+        self._weights = frozen_weights(sub_fm, fm.head)
+        self.fm = attach_adapter(fm.model, config.lora, fm.head, config.seed)
+        self.sub_fm = attach_adapter(sub_fm, config.lora, fm.head, config.seed)
+        self.adapter: Adapter = get_adapter(self.fm)
+        load_adapter(self.sub_fm, self.adapter)
+        self._splits = {
+            "validation": self._encode(task.validation),
+            "test": self._encode(task.test),
+        }
+        self._public = self._encode(public) if public is not None else None
+        self._limits: list[Tensor] = []
+
+    @property
+    def _aligns(self) -> bool:
+        due = self.method.align_before or self.method.align_during
+        return due and bool(self.plan.compressed)
+
+    # ---------------------------------------------------------------- what it offers
+
+    @property
+    def share_withheld(self) -> float:
+        """Return the share of the FM's weights (without head) that is never sent."""
+        sent = sum(tensor.numel() for tensor in self._weights.values())
+        return 1.0 - sent / sum(tensor.numel() for tensor in self.fm_weights.values())
+
+    def package(self) -> Package:
+        """Return what a client needs of the sub-FM as it is now."""
+        with TemporaryDirectory() as directory:
+            self._processor.save_pretrained(directory)
+            files = {
+                path.name: path.read_bytes()
+                for path in sorted(Path(directory).iterdir())
+                if path.is_file()
+            }
+        fields = json.loads(json.dumps(self._model_config, default=str))
+        fields.pop("_name_or_path", None)  # the server's own path
+        return Package(
+            model_config=fields,
+            plan=self.plan,
+            head=self._head,
+            weights={name: w.detach().clone() for name, w in self._weights.items()},
+            activity_limits=self._limits,
+            processor_files=files,
+        )
+
+    def sample(self, keys: Sequence[str], current: int) -> list[str]:
+        """Choose the clients of a round, by this run's own seeded generator.
+
+        Raises:
+            FedPFTError: more clients per round are asked for than there are.
+        """
+        train, ordered = self.config.train, sorted(keys)
+        count = train.clients_per_round or max(1, int(train.fraction * len(ordered)))
+        if count > len(ordered):
+            raise FedPFTError(
+                f"train.clients-per-round = {count}, but there are {len(ordered)} "
+                "nodes; lower it or add nodes"
+            )
+        generator = np.random.default_rng(
+            derive_seed(self.config.seed, "sample", current)
+        )
+        return sorted(generator.choice(ordered, size=count, replace=False).tolist())
+
+    def lr(self, current: int) -> float:
+        """Return the learning rate of a round."""
+        return round_lr(self.config.train, current, self.config.rounds)
+
+    def wants_activity(self, current: int) -> bool:
+        """Tell whether the clients of this round should measure activity."""
+        return self._realigns_after(current) and self.config.align.activity == "clients"
+
+    # --------------------------------------------------------------------- the method
+
+    def prepare(self) -> Metrics:
+        """Align the sub-FM with the FM before the first round, where the method does.
+
+        Returns:
+            The alignment's budget used, and the gradient error before and after.
+        """
+        metrics: Metrics = {}
+        if self._public is not None:
+            metrics["gradient-before"] = self._gradient_error()
+        if self.method.align_before and self.plan.compressed:
+            align = self.config.align
+            budget = Budget(align.steps, align.tokens, align.seconds)
+            trainable = layer_level(self._compressed())
+            metrics |= self._distil("align", trainable, budget, align.lr, 0)
+            metrics["gradient-after"] = self._gradient_error()
+        self._measure_limits()
+        return metrics
+
+    def end_round(
+        self, current: int, adapter: Adapter, rates: list[Tensor] | None
+    ) -> Metrics:
+        """Store and plug in the aggregated adapter, and realign when this is due.
+
+        FM and sub-FM both hold the aggregated adapter before anything is aligned.
+
+        Args:
+            current: the round that ends, from 1.
+            adapter: the aggregated adapter.
+            rates: inactive rates [K] of each compressed layer, averaged over clients;
+                needed when `wants_activity(current)`.
+
+        Raises:
+            FedPFTError: the adapter does not fit or is not finite.
+        """
+        check_adapter(adapter, self.adapter)
+        self.adapter = {name: adapter[name].detach().clone() for name in self.adapter}
+        load_adapter(self.fm, self.adapter)
+        load_adapter(self.sub_fm, self.adapter)
+        if not self._realigns_after(current):
+            return {}
+        metrics: Metrics = {"gradient-before": self._gradient_error()}
+        metrics |= self._realign(current, rates)
+        metrics["gradient-after"] = self._gradient_error()
+        self._measure_limits()
+        return metrics
+
+    def evaluate(self, split: str) -> Metrics:
+        """Evaluate the adapter in the FM and in the sub-FM.
+
+        Args:
+            split: "validation" (for every choice) or "test" (only to report).
+        """
+        rows = self._splits[split]
+        fm = evaluate(self.fm, rows)
+        # A whole sub-FM is the FM, bit for bit.
+        sub_fm = fm if self.plan.is_whole else evaluate(self.sub_fm, rows)
+        return {**_prefixed("fm", fm), **_prefixed("sub-fm", sub_fm)}
+
+    # ----------------------------------------------------------------------- its parts
+
+    def _encode(self, rows: Dataset) -> TextRows | ImageRows:
+        length = self.config.data.max_length
+        return encode(rows, self._processor, self._modality, length)
+
+    def _compressed(self) -> list[FFN]:
+        ffns = ffns_of(self.sub_fm.get_base_model())
+        return [ffns[self.plan.layers.index(layer)] for layer in self.plan.compressed]
+
+    def _realigns_after(self, current: int) -> bool:
+        # After the last round nobody trains on the sub-FM any more.
+        due = current % self.config.align.every == 0 and current < self.config.rounds
+        return self.method.align_during and bool(self.plan.compressed) and due
+
+    def _realign(self, current: int, rates: list[Tensor] | None) -> Metrics:
+        align, ffns = self.config.align, self._compressed()
+        if align.activity == "public":
+            rates = inactive_rates(
+                self.sub_fm, ffns, self._activity_batches(), self._limits
+            )
+        if rates is None or [len(r) for r in rates] != [ffn.width for ffn in ffns]:
+            raise FedPFTError(
+                f"round {current}: no client measured activity; set align.activity = "
+                "'public'"
+            )
+        trainable = neuron_level(ffns, most_inactive(rates, align.proportion))
+        budget = Budget(align.during_steps, align.during_tokens, align.during_seconds)
+        return self._distil("realign", trainable, budget, align.during_lr, current)
+
+    def _distil(
+        self,
+        what: str,
+        trainable: list[Trainable],
+        budget: Budget,
+        lr: float,
+        current: int,
+    ) -> Metrics:
+        assert self._public is not None
+        align = self.config.align
+        seed = derive_seed(self.config.seed, "align", current)
+        first: list[float] = []
+        told = _progress_lines(what)
+
+        def report(progress: Progress) -> None:
+            first.append(progress.loss) if not first else None
+            told(progress)
+
+        last = distil(
+            self.fm,
+            self.sub_fm,
+            self.plan,
+            trainable,
+            endless_batches(self._public, align.batch_size, seed),
+            budget,
+            lr,
+            align.product_weight,
+            report,
+        )
+        return {
+            "steps": last.steps,
+            "tokens": last.tokens,
+            "seconds": last.seconds,
+            "loss-first": first[0],
+            "loss-last": last.loss,
+        }
+
+    def _measure_limits(self) -> None:
+        """Set the limits of activity from the public corpus, for the sub-FM as it is."""
+        if not (self.method.align_during and self.plan.compressed):
+            return
+        rms = activation_rms(self.sub_fm, self._compressed(), self._activity_batches())
+        self._limits = [self.config.align.inactive_threshold * r for r in rms]
+
+    def _activity_batches(self) -> Any:
+        assert self._public is not None
+        seed = derive_seed(self.config.seed, "activity")
+        size = self.config.align.batch_size
+        return islice(shuffled_batches(self._public, size, seed), ACTIVITY_BATCHES)
+
+    def _gradient_error(self) -> dict[str, float]:
+        assert self._public is not None
+        seed = self.config.seed
+        order = derive_seed(seed, "gradient")
+        rows = shuffled_batches(self._public, GRADIENT_ROWS, order)
+        batches = islice(rows, GRADIENT_BATCHES)
+        return asdict(gradient_error(self.fm, self.sub_fm, batches, seed))
+
+
+def average_rates(
+    rates: Sequence[Sequence[Tensor]], weights: Sequence[int]
+) -> list[Tensor]:
+    """Average the clients' inactive rates, layer by layer, weighted by examples."""
+    total = sum(weights)
+    return [
+        sum((w / total) * rate for w, rate in zip(weights, layer, strict=True))  # type: ignore[misc]
+        for layer in zip(*rates, strict=True)
+    ]
+
+
+def _prefixed(name: str, result: Evaluation) -> Metrics:
+    return {f"{name}-accuracy": result.accuracy, f"{name}-loss": result.loss}
+
+
+def _progress_lines(what: str) -> Callable[[Progress], None]:
+    """Log a line every few seconds, and the last one."""
+    last = [time.monotonic()]
+
+    def tell(progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.share >= 1.0 or now - last[0] >= PROGRESS_SECONDS:
+            last[0] = now
+            logger.info(
+                "%s: %3.0f %%, %d steps, %d tokens, loss %.4f, %.0f s",
+                what,
+                100 * progress.share,
+                progress.steps,
+                progress.tokens,
+                progress.loss,
+                progress.seconds,
+            )
+
+    return tell

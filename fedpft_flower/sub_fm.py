@@ -1,0 +1,125 @@
+"""Cut the sub-FM out of an FM as a plan says."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fedpft_flower.architectures import (
+    AUTO_MODELS,
+    architecture_of,
+    ffn_of,
+    ffns_of,
+    layer_prefix,
+    layers_of,
+)
+from fedpft_flower.config import FedPFTError
+from fedpft_flower.plan import Plan
+
+
+def build_sub_fm(fm: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Cut a sub-FM out of an FM, which is not touched and shares no storage with it."""
+    skeleton = build_skeleton(fm.config, plan)
+    load_weights(skeleton, _cut_weights(fm, plan))
+    return skeleton.eval()
+
+
+def build_skeleton(fm_config: PreTrainedConfig, plan: Plan) -> PreTrainedModel:
+    """Build a sub-FM of the plan's shape whose weights are still to be loaded.
+
+    Args:
+        fm_config: the config of the FM (any modality that has a row).
+        plan: what to keep.
+
+    Returns:
+        A model with parameters on the meta device. Its config names the width where
+        all layers share one, so that it opens with stock `transformers`.
+    """
+    row = architecture_of(fm_config.model_type)
+    config = copy.deepcopy(fm_config)
+    config.num_hidden_layers = len(plan.layers)
+    widths = {len(plan.kept[layer]) for layer in plan.layers}
+    if row.width_field and len(widths) == 1:
+        setattr(config, row.width_field, widths.pop())
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AUTO_MODELS[row.modality].from_config(config)
+    for layer, fm_layer in zip(layers_of(model), plan.layers, strict=True):
+        _resize(model, layer, len(plan.kept[fm_layer]))
+    return model
+
+
+def load_weights(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Give a skeleton its weights; they become its parameters without a copy.
+
+    Raises:
+        FedPFTError: a weight is missing, left over, or of another shape.
+    """
+    expected = skeleton.state_dict()
+    missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    wrong = [
+        k for k in expected.keys() & weights if expected[k].shape != weights[k].shape
+    ]
+    if missing or extra or wrong:
+        raise FedPFTError(
+            f"weights do not fit the sub-FM: missing {sorted(missing)[:3]}, left over "
+            f"{sorted(extra)[:3]}, other shape {sorted(wrong)[:3]}"
+        )
+    skeleton.load_state_dict(weights, assign=True)
+    skeleton.tie_weights()
+
+
+def frozen_weights(model: PreTrainedModel, head: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return a live view of the weights that clients do not train, without the head.
+
+    Take it before adapters are attached: PEFT renames modules but keeps the tensors,
+    so the view follows every later change in place.
+    """
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not any(name.startswith(f"{module}.") for module in head)
+    }
+
+
+def _resize(model: PreTrainedModel, layer: nn.Module, width: int) -> None:
+    row = architecture_of(model.config.model_type)
+    ffn = ffn_of(model, layer)
+    for (path, blocks), (up, _) in zip(row.up, ffn.up, strict=True):
+        _replace(layer, path, up, up.in_features, blocks * width)
+    _replace(layer, row.down, ffn.down, width, ffn.down.out_features)
+
+
+def _replace(
+    layer: nn.Module, path: str, old: nn.Linear, inputs: int, outputs: int
+) -> None:
+    if (old.in_features, old.out_features) != (inputs, outputs):
+        new = nn.Linear(inputs, outputs, bias=old.bias is not None, device="meta")
+        layer.set_submodule(path, new)
+
+
+def _cut_weights(fm: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
+    """Copy the FM's weights, without dropped layers and cut neurons."""
+    places = {}
+    for layer, ffn in enumerate(ffns_of(fm)):
+        neurons = torch.tensor(plan.kept.get(layer, ()), dtype=torch.int64)
+        for parameter, axis, indices in ffn.parameters_by_axis(neurons):
+            places[id(parameter)] = (axis, indices)
+    prefix, order = layer_prefix(fm), {layer: i for i, layer in enumerate(plan.layers)}
+    weights: dict[str, Tensor] = {}
+    for name, tensor in fm.state_dict(keep_vars=True).items():
+        if name.startswith(prefix):
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if int(number) not in order:
+                continue
+            name = f"{prefix}{order[int(number)]}.{rest}"
+        if id(tensor) in places:
+            axis, indices = places[id(tensor)]
+            weights[name] = tensor.detach().index_select(
+                axis, indices.to(tensor.device)
+            )
+        else:
+            weights[name] = tensor.detach().clone()
+    return weights

@@ -1,0 +1,122 @@
+"""Fine-tune an adapter on local rows, and evaluate a model with an adapter."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
+from fedpft_flower.tasks import (
+    Batch,
+    ImageRows,
+    TextRows,
+    endless_batches,
+    shuffled_batches,
+)
+
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """Say what a local training did; `loss` is the mean over its steps."""
+
+    loss: float
+    examples: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold accuracy in [0, 1], mean cross-entropy and the number of rows."""
+
+    accuracy: float
+    loss: float
+    examples: int
+
+
+def round_lr(config: TrainConfig, current: int, rounds: int) -> float:
+    """Return lr_r = lr * (1 - (r - 1) / R) for round r of R, or a constant lr.
+
+    The last round still learns; in the authors' code its rate is zero.
+    """
+    if config.lr_decay == "none":
+        return config.lr
+    return config.lr * (1.0 - (current - 1) / rounds)
+
+
+def train_adapter(
+    model: PeftModel,
+    rows: TextRows | ImageRows,
+    config: TrainConfig,
+    lr: float,
+    seed: int,
+) -> TrainReport:
+    """Train the adapter that a model holds, by AdamW on shuffled local batches.
+
+    Args:
+        model: a sub-FM with an adapter; only the adapter changes.
+        rows: the local rows, labelled.
+        config: epochs or steps, batch size, weight decay, clipping.
+        lr: this round's learning rate.
+        seed: seed of the batches and of dropout.
+
+    Raises:
+        FedPFTError: the loss is not finite.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
+    began, losses = time.monotonic(), []
+    # The process is shared by virtual clients: dropout must not depend on its past.
+    torch.manual_seed(derive_seed(seed, "dropout"))
+    model.train()
+    for batch in _batches(rows, config, seed):
+        loss = model(**batch).loss
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    model.eval()
+    mean = sum(losses) / len(losses)
+    if mean != mean or abs(mean) == float("inf"):
+        raise FedPFTError(f"local loss is {mean}; lower train.lr = {config.lr}")
+    return TrainReport(mean, len(rows), len(losses), time.monotonic() - began)
+
+
+def _batches(
+    rows: TextRows | ImageRows, config: TrainConfig, seed: int
+) -> Iterator[Batch]:
+    if config.local_steps:
+        yield from islice(
+            endless_batches(rows, config.batch_size, seed), config.local_steps
+        )
+        return
+    for epoch in range(config.local_epochs):
+        yield from shuffled_batches(
+            rows, config.batch_size, derive_seed(seed, "epoch", epoch)
+        )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, rows: TextRows | ImageRows) -> Evaluation:
+    """Evaluate a model on labelled rows, in batches of similar length."""
+    model.eval()
+    lengths = rows.lengths()
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    correct, loss = 0, 0.0
+    for start in range(0, len(order), EVALUATION_BATCH):
+        batch = rows.batch(order[start : start + EVALUATION_BATCH])
+        labels = batch.pop("labels")
+        logits: Tensor = model(**batch).logits
+        correct += int((logits.argmax(dim=-1).cpu() == labels).sum())
+        loss += float(
+            nn.functional.cross_entropy(logits.cpu(), labels, reduction="sum")
+        )
+    return Evaluation(correct / len(order), loss / len(order), len(order))

@@ -1,0 +1,457 @@
+"""Translate between domain objects and Flower records, and count what is sent.
+
+The only module that knows record keys. Nothing is ever unpickled: arrays travel as raw
+bytes with dtype and shape, structure as JSON text.
+"""
+
+import base64
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedpft_flower.config import FedPFTError, cache_dir
+from fedpft_flower.plan import Plan
+from fedpft_flower.server import Package
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
+PACKAGE = "package"  # key of a package's JSON in an install
+RATES = "inactive-rates."  # prefix of activity statistics among the metrics
+
+# Tensors that Flower's records cannot hold travel as integers of the same size.
+_BIT_CAST = {torch.bfloat16: torch.int16}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _BIT_CAST}
+
+
+# ------------------------------------------------------------------ tensors, packages
+
+
+def pack_tensors(tensors: Mapping[str, Tensor]) -> tuple[ArrayRecord, str]:
+    """Pack tensors of any dtype, exactly.
+
+    Returns:
+        The arrays, and JSON that names the dtype of each bit-cast tensor.
+    """
+    arrays, casts = {}, {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        if value.dtype in _BIT_CAST:
+            casts[name] = str(value.dtype).removeprefix("torch.")
+            value = value.view(_BIT_CAST[value.dtype])
+        arrays[name] = Array(value.numpy())
+    return ArrayRecord(arrays), json.dumps(casts)
+
+
+def unpack_tensors(record: ArrayRecord, casts: str = "{}") -> dict[str, Tensor]:
+    """Unpack what `pack_tensors` packed; the tensors own their memory."""
+    tensors = {}
+    named = json.loads(casts)
+    for name, array in record.items():
+        tensor = torch.from_numpy(np.array(array.numpy()))
+        tensors[name] = tensor.view(_DTYPES[named[name]]) if name in named else tensor
+    return tensors
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], *more: bytes) -> str:
+    """Return the SHA-256 of tensors (names, dtypes, shapes, bytes) and more content."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    for content in more:
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()
+
+
+_LIMITS = "activity-limits."
+
+
+def package_tensors(package: Package) -> dict[str, Tensor]:
+    """Return all tensors of a package under distinct names."""
+    limits = {f"{_LIMITS}{i}": limit for i, limit in enumerate(package.activity_limits)}
+    return {**package.weights, **limits}
+
+
+def package_json(package: Package) -> str:
+    """Return all of a package but its tensors, as JSON."""
+    files = {
+        name: base64.b64encode(body).decode()
+        for name, body in package.processor_files.items()
+    }
+    return json.dumps(
+        {
+            "model": package.model_config,
+            "plan": package.plan.to_json(),
+            "head": package.head,
+            "files": files,
+        },
+        sort_keys=True,
+    )
+
+
+def package_from(text: str, tensors: Mapping[str, Tensor]) -> Package:
+    """Rebuild a package from its JSON and its tensors."""
+    data = json.loads(text)
+    limits = sorted(
+        (name for name in tensors if name.startswith(_LIMITS)),
+        key=lambda name: int(name.removeprefix(_LIMITS)),
+    )
+    return Package(
+        model_config=data["model"],
+        plan=Plan.from_json(data["plan"]),
+        head=tuple(data["head"]),
+        weights={n: t for n, t in tensors.items() if not n.startswith(_LIMITS)},
+        activity_limits=[tensors[name] for name in limits],
+        processor_files={n: base64.b64decode(b) for n, b in data["files"].items()},
+    )
+
+
+def package_hash(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Return the content hash that names a sub-FM everywhere."""
+    return tensors_hash(tensors, text.encode())
+
+
+def source_hash() -> str:
+    """Return the hash of this package's sources, to refuse runs of mixed code."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------- the store
+
+
+class Store:
+    """Keep installed sub-FMs on a node's disk, each under its content hash.
+
+    Virtual clients of one machine share it. A copy is written to a temporary name and
+    renamed, and verified by hash whenever it is loaded.
+    """
+
+    KEEP = 4  # the newest copies; older ones are removed
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = root or cache_dir() / "sub-fms"
+        self._root.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def name(self) -> str:
+        """Return a name that tells this store from every other one."""
+        path = self._root / "name"
+        if not path.exists():
+            # A hard link appears whole and only once, also with many processes.
+            draft = self._root / f"{uuid.uuid4().hex}.partial"
+            draft.write_text(uuid.uuid4().hex)
+            try:
+                path.hardlink_to(draft)
+            except FileExistsError:
+                pass  # another process was first
+            finally:
+                draft.unlink()
+        return path.read_text()
+
+    def hashes(self) -> list[str]:
+        """Return the hashes of all copies."""
+        return sorted(p.name for p in self._root.iterdir() if len(p.name) == 64)
+
+    def directory(self, content: str) -> Path:
+        """Return where a copy is, or would be."""
+        return self._root / content
+
+    def put(self, content: str, tensors: Mapping[str, Tensor], text: str) -> None:
+        """Add a copy.
+
+        Raises:
+            FedPFTError: the content does not have this hash, or the disk refuses.
+        """
+        if package_hash(tensors, text) != content:
+            raise FedPFTError(f"received sub-FM does not have the hash {content[:12]}")
+        draft = Path(tempfile.mkdtemp(dir=self._root, suffix=".partial"))
+        try:
+            save_file(
+                {n: t.contiguous() for n, t in tensors.items()}, draft / "weights"
+            )
+            (draft / "package.json").write_text(text, encoding="utf-8")
+            (draft / "processor").mkdir()
+            for name, body in json.loads(text)["files"].items():
+                if Path(name).name != name:
+                    raise FedPFTError(f"processor file name {name!r} leaves its folder")
+                (draft / "processor" / name).write_bytes(base64.b64decode(body))
+            self._move(draft, content)
+        except OSError as error:
+            raise FedPFTError(
+                f"cannot keep the sub-FM in {self._root}: {error}"
+            ) from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        self._prune()
+
+    def get(self, content: str) -> tuple[dict[str, Tensor], str] | None:
+        """Return tensors and JSON of a copy, or None if it is missing or damaged."""
+        directory = self.directory(content)
+        try:
+            text = (directory / "package.json").read_text(encoding="utf-8")
+            tensors = load_file(directory / "weights")
+            directory.touch()
+        except Exception:  # safetensors has no public error class for a cut file
+            return None
+        return (tensors, text) if package_hash(tensors, text) == content else None
+
+    def _move(self, draft: Path, content: str) -> None:
+        place = self.directory(content)
+        if self.get(content) is None and place.exists():
+            shutil.rmtree(place)  # damaged
+        try:
+            draft.rename(place)
+        except OSError:
+            if self.get(content) is None:  # not merely another process that was first
+                raise
+
+    def _prune(self) -> None:
+        copies = [self.directory(content) for content in self.hashes()]
+        for old in sorted(copies, key=lambda p: p.stat().st_mtime)[: -self.KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+# --------------------------------------------------------------- changes of a package
+
+_INDEX = {0: "@rows", 1: "@columns"}
+
+
+def difference(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return what `patched` needs to turn `old` into `new`, bit for bit.
+
+    Only changed rows or columns (whichever are fewer) are carried, with their places.
+    Both must have the same names and shapes.
+    """
+    delta: dict[str, Tensor] = {}
+    for name, tensor in new.items():
+        changed = _bits(old[name]) != _bits(tensor)
+        if not bool(changed.any()):
+            continue
+        axes = [0] if changed.ndim < 2 else [0, 1]
+        places = {
+            axis: changed.transpose(0, axis).flatten(1).any(1).nonzero().flatten()
+            if changed.ndim > 1
+            else changed.nonzero().flatten()
+            for axis in axes
+        }
+        axis = min(axes, key=lambda a: len(places[a]) / tensor.shape[a])
+        delta[name] = tensor.index_select(axis, places[axis])
+        delta[name + _INDEX[axis]] = places[axis].to(torch.int32)
+    return delta
+
+
+def patched(
+    old: Mapping[str, Tensor], delta: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Apply a `difference`.
+
+    Raises:
+        FedPFTError: the difference names a tensor that `old` does not have.
+    """
+    new = {name: tensor.clone() for name, tensor in old.items()}
+    for name, values in delta.items():
+        if name.endswith(tuple(_INDEX.values())):
+            continue
+        axis = 0 if name + _INDEX[0] in delta else 1
+        places = delta.get(name + _INDEX[axis])
+        if name not in new or places is None:
+            raise FedPFTError(f"change of the sub-FM names an unknown tensor {name!r}")
+        new[name].index_copy_(axis, places.long(), values)
+    return new
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """View floats as integers: -0.0 differs from 0.0, NaN equals itself."""
+    if not tensor.is_floating_point():
+        return tensor
+    same_size = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(same_size[tensor.element_size()])
+
+
+# ------------------------------------------------------------------------ the ledger
+
+
+class Ledger:
+    """Count bytes of record payloads by round, direction and kind.
+
+    Kinds: install (a whole sub-FM), delta (its changed rows), adapter, statistics
+    (activity), control (everything else). `sent` leaves out what a machine already
+    held.
+    """
+
+    def __init__(self) -> None:
+        self.round = 0
+        self.logical: dict[tuple[int, str, str], int] = defaultdict(int)
+        self.sent: dict[tuple[int, str, str], int] = defaultdict(int)
+
+    def count(self, direction: str, message: Message, sent: bool = True) -> None:
+        """Count one message; `direction` is "down" (to clients) or "up"."""
+        for kind, size in message_bytes(message).items():
+            self.logical[self.round, direction, kind] += size
+            self.sent[self.round, direction, kind] += size if sent else 0
+
+    def total(self, direction: str, current: int | None = None) -> int:
+        """Return all bytes of a direction, in one round or in the whole run."""
+        return sum(
+            size
+            for (of, way, _), size in self.logical.items()
+            if way == direction and current in (None, of)
+        )
+
+    def table(self, current: int) -> dict[str, dict[str, int]]:
+        """Return the bytes of a round as direction-kind -> logical, sent."""
+        rows = sorted(key for key in self.logical if key[0] == current)
+        return {
+            f"{way}-{kind}": {
+                "logical": self.logical[of, way, kind],
+                "sent": self.sent[of, way, kind],
+            }
+            for of, way, kind in rows
+        }
+
+
+def message_bytes(message: Message) -> dict[str, int]:
+    """Return the payload bytes of a message by kind: raw arrays, serialized records."""
+    if message.has_error():
+        return {}
+    sizes: dict[str, int] = defaultdict(int)
+    content = message.content
+    arrays = "adapter"
+    if message.metadata.message_type == INSTALL:
+        arrays = "delta" if content[CONFIG]["base"] else "install"
+    for record in content.array_records.values():
+        sizes[arrays] += record.count_bytes()
+    for config in content.config_records.values():
+        whole = len(config.deflate())
+        # The package's JSON holds the processor: it is part of the install.
+        package = len(str(config.get(PACKAGE, "")))
+        sizes[arrays] += package
+        sizes["control"] += whole - package
+    for metrics in content.metric_records.values():
+        statistics, others = split_rates(metrics)
+        sizes["statistics"] += len(statistics.deflate()) if statistics else 0
+        sizes["control"] += len(others.deflate())
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def split_rates(metrics: MetricRecord) -> tuple[MetricRecord, MetricRecord]:
+    """Part activity statistics from the other metrics."""
+    rates = {k: v for k, v in metrics.items() if k.startswith(RATES)}
+    return MetricRecord(rates), MetricRecord(
+        {k: v for k, v in metrics.items() if k not in rates}
+    )
+
+
+def pack_rates(rates: Sequence[Tensor]) -> dict[str, list[float]]:
+    """Return inactive rates as metrics, one list a layer."""
+    return {f"{RATES}{i}": rate.double().tolist() for i, rate in enumerate(rates)}
+
+
+def unpack_rates(metrics: MetricRecord) -> list[Tensor]:
+    """Return the inactive rates among metrics, layer by layer."""
+    names = sorted(metrics, key=lambda name: int(name.removeprefix(RATES)))
+    return [torch.tensor(metrics[name], dtype=torch.float32) for name in names]
+
+
+# ----------------------------------------------------------------------- grid wrappers
+
+
+class CountingGrid(Grid):
+    """Count the bytes of every exchange, poll promptly, and know who replied."""
+
+    POLL_SECONDS = 0.2
+
+    def __init__(self, grid: Grid, ledger: Ledger) -> None:
+        self._grid, self.ledger = grid, ledger
+        self._recipient: dict[str, int] = {}
+
+    def node_of(self, reply: Message) -> int:
+        """Return the node that a reply is about.
+
+        Errors such as "node offline" name the SuperLink as their source, so the node is
+        looked up by the message that was replied to.
+        """
+        asked = reply.metadata.reply_to_message_id
+        return self._recipient.get(asked, reply.metadata.src_node_id)
+
+    def set_run(self, run: Any) -> None:
+        """Pass on."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Pass on."""
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Refuse: deprecated in Flower."""
+        raise NotImplementedError("use Message(...)")
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes that are online now."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Count and pass on."""
+        batch = list(messages)
+        ids = list(self._grid.push_messages(batch))
+        for message in batch:
+            self._recipient[message.metadata.message_id] = message.metadata.dst_node_id
+            self.ledger.count("down", message)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Pass on and count."""
+        replies = list(self._grid.pull_messages(message_ids))
+        for reply in replies:
+            self.ledger.count("up", reply)
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages and return the replies that come before the timeout."""
+        waiting = set(self.push_messages(messages))
+        replies: list[Message] = []
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while waiting:
+            for reply in self.pull_messages(list(waiting)):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                replies.append(reply)
+            if not waiting or (deadline and time.monotonic() > deadline):
+                break
+            time.sleep(self.POLL_SECONDS)
+        return replies
+
+
+class ChosenNodes(CountingGrid):
+    """Show an inner strategy exactly the nodes of this round."""
+
+    def __init__(self, grid: CountingGrid, nodes: Sequence[int]) -> None:
+        super().__init__(grid, Ledger())
+        self._nodes = list(nodes)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the chosen nodes."""
+        return list(self._nodes)
