@@ -7,6 +7,7 @@ name is missing and none is left over.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import peft
 import torch
@@ -49,6 +50,11 @@ def attach_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
         return peft.get_peft_model(model, lora)
+
+
+def base_model(model: PeftModel) -> PreTrainedModel:
+    """Return the transformer inside a model with an adapter."""
+    return cast(PreTrainedModel, model.get_base_model())
 
 
 def get_adapter(model: PeftModel) -> Adapter:

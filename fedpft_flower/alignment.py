@@ -21,12 +21,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedpft_flower.activity import Batch, real_tokens
+from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import derive_seed
 from fedpft_flower.plan import Plan
 
 # A parameter that may change, and the mask of its entries that may (None: all).
-Trainable = tuple[nn.Parameter, Tensor | None]
+Trainable = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -197,23 +198,21 @@ def distil(
         The last step's progress.
     """
     compressed = [plan.layers.index(layer) for layer in plan.compressed]
-    teacher_layers = [layers_of(fm.get_base_model())[i] for i in plan.compressed]
-    student_layers = [layers_of(sub_fm.get_base_model())[i] for i in compressed]
-    fm_ffns = ffns_of(fm.get_base_model())
+    teacher_layers = [layers_of(base_model(fm))[i] for i in plan.compressed]
+    student_layers = [layers_of(base_model(sub_fm))[i] for i in compressed]
+    fm_ffns = ffns_of(base_model(fm))
     with torch.no_grad():
         teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
-    student_ffns = [ffns_of(sub_fm.get_base_model())[i] for i in compressed]
+    student_ffns = [ffns_of(base_model(sub_fm))[i] for i in compressed]
     fm.eval()
     sub_fm.eval()
     parameters = [parameter for parameter, _ in trainable]
     optimiser = torch.optim.Adam(parameters, lr=lr)
-    began, tokens, step = time.monotonic(), 0, 0
+    began, tokens = time.monotonic(), 0
+    progress = Progress(share=0.0, steps=0, tokens=0, seconds=0.0, loss=float("nan"))
     with _learning(parameters):
-        while True:
-            share = budget.used(step, tokens, time.monotonic() - began)
-            if step and share >= 1.0:
-                return progress
-            optimiser.param_groups[0]["lr"] = lr * (1.0 - share)
+        while progress.share < 1.0:
+            optimiser.param_groups[0]["lr"] = lr * (1.0 - progress.share)
             batch = next(batches)
             mask = batch.get("attention_mask")
             with torch.no_grad(), _outputs(teacher_layers) as teacher:
@@ -225,12 +224,15 @@ def distil(
                 products = [weight_products(ffn) for ffn in student_ffns]
                 loss = loss + product_weight * product_loss(teacher_products, products)
             _step(optimiser, loss, trainable)
-            step += 1
-            tokens += len(real_tokens(teacher[0], mask))
+            steps, tokens = (
+                progress.steps + 1,
+                tokens + len(real_tokens(teacher[0], mask)),
+            )
             seconds = time.monotonic() - began
-            share = budget.used(step, tokens, seconds)
-            progress = Progress(share, step, tokens, seconds, float(loss.detach()))
+            share = budget.used(steps, tokens, seconds)
+            progress = Progress(share, steps, tokens, seconds, float(loss.detach()))
             report(progress)
+    return progress
 
 
 def _step(
@@ -243,7 +245,7 @@ def _step(
 
 
 @contextmanager
-def _learning(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _learning(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Let these frozen parameters take gradients for a while."""
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -13,11 +13,12 @@ from flwr.serverapp import Grid
 
 from fedpft_flower.client import peak_memory
 from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.federation import Federation
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import method_of
 from fedpft_flower.report import RunDirectory, versions
 from fedpft_flower.server import Metrics, ProxyServer
-from fedpft_flower.strategy import Federation, FedPFT
+from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, content_hash, load_public, load_task, task_of
 from fedpft_flower.wire import CountingGrid, Ledger, pack_tensors, tensors_hash
 

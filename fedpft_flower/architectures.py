@@ -137,9 +137,7 @@ class FFN:
         """Return the output weights of the neurons, [D, N]."""
         return self.down.weight
 
-    def parameters_by_axis(
-        self, neurons: Tensor
-    ) -> list[tuple[nn.Parameter, int, Tensor]]:
+    def parameters_by_axis(self, neurons: Tensor) -> list[tuple[Tensor, int, Tensor]]:
         """Return every parameter that belongs to neurons, with their places in it.
 
         Args:
@@ -149,7 +147,7 @@ class FFN:
             (parameter, axis, indices): the rows (axis 0) of each `up` weight and bias
             and the columns (axis 1) of `down`; `down`'s bias belongs to no neuron.
         """
-        places: list[tuple[nn.Parameter, int, Tensor]] = []
+        places: list[tuple[Tensor, int, Tensor]] = []
         for linear, blocks in self.up:
             width = linear.out_features // blocks
             rows = torch.cat([neurons + block * width for block in range(blocks)])

@@ -20,13 +20,12 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from fedpft_flower.activity import inactive_rates
-from fedpft_flower.adapters import attach_adapter, get_adapter, load_adapter
+from fedpft_flower.adapters import attach_adapter, base_model, get_adapter, load_adapter
 from fedpft_flower.architectures import (
     AUTO_PROCESSORS,
     Architecture,
     architecture_of,
     ffns_of,
-    layers_of,
 )
 from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
 from fedpft_flower.server import Package
@@ -45,6 +44,8 @@ from fedpft_flower.wire import (
     METRICS,
     PACKAGE,
     Store,
+    arrays_of,
+    config_of,
     pack_rates,
     pack_tensors,
     package_from,
@@ -106,10 +107,10 @@ def hello(message: Message, context: Context) -> Message:
 @one_line_errors
 def install(message: Message, context: Context) -> Message:
     """Keep a sub-FM on disk: a whole one, or the changes of one that is there."""
-    request, store = message.content[CONFIG], Store()
-    wanted, base = str(request["sub-fm"]), str(request["base"])
-    received = unpack_tensors(message.content[ARRAYS], str(request["bit-cast"]))
-    text, installed = str(request[PACKAGE]), True
+    request, store = config_of(message), Store()
+    wanted, base = request["sub-fm"], request["base"]
+    received = unpack_tensors(arrays_of(message), request["bit-cast"])
+    text, installed = request[PACKAGE], True
     if base:
         held = store.get(base)
         installed = held is not None
@@ -127,19 +128,19 @@ def train(message: Message, context: Context) -> Message:
     A node that has lost its copy says so instead, and gets it again.
     """
     config = Config.from_run_config(context.run_config)
-    request = message.content[CONFIG]
-    wanted, current = str(request["sub-fm"]), int(request["server-round"])
+    request = config_of(message)
+    wanted, current = request["sub-fm"], request["server-round"]
     sub_fm = _load_sub_fm(wanted, config.lora, config.seed)
     if sub_fm is None:
         return _reply(message, {CONFIG: ConfigRecord({"missing": wanted})})
     key, index, count = _identity(context)
     rows = _rows(config, sub_fm, index, count)
-    load_adapter(sub_fm.model, unpack_tensors(message.content[ARRAYS]))
+    load_adapter(sub_fm.model, unpack_tensors(arrays_of(message)))
     metrics: dict[str, Any] = {}
     if request["measure-activity"]:
         metrics |= pack_rates(_measure(sub_fm, rows, config))
     seed = derive_seed(config.seed, "client", current, key)
-    report = train_adapter(sub_fm.model, rows, config.train, float(request["lr"]), seed)
+    report = train_adapter(sub_fm.model, rows, config.train, request["lr"], seed)
     metrics |= {
         "num-examples": report.examples,
         "train_loss": report.loss,  # the name that Flower's QFedAvg reads
@@ -209,8 +210,7 @@ def _rows(
 def _measure(
     sub_fm: SubFM, rows: TextRows | ImageRows, config: Config
 ) -> list[torch.Tensor]:
-    plan, base = sub_fm.package.plan, sub_fm.model.get_base_model()
-    assert len(layers_of(base)) == len(plan.layers)
+    plan, base = sub_fm.package.plan, base_model(sub_fm.model)
     ffns = [ffns_of(base)[plan.layers.index(layer)] for layer in plan.compressed]
     batches = shuffled_batches(rows, config.train.batch_size, seed=0)
     return inactive_rates(sub_fm.model, ffns, batches, sub_fm.package.activity_limits)

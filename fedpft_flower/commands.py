@@ -28,12 +28,12 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Run one experiment in simulation (`fedpft-run`), and exit 0 only if it ended well.
+    """Run one experiment in simulation (`fedpft-run`); exit 0 only if it ended well.
 
     It uses its own Flower home, SuperLink and port, so that nothing of other runs or
     checkouts gets in, and stops what it started.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         status = run_experiment(
             options.conf, options.set, options.nodes, options.app, options.verbose
@@ -66,8 +66,8 @@ def run_experiment(
     wanted = config.train.clients_per_round
     if wanted > nodes:
         raise FedPFTError(
-            f"train.clients-per-round = {wanted}, but there are {nodes} nodes; lower it "
-            "or raise --nodes"
+            f"train.clients-per-round = {wanted}, but there are {nodes} nodes; lower "
+            "it or raise --nodes"
         )
     with tempfile.TemporaryDirectory(prefix="fedpft-run-") as place:
         home = Path(place)
@@ -175,7 +175,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         _stop(process)
 
 
-def _wait_until_up(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+def _wait_until_up(process: "subprocess.Popen[Any]", port: int, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -187,7 +187,7 @@ def _wait_until_up(process: "subprocess.Popen[bytes]", port: int, log: Path) -> 
     raise FedPFTError(f"the SuperLink did not start: {' | '.join(tail)}")
 
 
-def _stop(process: "subprocess.Popen[bytes]") -> None:
+def _stop(process: "subprocess.Popen[Any]") -> None:
     """Stop a process and all of its session; the rest of Ray follows its parent."""
     for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
         try:

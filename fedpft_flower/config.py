@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 Scalar = bool | int | float | str
 
@@ -96,7 +96,7 @@ class LoraConfig:
     """Shape the LoRA adapter (r, lora_alpha, dropout of PEFT)."""
 
     r: int = 8
-    alpha: float = 48.0
+    alpha: int = 48
     dropout: float = 0.1
     # Comma-separated module names; "" takes the attention of the architecture row.
     targets: str = ""
@@ -189,7 +189,8 @@ class Config:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else "see conf/*.toml"
                 raise FedPFTError(f"unknown configuration key {key!r}; {hint}")
-        return _build(cls, "", run_config)
+        config: Config = _build(cls, "", run_config)
+        return config
 
     def flat(self) -> dict[str, Scalar]:
         """Return the flat keys and values that `from_run_config` reads."""
@@ -254,7 +255,7 @@ def _build(cls: type[Any], prefix: str, flat: Mapping[str, Any]) -> Any:
     for item in fields(cls):
         key, kind = prefix + _kebab(item.name), hints[item.name]
         if is_dataclass(kind):
-            values[item.name] = _build(kind, f"{key}.", flat)
+            values[item.name] = _build(cast(type[Any], kind), f"{key}.", flat)
         elif key in flat:
             values[item.name] = _typed(key, flat[key], kind)
     return cls(**values)

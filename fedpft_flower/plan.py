@@ -7,6 +7,7 @@ things: a score is a tensor, a choice is a `Plan`, a cut is a model.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Plan:
                 raise FedPFTError(
                     f"plan keeps layer {layer}; the FM has 0 to {len(self.widths) - 1}"
                 )
-            ascending = all(a < b for a, b in zip(neurons, neurons[1:], strict=False))
+            ascending = all(a < b for a, b in pairwise(neurons))
             if not neurons or not ascending or neurons[0] < 0:
                 raise FedPFTError(f"plan: layer {layer} needs ascending neurons")
             if neurons[-1] >= self.widths[layer]:

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from fedpft_flower.activity import activation_rms, inactive_rates
 from fedpft_flower.adapters import (
     Adapter,
     attach_adapter,
+    base_model,
     check_adapter,
     get_adapter,
     load_adapter,
@@ -250,7 +252,7 @@ class ProxyServer:
         return encode(rows, self._processor, self._modality, length)
 
     def _compressed(self) -> list[FFN]:
-        ffns = ffns_of(self.sub_fm.get_base_model())
+        ffns = ffns_of(base_model(self.sub_fm))
         return [ffns[self.plan.layers.index(layer)] for layer in self.plan.compressed]
 
     def _realigns_after(self, current: int) -> bool:
@@ -311,7 +313,7 @@ class ProxyServer:
         }
 
     def _measure_limits(self) -> None:
-        """Set the limits of activity from the public corpus, for the sub-FM as it is."""
+        """Set the limits of activity from the public corpus, for the current sub-FM."""
         if not (self.method.align_during and self.plan.compressed):
             return
         rms = activation_rms(self.sub_fm, self._compressed(), self._activity_batches())
@@ -336,10 +338,10 @@ def average_rates(
     rates: Sequence[Sequence[Tensor]], weights: Sequence[int]
 ) -> list[Tensor]:
     """Average the clients' inactive rates, layer by layer, weighted by examples."""
-    total = sum(weights)
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     return [
-        sum((w / total) * rate for w, rate in zip(weights, layer, strict=True))  # type: ignore[misc]
-        for layer in zip(*rates, strict=True)
+        torch.einsum("c,ck->k", shares, torch.stack(layer).double()).float()
+        for layer in zip(*[list(client) for client in rates], strict=True)
     ]
 
 

@@ -24,7 +24,8 @@ def build_sub_fm(fm: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Cut a sub-FM out of an FM, which is not touched and shares no storage with it."""
     skeleton = build_skeleton(fm.config, plan)
     load_weights(skeleton, _cut_weights(fm, plan))
-    return skeleton.eval()
+    skeleton.eval()
+    return skeleton
 
 
 def build_skeleton(fm_config: PreTrainedConfig, plan: Plan) -> PreTrainedModel:

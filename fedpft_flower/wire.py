@@ -14,7 +14,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,21 @@ RATES = "inactive-rates."  # prefix of activity statistics among the metrics
 # Tensors that Flower's records cannot hold travel as integers of the same size.
 _BIT_CAST = {torch.bfloat16: torch.int16}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _BIT_CAST}
+
+
+def arrays_of(message: Message) -> ArrayRecord:
+    """Return the array record of a message."""
+    return cast(ArrayRecord, message.content[ARRAYS])
+
+
+def config_of(message: Message) -> dict[str, Any]:
+    """Return the values of a message's config record; empty without one."""
+    return dict(message.content.config_records.get(CONFIG, {}))
+
+
+def metrics_of(message: Message) -> dict[str, Any]:
+    """Return the values of a message's metric record; empty without one."""
+    return dict(message.content.metric_records.get(METRICS, {}))
 
 
 # ------------------------------------------------------------------ tensors, packages
@@ -339,7 +354,7 @@ def message_bytes(message: Message) -> dict[str, int]:
     content = message.content
     arrays = "adapter"
     if message.metadata.message_type == INSTALL:
-        arrays = "delta" if content[CONFIG]["base"] else "install"
+        arrays = "delta" if config_of(message).get("base") else "install"
     for record in content.array_records.values():
         sizes[arrays] += record.count_bytes()
     for config in content.config_records.values():
@@ -355,7 +370,7 @@ def message_bytes(message: Message) -> dict[str, int]:
     return {kind: size for kind, size in sizes.items() if size}
 
 
-def split_rates(metrics: MetricRecord) -> tuple[MetricRecord, MetricRecord]:
+def split_rates(metrics: Mapping[str, Any]) -> tuple[MetricRecord, MetricRecord]:
     """Part activity statistics from the other metrics."""
     rates = {k: v for k, v in metrics.items() if k.startswith(RATES)}
     return MetricRecord(rates), MetricRecord(
@@ -368,7 +383,7 @@ def pack_rates(rates: Sequence[Tensor]) -> dict[str, list[float]]:
     return {f"{RATES}{i}": rate.double().tolist() for i, rate in enumerate(rates)}
 
 
-def unpack_rates(metrics: MetricRecord) -> list[Tensor]:
+def unpack_rates(metrics: Mapping[str, Any]) -> list[Tensor]:
     """Return the inactive rates among metrics, layer by layer."""
     names = sorted(metrics, key=lambda name: int(name.removeprefix(RATES)))
     return [torch.tensor(metrics[name], dtype=torch.float32) for name in names]

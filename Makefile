@@ -1,0 +1,42 @@
+# Everything a newcomer needs: make demo, make test.
+PYTHON ?= python3
+# Another package index for torch only, e.g. PyTorch's public CPU builds:
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo
+TORCH_INDEX ?=
+NODES ?= 20
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml
+	@echo "installing into .venv (once; PyTorch and Ray are large)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; use make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv
+	@if [ -n "$(TORCH_INDEX)" ]; then \
+		$(BIN)/pip install --quiet --index-url "$(TORCH_INDEX)" 'torch>=2.6,<2.14'; fi
+	@$(BIN)/pip install --quiet --editable '.[offline,dev]'
+	@touch $@
+	@echo "installed"
+
+demo: .venv/installed ## install, then run the embedded example end to end
+	@$(BIN)/fedpft-run conf/demo.toml --nodes $(NODES) $(SET)
+
+test: .venv/installed ## every test, offline; what is skipped is printed at the end
+	@$(BIN)/python -m pytest
+
+check: .venv/installed ## lint, format check, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/installed ## format and fix what can be fixed
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

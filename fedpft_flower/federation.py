@@ -1,0 +1,221 @@
+"""Know the nodes of a federation and bring the current sub-FM to them."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+from fedpft_flower.config import FedPFTError
+from fedpft_flower.server import ProxyServer
+from fedpft_flower.wire import (
+    ARRAYS,
+    CONFIG,
+    HELLO,
+    INSTALL,
+    PACKAGE,
+    CountingGrid,
+    config_of,
+    difference,
+    metrics_of,
+    pack_tensors,
+    package_hash,
+    package_json,
+    package_tensors,
+    source_hash,
+)
+
+NODE_WAIT_SECONDS = 60.0
+
+
+@dataclass
+class Node:
+    """Remember what a node said of itself, and which sub-FM it was given."""
+
+    key: str
+    # Which machine's disk it uses; virtual clients of one machine share it.
+    store: str
+    partitions: int
+    examples: int
+    installed: str = ""
+
+
+class Federation:
+    """Know the nodes and bring the current sub-FM to them."""
+
+    def __init__(self, grid: CountingGrid, timeout: float) -> None:
+        self.grid, self._timeout = grid, timeout
+        self.nodes: dict[int, Node] = {}
+        self._held: dict[str, set[str]] = {}  # store -> hashes of its sub-FMs
+        self._current = ""  # hash of the sub-FM to install
+        self._previous: tuple[str, dict[str, Tensor]] = ("", {})
+        self._tensors: dict[str, Tensor] = {}
+        self._text = ""
+
+    @property
+    def sub_fm(self) -> str:
+        """Return the hash of the current sub-FM."""
+        return self._current
+
+    def meet(self, wanted: int) -> None:
+        """Wait for nodes and let every new one introduce itself.
+
+        Args:
+            wanted: wait for so many nodes, at least one.
+
+        Raises:
+            FedPFTError: too few nodes came, or one refuses, or runs other code.
+        """
+        deadline = time.monotonic() + NODE_WAIT_SECONDS
+        while True:
+            online = list(self.grid.get_node_ids())
+            self._greet([node for node in online if node not in self.nodes])
+            self.nodes = {n: self.nodes[n] for n in online if n in self.nodes}
+            self._check(wanted)
+            if len(self.nodes) >= max(1, wanted):
+                return
+            if time.monotonic() > deadline:
+                raise FedPFTError(
+                    f"{len(self.nodes)} nodes are online after "
+                    f"{NODE_WAIT_SECONDS:.0f} s, {max(1, wanted)} are needed; start "
+                    "more SuperNodes or lower train.clients-per-round"
+                )
+            time.sleep(1.0)
+
+    def offer(self, server: ProxyServer) -> None:
+        """Make the server's sub-FM, as it is now, the one to install."""
+        package = server.package()
+        tensors, text = package_tensors(package), package_json(package)
+        content = package_hash(tensors, text)
+        if content != self._current:
+            self._previous = (self._current, self._tensors)
+            self._current, self._tensors, self._text = content, tensors, text
+
+    def install(self, nodes: Iterable[int]) -> None:
+        """Bring the current sub-FM to the nodes that lack it, once to each machine.
+
+        Raises:
+            FedPFTError: a node did not install it.
+        """
+        lacking = [n for n in nodes if self.nodes[n].installed != self._current]
+        machines: dict[str, int] = {}
+        for node in lacking:
+            store = self.nodes[node].store
+            if self._current not in self._held[store]:
+                machines.setdefault(store, node)
+        contents = {whole: self._content(whole) for whole in map(self._whole, lacking)}
+        sent = list(machines.values())
+        refused = self._send({n: contents[self._whole(n)] for n in sent})
+        if refused and self._send({n: self._content(True) for n in refused}):
+            raise FedPFTError(
+                f"{self.name(refused[0])} did not install the sub-FM; see its log"
+            )
+        for node in lacking:
+            if node not in sent:  # its machine holds it: counted, but not sent
+                message = self._message(node, contents[self._whole(node)])
+                self.grid.ledger.count("down", message, sent=False)
+            self._held[self.nodes[node].store].add(self._current)
+            self.nodes[node].installed = self._current
+
+    def forget(self, node: int) -> None:
+        """Note that a node has lost its copy of the current sub-FM."""
+        self.nodes[node].installed = ""
+        self._held[self.nodes[node].store].clear()
+
+    def name(self, node: int) -> str:
+        """Return how to call a node in messages."""
+        return self.nodes[node].key if node in self.nodes else f"node {node}"
+
+    def sender(self, reply: Message) -> str:
+        """Return how to call the node that a reply is about."""
+        return self.name(self.grid.node_of(reply))
+
+    def _whole(self, node: int) -> bool:
+        """Tell whether a node needs the whole sub-FM, or only what changed."""
+        return self._previous[0] not in self._held[self.nodes[node].store]
+
+    def _content(self, whole: bool) -> RecordDict:
+        base, old = ("", {}) if whole else self._previous
+        tensors = difference(old, self._tensors) if base else self._tensors
+        arrays, casts = pack_tensors(tensors)
+        request = ConfigRecord(
+            {
+                "sub-fm": self._current,
+                "base": base,
+                "bit-cast": casts,
+                PACKAGE: "" if base else self._text,
+            }
+        )
+        return RecordDict({ARRAYS: arrays, CONFIG: request})
+
+    def _message(self, node: int, content: RecordDict) -> Message:
+        return Message(content, dst_node_id=node, message_type=INSTALL)
+
+    def _send(self, contents: Mapping[int, RecordDict]) -> list[int]:
+        """Send installs and return the nodes that lack the base of a change."""
+        messages = [self._message(node, content) for node, content in contents.items()]
+        refused, waiting = [], set(contents)
+        for reply in self.grid.send_and_receive(messages, timeout=self._timeout):
+            node = self.grid.node_of(reply)
+            waiting.discard(node)
+            if reply.has_error():
+                reason = first_line(reply.error.reason)
+                raise FedPFTError(f"{self.name(node)}: {reason}")
+            if not config_of(reply)["installed"]:
+                refused.append(node)
+        if waiting:
+            raise FedPFTError(
+                f"{self.name(waiting.pop())} did not answer an install within "
+                f"timeout-seconds = {self._timeout:g}"
+            )
+        return refused
+
+    def _check(self, wanted: int) -> None:
+        keys: dict[str, int] = {}
+        for number, node in self.nodes.items():
+            if node.key in keys:
+                raise FedPFTError(
+                    f"nodes {keys[node.key]} and {number} are both {node.key}; give "
+                    "every node its own partition-id"
+                )
+            keys[node.key] = number
+            if wanted > node.partitions:
+                raise FedPFTError(
+                    f"train.clients-per-round = {wanted}, but there are "
+                    f"{node.partitions} nodes; lower it or add nodes"
+                )
+
+    def _greet(self, nodes: list[int]) -> None:
+        messages = [
+            Message(
+                RecordDict({CONFIG: ConfigRecord()}), dst_node_id=n, message_type=HELLO
+            )
+            for n in nodes
+        ]
+        mine = source_hash()
+        for reply in self.grid.send_and_receive(messages, timeout=self._timeout):
+            node = self.grid.node_of(reply)
+            if reply.has_error():
+                raise FedPFTError(f"node {node}: {first_line(reply.error.reason)}")
+            said, sizes = config_of(reply), metrics_of(reply)
+            if said["source"] != mine:
+                raise FedPFTError(
+                    f"{said['key']} runs other code ({said['source'][:12]}) than the "
+                    f"server ({mine[:12]}); upgrade it, or stop the local SuperLink"
+                )
+            self.nodes[node] = Node(
+                key=said["key"],
+                store=said["store"],
+                partitions=sizes["num-partitions"],
+                examples=sizes["num-examples"],
+            )
+            held = self._held.setdefault(said["store"], set())
+            held |= set(json.loads(said["held"]))
+
+
+def first_line(reason: str | None) -> str:
+    """Return what matters of an error's reason, which may be a whole traceback."""
+    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
+    return lines[-1] if lines else "unknown error"

@@ -1,0 +1,134 @@
+"""Shared fixtures: an own cache per session, tiny FMs on disk, an in-process grid."""
+
+import copy
+import itertools
+import os
+
+import pytest
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from tests.families import CONFIGS, tiny_model
+
+torch.set_num_threads(1)  # the same sums in the same order everywhere
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep the user's cache and run directories out of the tests."""
+    place = tmp_path_factory.mktemp("cache")
+    os.environ["FEDPFT_CACHE"] = str(place)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.pop("FEDPFT_OUT", None)
+    return place
+
+
+@pytest.fixture(scope="session")
+def vit_directory(tmp_path_factory):
+    """Write a tiny random ViT with its image processor, as a user's own FM."""
+    from transformers import AutoConfig, AutoImageProcessor  # noqa: F401
+    from transformers.models.vit import ViTImageProcessor
+
+    place = tmp_path_factory.mktemp("vit")
+    tiny_model("vit").save_pretrained(place)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def bert_directory(tmp_path_factory):
+    """Write a tiny random BERT with a word-level tokenizer, as a user's own FM."""
+    from transformers import BertTokenizerFast
+
+    place = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += [
+        "good",
+        "bad",
+        "film",
+        "very",
+        "not",
+        "a",
+        "the",
+        "and",
+        "red",
+        "blue",
+        "fast",
+        "slow",
+    ]
+    words += list("abcdefghijklmnopqrstuvwxyz")
+    words = list(dict.fromkeys(words))
+    assert len(words) <= CONFIGS["bert"]["vocab_size"]
+    (place / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(place / "vocab.txt")).save_pretrained(place)
+    tiny_model("bert").save_pretrained(place)
+    return place
+
+
+class LocalGrid(Grid):
+    """Run a ClientApp in this process for every message; nodes have random ids.
+
+    `faults` maps a node's place to a function (message, reply) -> reply or None (lost).
+    """
+
+    def __init__(self, app, count, run_config, order=1):
+        self._app, self._numbers, self._replies = app, itertools.count(), {}
+        self.faults, self._order, self.seen = {}, order, []
+        ids = torch.randperm(1000)[:count].tolist()
+        self.contexts = {
+            1000 + number: Context(
+                run_id=1,
+                node_id=1000 + number,
+                state=RecordDict(),
+                run_config=run_config,
+                node_config={"partition-id": i, "num-partitions": count},
+            )
+            for i, number in enumerate(ids)
+        }
+
+    run = property(lambda self: None)
+
+    def set_run(self, run):
+        pass
+
+    def create_message(self, *args, **kwargs):
+        raise NotImplementedError
+
+    def get_node_ids(self):
+        return list(self.contexts)
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            number = str(next(self._numbers))
+            message.metadata.__dict__["_message_id"] = number
+            ids.append(number)
+            self.seen.append(message)
+            context = self.contexts[message.metadata.dst_node_id]
+            try:
+                reply = self._app(copy.deepcopy(message), context)
+            except Exception as error:  # what Flower turns into error code 2
+                reply = Message(Error(2, repr(error)), reply_to=message)
+            fault = self.faults.get(context.node_config["partition-id"])
+            reply = fault(message, reply) if fault else reply
+            if reply is not None:
+                reply.metadata.__dict__["_reply_to_message_id"] = number
+                self._replies[number] = reply
+        return ids
+
+    def pull_messages(self, message_ids):
+        ready = [i for i in message_ids if i in self._replies]
+        return [self._replies.pop(i) for i in sorted(ready, key=int)[:: self._order]]
+
+    def send_and_receive(self, messages, *, timeout=None):
+        return self.pull_messages(self.push_messages(messages))
+
+
+@pytest.fixture
+def local_grid(monkeypatch):
+    """Return the class, usable outside a Flower runtime."""
+    for name in ("run_id", "node_id", "task_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    return LocalGrid

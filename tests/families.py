@@ -1,0 +1,53 @@
+"""One tiny random config per family: the conformance suite runs over all of them."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from fedpft_flower.architectures import AUTO_MODELS, architecture_of
+
+WIDTH, LAYERS, CLASSES, VOCABULARY = 24, 3, 4, 60
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "intermediate_size": WIDTH,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40},
+    "roberta": {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40},
+    "distilbert": {
+        "dim": 16,
+        "n_layers": LAYERS,
+        "n_heads": 2,
+        "hidden_dim": WIDTH,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 40,
+    },
+    "vit": {**_SIZES, "image_size": 8, "patch_size": 4},
+}
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """Build a random model whose biases are not zero, so that nothing cancels out."""
+    config = AutoConfig.for_model(family, num_labels=CLASSES, **CONFIGS[family])
+    torch.manual_seed(seed)
+    model = AUTO_MODELS[architecture_of(family).modality].from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_batch(family: str, seed: int = 0, rows: int = 5) -> dict[str, torch.Tensor]:
+    """Build a batch; texts have different lengths, so there is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    if architecture_of(family).modality == "image":
+        return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator)}
+    ids = torch.randint(5, VOCABULARY, (rows, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, 9 - row % 4 :] = 0
+    return {"input_ids": ids * mask + (1 - mask), "attention_mask": mask}

@@ -1,0 +1,111 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedpft_flower.alignment import (
+    Budget,
+    most_inactive,
+    product_loss,
+    state_loss,
+    weight_products,
+)
+from fedpft_flower.architectures import FFN
+
+
+def ffn(seed, dim=4, width=6, gates=1, blocks=1):
+    torch.manual_seed(seed)
+    up = tuple((nn.Linear(dim, blocks * width), blocks) for _ in range(gates))
+    return FFN(up, nn.Linear(width, dim), None)
+
+
+def test_state_loss_against_numpy_without_padding():
+    rng = np.random.default_rng(0)
+    teacher, student = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(2, 3, 5, 4))
+    mask = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    expected = []
+    for h_fm, h_sub in zip(teacher, student, strict=True):
+        pairs = [
+            (h_fm[b, t], h_sub[b, t]) for b in range(3) for t in range(5) if mask[b, t]
+        ]
+        error = np.mean([np.mean((x - y) ** 2) for x, y in pairs])
+        expected.append(error / np.mean([np.mean(x**2) for x, _ in pairs]))
+    found = state_loss(
+        [torch.tensor(h) for h in teacher],
+        [torch.tensor(h) for h in student],
+        torch.tensor(mask),
+    )
+    assert float(found) == pytest.approx(np.mean(expected))
+
+
+@pytest.mark.parametrize(("gates", "blocks"), [(1, 1), (2, 1), (1, 2)])
+def test_product_loss_against_numpy(gates, blocks):
+    teacher, student = (
+        ffn(0, gates=gates, blocks=blocks),
+        ffn(1, gates=gates, blocks=blocks),
+    )
+
+    def products(one):
+        down = one.down.weight.detach().numpy()
+        rows = [linear.weight.detach().numpy() for linear, _ in one.up]
+        parts = [part for matrix in rows for part in np.split(matrix, blocks)]
+        return [down @ part for part in parts]
+
+    expected = np.mean(
+        [
+            np.mean((p - q) ** 2) / np.mean(p**2)
+            for p, q in zip(products(teacher), products(student), strict=True)
+        ]
+    )
+    found = product_loss([weight_products(teacher)], [weight_products(student)])
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_product_loss_has_a_gradient_in_all_its_weights():
+    teacher, student = ffn(0), ffn(1)
+    loss = product_loss([weight_products(teacher)], [weight_products(student)])
+    loss.backward()
+    (up, _), *_ = student.up
+    assert bool(up.weight.grad.any())
+    assert bool(student.down.weight.grad.any())
+    # Against finite differences in one entry.
+    with torch.no_grad():
+        up.weight[0, 0] += 1e-3
+        higher = product_loss([weight_products(teacher)], [weight_products(student)])
+    slope = (higher - loss).item() / 1e-3
+    assert slope == pytest.approx(float(up.weight.grad[0, 0]), rel=0.05, abs=1e-4)
+
+
+def test_losses_are_zero_for_equal_models():
+    one, states = ffn(0), [torch.randn(2, 3, 4)]
+    assert state_loss(states, states, None) == 0
+    assert product_loss([weight_products(one)], [weight_products(one)]).item() == 0
+
+
+def test_most_inactive_takes_the_least_used_and_lower_positions_at_ties():
+    rates = [torch.tensor([0.1, 0.9, 0.5, 0.9]), torch.zeros(4)]
+    chosen = most_inactive(rates, 0.5)
+    assert [c.tolist() for c in chosen] == [[1, 3], [0, 1]]
+    assert [len(c) for c in most_inactive(rates, 0.01)] == [1, 1]
+    assert most_inactive(rates, 1.0)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_budget_ends_at_the_closest_limit():
+    budget = Budget(steps=10, tokens=100, seconds=50)
+    assert budget.used(1, 50, 5) == 0.5
+    assert budget.used(9, 10, 100) == 1.0
+    assert Budget(seconds=4).used(1000, 10**9, 1) == 0.25
+    assert math.isclose(Budget(tokens=10).used(0, 3, 0), 0.3)
+
+
+def test_fused_gate_places_its_rows_in_both_blocks():
+    one = ffn(0, blocks=2)
+    places = {
+        tuple(parameter.shape): (axis, indices.tolist())
+        for parameter, axis, indices in one.parameters_by_axis(torch.tensor([1, 4]))
+    }
+    assert places[(12, 4)] == (0, [1, 4, 7, 10])
+    assert places[(12,)] == (0, [1, 4, 7, 10])
+    assert places[(4, 6)] == (1, [1, 4])

@@ -1,0 +1,371 @@
+"""The conformance suite: what must hold for every family's row."""
+
+import copy
+
+import pytest
+import torch
+
+from fedpft_flower.activity import activation_rms, inactive_rates, watch
+from fedpft_flower.adapters import (
+    attach_adapter,
+    base_model,
+    export_adapter,
+    get_adapter,
+    load_adapter,
+)
+from fedpft_flower.alignment import (
+    Budget,
+    distil,
+    gradient_error,
+    layer_level,
+    neuron_level,
+)
+from fedpft_flower.architectures import ARCHITECTURES, AUTO_MODELS, ffns_of
+from fedpft_flower.config import FedPFTError, LoraConfig, SubFMConfig
+from fedpft_flower.plan import Plan, keep_all, keep_salient, norm_saliency, score
+from fedpft_flower.sub_fm import build_sub_fm, frozen_weights
+from tests.families import CLASSES, CONFIGS, WIDTH, tiny_batch, tiny_model
+
+families = pytest.mark.parametrize("family", sorted(CONFIGS))
+LORA = LoraConfig(r=2, alpha=8)
+
+
+def test_every_row_has_a_tiny_config():
+    assert set(CONFIGS) == set(ARCHITECTURES)
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def plans(model, **settings):
+    scores = score(ffns_of(model), "norm", seed=0)
+    return keep_salient(scores, SubFMConfig(**settings))
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def adapted(family, plan_settings=None, seed=0):
+    """Return FM and sub-FM with the same, non-trivial adapter."""
+    fm = tiny_model(family)
+    plan = plans(fm, **(plan_settings or {"keep_fraction": 0.5}))
+    sub = build_sub_fm(fm, plan)
+    head = ARCHITECTURES[family].head
+    fm = attach_adapter(fm, LORA, head, seed)
+    sub = attach_adapter(sub, LORA, head, seed)
+    generator = torch.Generator().manual_seed(seed)
+    moved = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in get_adapter(fm).items()
+    }
+    load_adapter(fm, moved)
+    load_adapter(sub, moved)
+    return fm.eval(), sub.eval(), plan
+
+
+@families
+def test_full_plan_is_bit_identical_and_shares_no_storage(family):
+    fm, batch = tiny_model(family), tiny_batch(family)
+    before = snapshot(fm)
+    sub = build_sub_fm(fm, keep_all(score(ffns_of(fm), "norm", 0), SubFMConfig()))
+    assert torch.equal(logits(fm, batch), logits(sub, batch))
+    with torch.no_grad():
+        for parameter in sub.parameters():
+            parameter.zero_()
+    assert same(before, snapshot(fm))
+
+
+@families
+def test_cut_keeps_exactly_the_planned_neurons(family):
+    fm = tiny_model(family)
+    plan = plans(fm, keep_neurons=7, whole_layers="0,-1")
+    assert plan.compressed == (1,)
+    sub = build_sub_fm(fm, plan)
+    for layer, (big, small) in enumerate(zip(ffns_of(fm), ffns_of(sub), strict=True)):
+        kept = list(plan.kept[layer])
+        assert small.width == len(kept)
+        assert torch.equal(small.down.weight, big.down.weight[:, kept])
+        assert torch.equal(small.down.bias, big.down.bias)
+        for (cut, blocks), (full, _) in zip(small.up, big.up, strict=True):
+            rows = [b * big.width + i for b in range(blocks) for i in kept]
+            assert torch.equal(cut.weight, full.weight[rows])
+            assert torch.equal(cut.bias, full.bias[rows])
+
+
+@families
+def test_cut_neurons_are_what_masking_their_activation_gives(family):
+    """Independent slow version: the FM with the cut neurons' activations set to 0."""
+    fm, batch = tiny_model(family), tiny_batch(family)
+    plan = plans(fm, keep_fraction=0.5)
+    sub = build_sub_fm(fm, plan)
+    handles = []
+    for layer, ffn in enumerate(ffns_of(fm)):
+        mask = torch.zeros(WIDTH)
+        mask[list(plan.kept[layer])] = 1.0
+        hook = lambda module, inputs, m=mask: (inputs[0] * m,)  # noqa: E731
+        handles.append(ffn.down.register_forward_pre_hook(hook))
+    expected = logits(fm, batch)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(logits(sub, batch), expected)
+
+
+@families
+def test_permuting_neurons_leaves_logits_unchanged(family):
+    fm, batch = tiny_model(family), tiny_batch(family)
+    expected = logits(fm, batch)
+    with torch.no_grad():
+        for ffn in ffns_of(fm):
+            order = torch.randperm(ffn.width)
+            for parameter, axis, _ in ffn.parameters_by_axis(order):
+                blocks = parameter.shape[axis] // ffn.width
+                places = torch.cat([order + b * ffn.width for b in range(blocks)])
+                parameter.copy_(parameter.index_select(axis, places))
+    torch.testing.assert_close(logits(fm, batch), expected)
+
+
+@families
+def test_saliency_sees_every_weight_of_its_neuron_only(family):
+    fm = tiny_model(family)
+    ffn, generator = ffns_of(fm)[1], torch.Generator()
+    before = norm_saliency(ffn, generator)
+    for parameter, axis, _ in ffn.parameters_by_axis(torch.tensor([3])):
+        if parameter.ndim < 2:
+            continue  # biases do not count in the paper's saliency
+        with torch.no_grad():
+            parameter.select(axis, 3).add_(1.0)
+        after = norm_saliency(ffn, generator)
+        changed = (after != before).nonzero().flatten().tolist()
+        assert changed == [3]
+        before = after
+
+
+@families
+def test_saliency_is_the_norm_of_row_and_column(family):
+    ffn = ffns_of(tiny_model(family))[0]
+    scores = norm_saliency(ffn, torch.Generator())
+    (up, _), *_ = ffn.up
+    for i in range(ffn.width):
+        joined = torch.cat([up.weight[i], ffn.down.weight[:, i]])
+        torch.testing.assert_close(scores[i], joined.norm())
+
+
+@families
+def test_uniform_width_opens_with_stock_transformers(family, tmp_path):
+    fm, batch = tiny_model(family), tiny_batch(family)
+    sub = build_sub_fm(fm, plans(fm, keep_neurons=10))
+    sub.save_pretrained(tmp_path)
+    row = ARCHITECTURES[family]
+    stock = AUTO_MODELS[row.modality].from_pretrained(tmp_path)
+    assert torch.equal(logits(stock.eval(), batch), logits(sub, batch))
+
+
+@families
+def test_dropped_layers_are_renumbered(family):
+    fm, batch = tiny_model(family), tiny_batch(family)
+    everything = keep_all(score(ffns_of(fm), "norm", 0), SubFMConfig())
+    kept = {layer: everything.kept[layer] for layer in (0, 2)}
+    sub = build_sub_fm(fm, Plan(everything.widths, kept))
+    assert [ffn.width for ffn in ffns_of(sub)] == [WIDTH, WIDTH]
+    assert torch.equal(ffns_of(sub)[1].down.weight, ffns_of(fm)[2].down.weight)
+    assert logits(sub, batch).shape == (5, CLASSES)
+
+
+@families
+def test_untrained_adapter_changes_nothing_trained_one_does(family):
+    fm, batch = tiny_model(family), tiny_batch(family)
+    expected = logits(fm, batch)
+    model = attach_adapter(fm, LORA, ARCHITECTURES[family].head, seed=0).eval()
+    assert torch.equal(logits(model, batch), expected)
+    trained = {name: tensor + 0.1 for name, tensor in get_adapter(model).items()}
+    load_adapter(model, trained)
+    assert not torch.allclose(logits(model, batch), expected)
+
+
+@families
+def test_adapters_have_the_same_names_and_shapes_on_both_sides(family):
+    fm, sub, _ = adapted(family)
+    left, right = get_adapter(fm), get_adapter(sub)
+    assert list(left) == list(right)
+    assert same(left, right)
+    attention = len(ARCHITECTURES[family].attention)
+    assert sum("lora_" in name for name in left) == 2 * attention * 3
+
+
+@families
+def test_adapter_that_does_not_fit_is_refused(family):
+    fm, _, _ = adapted(family)
+    adapter = get_adapter(fm)
+    name = next(iter(adapter))
+    for wrong in (
+        {k: v for k, v in adapter.items() if k != name},
+        {**adapter, "stranger": torch.zeros(1)},
+        {**adapter, name: torch.zeros(1)},
+        {**adapter, name: adapter[name].double()},
+        {**adapter, name: adapter[name] * float("nan")},
+    ):
+        with pytest.raises(FedPFTError, match="adapter"):
+            load_adapter(fm, wrong)
+    assert same(adapter, get_adapter(fm))
+
+
+@families
+def test_merged_is_unmerged(family):
+    fm, _, _ = adapted(family)
+    batch = tiny_batch(family)
+    expected = logits(fm, batch)
+    merged = copy.deepcopy(fm).merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch), expected, atol=1e-5, rtol=1e-4)
+
+
+@families
+def test_exported_adapter_opens_on_the_stock_fm(family, tmp_path):
+    from peft import PeftModel
+
+    fm, _, _ = adapted(family)
+    batch = tiny_batch(family)
+    export_adapter(fm, tmp_path)
+    stock = PeftModel.from_pretrained(tiny_model(family), str(tmp_path)).eval()
+    assert torch.equal(logits(stock, batch), logits(fm, batch))
+
+
+@families
+def test_thinned_sub_fm_trains_and_its_frozen_weights_stay(family):
+    fm = tiny_model(family)
+    sub = build_sub_fm(fm, plans(fm, keep_fraction=0.5))
+    frozen = frozen_weights(sub, ARCHITECTURES[family].head)
+    before = {name: tensor.clone() for name, tensor in frozen.items()}
+    model = attach_adapter(sub, LORA, ARCHITECTURES[family].head, seed=0)
+    start = get_adapter(model)
+    optimiser = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 0.01
+    )
+    batch = {**tiny_batch(family), "labels": torch.tensor([0, 1, 2, 3, 0])}
+    losses = []
+    for _ in range(15):
+        loss = model(**batch).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert same(before, frozen)
+    assert not same(start, get_adapter(model))
+
+
+def align(fm, sub, plan, trainable, family, steps=30, weight=0.01):
+    batches = iter(lambda: tiny_batch(family, rows=8), None)
+    seen = []
+    distil(fm, sub, plan, trainable, batches, Budget(steps), 0.01, weight, seen.append)
+    return seen
+
+
+def compressed(sub, plan):
+    ffns = ffns_of(base_model(sub))
+    return [ffns[plan.layers.index(layer)] for layer in plan.compressed]
+
+
+@families
+def test_layer_distillation_reduces_the_error_and_changes_only_ffns(family):
+    fm, sub, plan = adapted(family, {"keep_fraction": 0.5, "whole_layers": "0"})
+    teacher, before = snapshot(fm), snapshot(sub)
+    trainable = layer_level(compressed(sub, plan))
+    seen = align(fm, sub, plan, trainable, family)
+    assert seen[-1].loss < 0.9 * seen[0].loss
+    assert same(teacher, snapshot(fm))
+    after = snapshot(sub)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    allowed = {id(parameter) for parameter, _ in trainable}
+    names = {n for n, p in sub.named_parameters() if id(p) in allowed}
+    assert changed == names
+
+
+@families
+def test_post_ln_blocks_train_their_output_norm_and_pre_ln_blocks_none(family):
+    _, sub, plan = adapted(family)
+    names = {id(p): n for n, p in sub.named_parameters()}
+    norms = [
+        names[id(parameter)]
+        for parameter, _ in layer_level(compressed(sub, plan))
+        if "norm" in names[id(parameter)].lower()
+    ]
+    assert bool(norms) == (ARCHITECTURES[family].output_norm is not None)
+
+
+@families
+def test_neuron_distillation_changes_only_the_chosen_neurons(family):
+    fm, sub, plan = adapted(family)
+    ffns = compressed(sub, plan)
+    chosen = [torch.tensor([1, 4]), torch.tensor([0]), torch.tensor([2, 3, 11])]
+    before = snapshot(sub)
+    seen = align(fm, sub, plan, neuron_level(ffns, chosen), family)
+    assert seen[-1].loss < seen[0].loss
+    after = snapshot(sub)
+    names = {id(p): n for n, p in sub.named_parameters()}
+    expected = {name: tensor.clone() for name, tensor in before.items()}
+    for ffn, neurons in zip(ffns, chosen, strict=True):
+        for parameter, axis, places in ffn.parameters_by_axis(neurons):
+            name = names[id(parameter)]
+            moved = after[name].index_select(axis, places)
+            assert not torch.equal(moved, before[name].index_select(axis, places))
+            expected[name].index_copy_(axis, places, moved)
+    assert same(expected, after)  # bit for bit
+
+
+@families
+def test_gradient_error_is_zero_for_the_fm_itself_and_falls_by_alignment(family):
+    fm, sub, plan = adapted(family, {"keep_fraction": 0.25})
+    batches = [tiny_batch(family, seed=s) for s in range(3)]
+    itself = gradient_error(fm, fm, batches, seed=0)
+    assert itself.relative == 0.0
+    assert itself.cosine == pytest.approx(1.0)
+    before = gradient_error(fm, sub, batches, seed=0)
+    again = gradient_error(fm, sub, batches, seed=0)
+    assert before == again
+    align(fm, sub, plan, layer_level(compressed(sub, plan)), family, steps=100)
+    after = gradient_error(fm, sub, batches, seed=0)
+    assert 0 < after.relative < before.relative
+
+
+@families
+def test_activity_excludes_padding_and_agrees_with_a_count_by_hand(family):
+    model, batch = tiny_model(family), tiny_batch(family)
+    ffns = ffns_of(model)
+    seen = {}
+    watch(model, ffns, [batch], lambda place, values: seen.__setitem__(place, values))
+    if "attention_mask" in batch:
+        assert len(seen[0]) == int(batch["attention_mask"].sum())
+    rms = activation_rms(model, ffns, [batch])
+    torch.testing.assert_close(rms[1], seen[1].square().mean(dim=0).sqrt())
+    limits = [0.5 * r for r in rms]
+    rates = inactive_rates(model, ffns, [batch], limits)
+    by_hand = torch.tensor(
+        [
+            sum(abs(float(row[i])) <= float(limits[2][i]) for row in seen[2])
+            / len(seen[2])
+            for i in range(WIDTH)
+        ]
+    )
+    torch.testing.assert_close(rates[2], by_hand)
+    if "attention_mask" in batch:  # what stands at padding must not matter
+        noisy = dict(batch)
+        noisy["input_ids"] = torch.where(
+            batch["attention_mask"].bool(), batch["input_ids"], 7
+        )
+        again = inactive_rates(model, ffns, [noisy], limits)
+        torch.testing.assert_close(again[0], rates[0])
+
+
+def test_unknown_family_says_which_row_to_add():
+    from fedpft_flower.architectures import architecture_of
+
+    with pytest.raises(FedPFTError, match=r"xlnet.*supported.*add a row"):
+        architecture_of("xlnet")

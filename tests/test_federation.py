@@ -1,0 +1,346 @@
+"""Whole runs through the Flower strategy on an in-process grid, on tiny models."""
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+
+from client_app import app as client_app
+from fedpft_flower import client
+from fedpft_flower.activity import inactive_rates
+from fedpft_flower.adapters import base_model, get_adapter, load_adapter
+from fedpft_flower.app import serve
+from fedpft_flower.architectures import ffns_of
+from fedpft_flower.client import build_from_package
+from fedpft_flower.config import Config, FedPFTError, derive_seed
+from fedpft_flower.foundation import load_fm
+from fedpft_flower.methods import METHODS
+from fedpft_flower.server import ProxyServer, average_rates
+from fedpft_flower.tasks import (
+    encode,
+    load_partition,
+    load_public,
+    load_task,
+    shuffled_batches,
+    task_of,
+)
+from fedpft_flower.training import train_adapter
+from fedpft_flower.wire import Store, tensors_hash
+
+NODES = 5
+
+
+@pytest.fixture
+def settings(vit_directory, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))  # an empty store
+    return {
+        "method": "fedpft",
+        "rounds": 3,
+        "out-dir": str(tmp_path / "runs"),
+        "fm.name": str(vit_directory),
+        "data.task": "digits",
+        "data.max-train-rows": 200,
+        "partition.alpha": 5.0,
+        "train.clients-per-round": 3,
+        "train.local-steps": 3,
+        "sub-fm.keep-fraction": 0.5,
+        "align.steps": 6,
+        "align.every": 1,
+        "align.during-steps": 4,
+        "data.public-rows": 64,
+    }
+
+
+def run(local_grid, settings, faults=None, order=1, nodes=NODES):
+    grid = local_grid(client_app, nodes, settings, order)
+    grid.faults = faults or {}
+    context = Context(
+        run_id=7,
+        node_id=0,
+        state=RecordDict(),
+        run_config=settings,
+        node_config={},
+    )
+    serve(grid, context)
+    return grid, Config.from_run_config(settings)
+
+
+def results(settings):
+    from pathlib import Path
+
+    place = Path(settings["out-dir"]) / "7"
+    rounds = [json.loads(x) for x in (place / "metrics.jsonl").read_text().splitlines()]
+    manifest = json.loads((place / "manifest.json").read_text())
+    summary = json.loads((place / "summary.json").read_text())
+    return place, rounds, summary, manifest
+
+
+def reference_loop(settings, nodes=NODES):
+    """Federate by a plain loop over ProxyServer: no Flower, no wire."""
+    config = Config.from_run_config(settings)
+    task = load_task(config.data, config.seed)
+    row = task_of(config.data.task)
+    fm = load_fm(config.fm.name, task.labels, row.modality, config.seed)
+    public = load_public(config.data, config.seed)
+    server = ProxyServer(config, fm, task, public)
+    server.prepare()
+    keys = [f"partition-{i:06d}" for i in range(nodes)]
+    for current in range(1, config.rounds + 1):
+        package = server.package()
+        adapters, rates, weights = [], [], []
+        for key in server.sample(keys, current):
+            model = build_from_package(package, config.lora, config.seed)
+            load_adapter(model, server.adapter)
+            index = int(key.removeprefix("partition-"))
+            part = load_partition(
+                config.data, config.partition, index, nodes, config.seed
+            )
+            rows = encode(part, fm.processor, row.modality, config.data.max_length)
+            if server.wants_activity(current):
+                ffns = ffns_of(base_model(model))
+                thinned = [
+                    ffns[package.plan.layers.index(i)] for i in package.plan.compressed
+                ]
+                batches = shuffled_batches(rows, config.train.batch_size, 0)
+                rates.append(
+                    inactive_rates(model, thinned, batches, package.activity_limits)
+                )
+            seed = derive_seed(config.seed, "client", current, key)
+            train_adapter(model, rows, config.train, server.lr(current), seed)
+            adapters.append(get_adapter(model))
+            weights.append(len(part))
+        averaged = {
+            name: torch.from_numpy(
+                np.average([a[name].numpy() for a in adapters], axis=0, weights=weights)
+            ).float()
+            for name in server.adapter
+        }
+        server.end_round(
+            current, averaged, average_rates(rates, weights) if rates else None
+        )
+    return server
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_plain_loop_gives_the_same_adapter_as_flower(local_grid, settings, method):
+    settings["method"] = method
+    run(local_grid, settings)
+    server = reference_loop(settings)
+    place, rounds, _, manifest = results(settings)
+    from safetensors.torch import load_file
+
+    exported = load_file(place / "adapter" / "adapter_model.safetensors")
+    assert set(exported) == set(server.adapter)
+    for name, tensor in server.adapter.items():
+        torch.testing.assert_close(exported[name], tensor, atol=2e-6, rtol=1e-4)
+    last = server.evaluate("validation")
+    assert rounds[-1]["fm-accuracy"] == pytest.approx(last["fm-accuracy"])
+    assert manifest["plan"] == server.plan.to_json()
+    due = METHODS[method].align_during
+    assert [("alignment" in r) for r in rounds[1:]] == [due, due, False]
+
+
+def test_one_client_aggregates_to_the_identity(local_grid, settings):
+    settings |= {"method": "fedpft-n", "train.clients-per-round": 1, "rounds": 1}
+    sent = []
+
+    def keep(message, reply):
+        if message.metadata.message_type == "train":
+            sent.append(reply.content["arrays"])
+        return reply
+
+    run(local_grid, settings, dict.fromkeys(range(NODES), keep))
+    _, _, _, manifest = results(settings)
+    assert len(sent) == 1
+    from fedpft_flower.wire import unpack_tensors
+
+    assert tensors_hash(unpack_tensors(sent[0])) == manifest["adapter-sha256"]
+
+
+def test_order_of_arrival_and_node_ids_do_not_matter(local_grid, settings):
+    hashes = set()
+    for order in (1, -1):
+        run(local_grid, settings, order=order)
+        manifest = results(settings)[3]
+        hashes.add((manifest["adapter-sha256"], manifest["sub-fm-sha256"]))
+    assert len(hashes) == 1
+
+
+def test_train_messages_carry_one_array_record_and_install_comes_once(
+    local_grid, settings
+):
+    settings["align.every"] = 2
+    grid, _ = run(local_grid, settings)
+    installs = [m for m in grid.seen if m.metadata.message_type == "query.install"]
+    trains = [m for m in grid.seen if m.metadata.message_type == "train"]
+    # All nodes share this machine's store: one whole sub-FM, one change of it.
+    assert [bool(m.content["config"]["base"]) for m in installs] == [False, True]
+    assert len(trains) == 9
+    assert all(list(m.content.array_records) == ["arrays"] for m in trains)
+    _, rounds, _, manifest = results(settings)
+    assert len(Store().hashes()) >= 1
+    assert manifest["sub-fm-sha256"] in Store().hashes()
+    table = rounds[1]["bytes"]["down-install"]
+    assert table["logical"] == 3 * table["sent"] > 0
+    assert set(rounds[2]["bytes"]) >= {"down-adapter", "up-adapter", "up-statistics"}
+    # Half of the neurons changed: well below half of a whole install.
+    delta = rounds[3]["bytes"]["down-delta"]
+    assert 0 < delta["sent"] < 0.5 * table["sent"]
+
+
+def test_ledger_is_the_sum_of_record_payloads(local_grid, settings):
+    settings |= {"method": "fedpft-n", "rounds": 1}
+    grid, _ = run(local_grid, settings)
+    _, rounds, summary, _ = results(settings)
+    trains = [m for m in grid.seen if m.metadata.message_type == "train"]
+    arrays = sum(m.content["arrays"].count_bytes() for m in trains)
+    assert rounds[1]["bytes"]["down-adapter"]["logical"] == arrays
+    assert rounds[1]["bytes"]["up-adapter"]["logical"] == arrays
+    assert summary["bytes-down"] == sum(r["bytes-down"] for r in rounds)
+
+
+def test_a_node_that_lost_its_copy_gets_it_again(local_grid, settings):
+    settings["method"] = "fedpft-b"
+    import shutil
+
+    lost = []
+
+    def lose(message, reply):
+        if message.metadata.message_type == "train" and not lost:
+            lost.append(message.content["config"]["sub-fm"])
+            shutil.rmtree(Store().directory(lost[0]))
+            client._load_sub_fm_cached.cache_clear()
+        return reply
+
+    grid, _ = run(local_grid, settings, {0: lose, 1: lose, 2: lose, 3: lose, 4: lose})
+    installs = [m for m in grid.seen if m.metadata.message_type == "query.install"]
+    assert len(installs) == 2
+    _, rounds, summary, _ = results(settings)
+    assert summary["failures"] == 0
+    assert all(len(r["per-client"]) == 3 for r in rounds[1:])
+
+
+def broken(change):
+    def fault(message, reply):
+        if message.metadata.message_type != "train":
+            return reply
+        return change(message, reply)
+
+    return fault
+
+
+def with_arrays(change):
+    def replace(message, reply):
+        arrays = {k: v.numpy().copy() for k, v in reply.content["arrays"].items()}
+        from flwr.app import Array
+
+        changed = change(arrays)
+        reply.content["arrays"] = ArrayRecord({k: Array(v) for k, v in changed.items()})
+        return reply
+
+    return replace
+
+
+def poison(arrays):
+    next(iter(arrays.values())).flat[0] = np.nan
+    return arrays
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_arrays(poison), "not finite"),
+        (with_arrays(lambda a: dict(list(a.items())[1:])), "other names"),
+        (with_arrays(lambda a: dict(reversed(a.items()))), "other names or another"),
+        (with_arrays(lambda a: {k: v[:1] for k, v in a.items()}), "expected"),
+        (with_arrays(lambda a: {k: v.astype("f8") for k, v in a.items()}), "expected"),
+        (lambda m, r: Message(Error(2, "boom\nlast line"), reply_to=m), "last line"),
+    ],
+)
+def test_a_bad_reply_is_left_out_named_and_counted(local_grid, settings, change, said):
+    settings |= {"rounds": 1, "train.clients-per-round": NODES}
+    run(local_grid, settings, {1: broken(change)})
+    _, rounds, summary, _ = results(settings)
+    failures = rounds[1]["failures"]
+    assert list(failures) == ["partition-000001"]
+    assert said in failures["partition-000001"]
+    assert len(rounds[1]["per-client"]) == NODES - 1
+    assert summary["failures"] == 1
+
+
+def test_a_run_without_any_usable_reply_fails_in_one_line(local_grid, settings):
+    fault = broken(lambda m, r: Message(Error(2, "no memory"), reply_to=m))
+    with pytest.raises(FedPFTError, match="round 1: no client trained.*no memory"):
+        run(local_grid, settings, dict.fromkeys(range(NODES), fault))
+
+
+def test_stale_client_code_is_refused(local_grid, settings, monkeypatch):
+    monkeypatch.setattr(client, "source_hash", lambda: "f" * 64)
+    with pytest.raises(FedPFTError, match="runs other code"):
+        run(local_grid, settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "fedmagic"}, "method = 'fedmagic'; choose one of"),
+        ({"data.task": "juggling"}, "data.task = 'juggling'"),
+        ({"sub-fm.keep-neurons": 99}, "sub-fm.keep-neurons = 99"),
+        ({"sub-fm.saliency": "magic"}, "sub-fm.saliency"),
+        ({"lora.targets": "query_key"}, "no module 'query_key'"),
+        ({"train.clients-per-round": 9}, "clients-per-round = 9"),
+        ({"fm.name": "/no/such/place"}, "fm.name = '/no/such/place'"),
+        ({"data.task": "docstrings"}, "takes image inputs"),
+        ({"data.max-train-rows": 3}, "empty partition"),
+        ({"data.task": "image"}, "needs data.path"),
+    ],
+)
+def test_bad_input_ends_in_one_line_before_any_training(
+    local_grid, settings, change, said
+):
+    if change.get("data.task") == "docstrings":
+        change["data.public-rows"] = 10
+    with pytest.raises(FedPFTError) as caught:
+        run(local_grid, {**settings, **change})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
+    local_grid, settings, vit_directory
+):
+    from peft import PeftModel
+    from transformers import AutoModelForImageClassification
+
+    from fedpft_flower.training import evaluate
+
+    settings["align.activity"] = "public"
+    _, config = run(local_grid, settings)
+    place, rounds, summary, manifest = results(settings)
+    assert {p.name for p in place.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "summary.json",
+        "manifest.json",
+        "curves.png",
+        "adapter",
+    }
+    text = (place / "config.toml").read_text()
+    from fedpft_flower.config import flatten
+
+    assert Config.from_run_config(flatten(tomllib.loads(text))) == config
+    assert [r["round"] for r in rounds] == [0, 1, 2, 3]
+    assert "up-statistics" not in rounds[1]["bytes"]
+    assert set(manifest["splits"]) == {"train", "validation", "test"}
+    assert 0 < summary["share-withheld"] < 0.5
+    task = load_task(config.data, config.seed)
+    stock = AutoModelForImageClassification.from_pretrained(
+        vit_directory, num_labels=len(task.labels), ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(stock, str(place / "adapter"))
+    fm = load_fm(str(vit_directory), task.labels, "image", config.seed)
+    rows = encode(task.test, fm.processor, "image", 0)
+    assert evaluate(model, rows).accuracy == summary["test-after"]["fm-accuracy"]
