@@ -42,10 +42,8 @@ def test_state_loss_against_numpy_without_padding():
 
 @pytest.mark.parametrize(("gates", "blocks"), [(1, 1), (2, 1), (1, 2)])
 def test_product_loss_against_numpy(gates, blocks):
-    teacher, student = (
-        ffn(0, gates=gates, blocks=blocks),
-        ffn(1, gates=gates, blocks=blocks),
-    )
+    teacher = ffn(0, gates=gates, blocks=blocks)
+    student = ffn(1, gates=gates, blocks=blocks)
 
     def products(one):
         down = one.down.weight.detach().numpy()

@@ -273,7 +273,7 @@ def test_a_bad_reply_is_left_out_named_and_counted(local_grid, settings, change,
 
 def test_a_run_without_any_usable_reply_fails_in_one_line(local_grid, settings):
     fault = broken(lambda m, r: Message(Error(2, "no memory"), reply_to=m))
-    with pytest.raises(FedPFTError, match="round 1: no client trained.*no memory"):
+    with pytest.raises(FedPFTError, match=r"round 1: no client trained.*no memory"):
         run(local_grid, settings, dict.fromkeys(range(NODES), fault))
 
 
