@@ -137,17 +137,18 @@ class _Run:
 
 def _summary(run: _Run, before: Metrics, after: Metrics, ledger: Ledger) -> Metrics:
     rounds, strategy = run.directory.rounds, run.strategy
-    # One client that takes part in every round: one install, all adapters.
-    taken = sum(len(entry.get("clients", ())) for entry in rounds)
-    total = ledger.total("down") + ledger.total("up")
+    taken = max(1, sum(len(entry.get("clients", ())) for entry in rounds))
+    both = [ledger.total(way) for way in ("down", "up")]
+    install = ledger.of_kind("install")
     return {
         "method": run.config.method,
         "test-before": before,
         "test-after": after,
         "share-withheld": strategy.server.share_withheld,
-        "bytes-down": ledger.total("down"),
-        "bytes-up": ledger.total("up"),
-        "bytes-per-client-and-round": total / max(1, taken),
+        "bytes-down": both[0],
+        "bytes-up": both[1],
+        "bytes-install-per-client": strategy.federation.install_bytes,
+        "bytes-per-client-and-round": (sum(both) - install) / taken,
         "peak-memory-server": peak_memory(),
         "peak-memory-client": max(
             (entry.get("peak-memory-client", 0) for entry in rounds), default=0
@@ -193,6 +194,10 @@ def _show(summary: Metrics) -> None:
         ("FM accuracy after plug-in (test)", f"{after['fm-accuracy']:.3f}"),
         ("sub-FM accuracy after (test)", f"{after['sub-fm-accuracy']:.3f}"),
         ("FM weights never sent", f"{100 * summary['share-withheld']:.1f} %"),
+        (
+            "bytes per client, once (install)",
+            _size(summary["bytes-install-per-client"]),
+        ),
         ("bytes per client and round", _size(summary["bytes-per-client-and-round"])),
         ("peak memory, server", _size(summary["peak-memory-server"])),
         ("peak memory, client", _size(summary["peak-memory-client"])),

@@ -59,6 +59,12 @@ class Federation:
         """Return the hash of the current sub-FM."""
         return self._current
 
+    @property
+    def install_bytes(self) -> int:
+        """Return the size of a whole sub-FM as an install carries it, in bytes."""
+        arrays, _ = pack_tensors(self._tensors)
+        return arrays.count_bytes() + len(self._text)
+
     def meet(self, wanted: int) -> None:
         """Wait for nodes and let every new one introduce itself.
 

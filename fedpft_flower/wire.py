@@ -334,6 +334,10 @@ class Ledger:
             if way == direction and current in (None, of)
         )
 
+    def of_kind(self, wanted: str) -> int:
+        """Return all bytes of a kind in the whole run, both directions."""
+        return sum(s for (_, _, kind), s in self.logical.items() if kind == wanted)
+
     def table(self, current: int) -> dict[str, dict[str, int]]:
         """Return the bytes of a round as direction-kind -> logical, sent."""
         rows = sorted(key for key in self.logical if key[0] == current)
