@@ -89,6 +89,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     # Largest L2 norm of the gradient; 0 does not clip.
     clip_norm: float = 1.0
+    # Whether the frozen model's own dropout is on while its adapter trains; LoRA's
+    # dropout (`lora.dropout`) always is.
+    frozen_dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class LoraConfig:
     dropout: float = 0.1
     # Comma-separated module names; "" takes the attention of the architecture row.
     targets: str = ""
+    # More modules that train in full beside the head, comma-separated: "pooler".
+    modules_to_save: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fedpft_flower.adapters import (
     check_adapter,
     get_adapter,
     load_adapter,
+    more_modules,
 )
 from fedpft_flower.alignment import (
     Budget,
@@ -102,7 +103,8 @@ class ProxyServer:
                 due without a public corpus.
         """
         self.config, self.method = config, method_of(config.method)
-        self._head, self._processor = fm.head, fm.processor
+        self._processor = fm.processor
+        self._head = (*fm.head, *more_modules(fm.model, config.lora))
         self._modality = fm.architecture.modality
         self._model_config = fm.model.config.to_dict()
         scores = score(ffns_of(fm.model), config.sub_fm.saliency, config.seed)
@@ -112,11 +114,11 @@ class ProxyServer:
                 f"method = {config.method!r} aligns on a public corpus and there is "
                 "none; set data.public-path"
             )
-        self.fm_weights = frozen_weights(fm.model, fm.head)
+        self.fm_weights = frozen_weights(fm.model, self._head)
         sub_fm = build_sub_fm(fm.model, self.plan)
-        self._weights = frozen_weights(sub_fm, fm.head)
-        self.fm = attach_adapter(fm.model, config.lora, fm.head, config.seed)
-        self.sub_fm = attach_adapter(sub_fm, config.lora, fm.head, config.seed)
+        self._weights = frozen_weights(sub_fm, self._head)
+        self.fm = attach_adapter(fm.model, config.lora, self._head, config.seed)
+        self.sub_fm = attach_adapter(sub_fm, config.lora, self._head, config.seed)
         self.adapter: Adapter = get_adapter(self.fm)
         load_adapter(self.sub_fm, self.adapter)
         self._splits = {

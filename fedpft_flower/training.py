@@ -74,7 +74,7 @@ def train_adapter(
     began, losses = time.monotonic(), []
     # The process is shared by virtual clients: dropout must not depend on its past.
     torch.manual_seed(derive_seed(seed, "dropout"))
-    model.train()
+    _train_mode(model, config.frozen_dropout)
     for batch in _batches(rows, config, seed):
         loss = model(**batch).loss
         optimiser.zero_grad(set_to_none=True)
@@ -88,6 +88,14 @@ def train_adapter(
     if mean != mean or abs(mean) == float("inf"):
         raise FedPFTError(f"local loss is {mean}; lower train.lr = {config.lr}")
     return TrainReport(mean, len(rows), len(losses), time.monotonic() - began)
+
+
+def _train_mode(model: PeftModel, frozen_dropout: bool) -> None:
+    """Turn on LoRA's dropout, and the frozen model's own only where it is asked for."""
+    model.train(frozen_dropout)
+    for name, module in model.named_modules():
+        if name.endswith(".lora_dropout"):
+            module.train()
 
 
 def _batches(
