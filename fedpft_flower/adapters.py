@@ -52,25 +52,6 @@ def attach_adapter(
         return peft.get_peft_model(model, lora)
 
 
-def more_modules(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:
-    """Return the full names of the modules that `lora.modules-to-save` asks for.
-
-    Raises:
-        FedPFTError: the model has no such module.
-    """
-    found: list[str] = []
-    names = [name for name, _ in model.named_modules()]
-    for wanted in names_in(config.modules_to_save):
-        matches = [n for n in names if n == wanted or n.endswith(f".{wanted}")]
-        if not matches:
-            raise FedPFTError(
-                f"lora.modules-to-save: {model.config.model_type} has no module "
-                f"{wanted!r}; name one, such as 'pooler'"
-            )
-        found += matches
-    return tuple(found)
-
-
 def base_model(model: PeftModel) -> PreTrainedModel:
     """Return the transformer inside a model with an adapter."""
     return cast(PreTrainedModel, model.get_base_model())

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
 from fedpft_flower.client import peak_memory
-from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.config import Config, FedPFTError, names_in
 from fedpft_flower.federation import Federation
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import method_of
@@ -86,7 +86,8 @@ def _load(config: Config) -> tuple[TaskData, ProxyServer]:
     has_public = bool(config.data.public_path or row.public)
     public = load_public(config.data, config.seed) if aligns or has_public else None
     logger.info("loading FM %s", config.fm.name)
-    fm = load_fm(config.fm.name, task.labels, row.modality, config.seed)
+    head = names_in(config.lora.head)
+    fm = load_fm(config.fm.name, task.labels, row.modality, config.seed, head)
     return task, ProxyServer(config, fm, task, public)
 
 

@@ -103,8 +103,8 @@ class LoraConfig:
     dropout: float = 0.1
     # Comma-separated module names; "" takes the attention of the architecture row.
     targets: str = ""
-    # More modules that train in full beside the head, comma-separated: "pooler".
-    modules_to_save: str = ""
+    # Modules that train in full, comma-separated; "" takes the head of the row.
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class AlignConfig:
     """
 
     # Before the first round: layer-level distillation.
-    steps: int = 240
+    steps: int = 100
     tokens: int = 0
     seconds: float = 0.0
     lr: float = 0.001
@@ -154,7 +154,7 @@ class Config:
     """Hold everything a run depends on."""
 
     method: str = "fedpft"
-    rounds: int = 12
+    rounds: int = 10
     seed: int = 0
     # Where run directories go; relative paths start at the home directory.
     out_dir: str = "fedpft-runs"

