@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fedpft_flower.activity import Batch, real_tokens
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
-from fedpft_flower.config import derive_seed
+from fedpft_flower.config import FedPFTError, derive_seed
 from fedpft_flower.plan import Plan
 
 # A parameter that may change, and the mask of its entries that may (None: all).
@@ -196,6 +196,9 @@ def distil(
 
     Returns:
         The last step's progress.
+
+    Raises:
+        FedPFTError: the loss is not finite.
     """
     compressed = [plan.layers.index(layer) for layer in plan.compressed]
     teacher_layers = [layers_of(base_model(fm))[i] for i in plan.compressed]
@@ -229,6 +232,11 @@ def distil(
                 tokens + len(real_tokens(teacher[0], mask)),
             )
             seconds = time.monotonic() - began
+            if not bool(torch.isfinite(loss)):
+                raise FedPFTError(
+                    f"alignment loss is {loss.item()} at step {steps}; lower the "
+                    f"learning rate {lr:g} (align.lr, align.during-lr)"
+                )
             share = budget.used(steps, tokens, seconds)
             progress = Progress(share, steps, tokens, seconds, float(loss.detach()))
             report(progress)

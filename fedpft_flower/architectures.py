@@ -54,6 +54,8 @@ class Architecture:
     output_norm: str | None
     # The config field of the FFN width, or None where the config cannot say it.
     width_field: str | None
+    # Positions that no token can take (RoBERTa starts to count behind its padding).
+    reserved_positions: int = 0
 
 
 _BERT = Architecture(
@@ -76,7 +78,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     # The pooler is the first layer of BERT's head, as `classifier.dense` is of
     # RoBERTa's: left frozen, training is much slower (docs/results.md).
     "bert": replace(_BERT, head=("bert.pooler", "classifier")),
-    "roberta": _BERT,
+    "roberta": replace(_BERT, reserved_positions=2),
     "distilbert": Architecture(
         modality="text",
         layers="transformer.layer",

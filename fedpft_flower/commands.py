@@ -34,6 +34,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     checkouts gets in, and stops what it started.
     """
     options = _parser().parse_intermixed_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)  # end like Ctrl-C: stop what was started
     try:
         status = run_experiment(
             options.conf, options.set, options.nodes, options.app, options.verbose
@@ -129,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
         "--verbose", action="store_true", help="show Flower's and Ray's output too"
     )
     return parser
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 # ----------------------------------------------------------------- the Flower processes

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-import tempfile
+import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,12 +49,9 @@ class RunDirectory:
         self._rounds: list[Metrics] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write("config.toml", tomli_w.dumps(nest(config.flat())))
         except OSError as error:
-            raise FedPFTError(
-                f"out-dir = {config.out_dir!r}: cannot write {self.path} ({error}); "
-                "choose another directory"
-            ) from error
+            raise self._refused(error) from error
+        self._write("config.toml", tomli_w.dumps(nest(config.flat())))
 
     @property
     def rounds(self) -> list[Metrics]:
@@ -62,7 +59,7 @@ class RunDirectory:
         return list(self._rounds)
 
     def add_round(self, metrics: Metrics) -> None:
-        """Add one object to `metrics.jsonl` and redraw `curves.png`."""
+        """Add one object to `metrics.jsonl`."""
         self._rounds.append(metrics)
         lines = [json.dumps(entry, sort_keys=True) for entry in self._rounds]
         self._write("metrics.jsonl", "\n".join(lines) + "\n")
@@ -72,19 +69,32 @@ class RunDirectory:
         self._write("summary.json", _pretty(summary))
         self._write("manifest.json", _pretty(manifest))
         self._put("curves.png", lambda path: draw_curves(self._rounds, path))
-        export_adapter(server.fm, self.path / "adapter")
+        self._put("adapter", lambda path: export_adapter(server.fm, path))
 
     def _write(self, name: str, text: str) -> None:
         self._put(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _put(self, name: str, write: Callable[[Path], Any]) -> None:
-        handle, draft = tempfile.mkstemp(dir=self.path, suffix=Path(name).suffix)
-        os.close(handle)
+        draft = self.path / f".{Path(name).stem}.partial{Path(name).suffix}"
         try:
-            write(Path(draft))
-            Path(draft).replace(self.path / name)
+            write(draft)
+            draft.replace(self.path / name)
+        except OSError as error:
+            raise self._refused(error) from error
         finally:
-            Path(draft).unlink(missing_ok=True)
+            _remove(draft)
+
+    def _refused(self, error: OSError) -> FedPFTError:
+        return FedPFTError(
+            f"cannot write {self.path} ({error}); make room or choose another out-dir"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

@@ -106,6 +106,7 @@ class ProxyServer:
         self._head = fm.head
         self._modality = fm.architecture.modality
         self._model_config = fm.model.config.to_dict()
+        _check_length(config.data.max_length, fm)
         scores = score(ffns_of(fm.model), config.sub_fm.saliency, config.seed)
         self.plan = self.method.plan(scores, config.sub_fm)
         if self._aligns and public is None:
@@ -344,6 +345,17 @@ def average_rates(
         torch.einsum("c,ck->k", shares, torch.stack(layer).double()).float()
         for layer in zip(*[list(client) for client in rates], strict=True)
     ]
+
+
+def _check_length(length: int, fm: FoundationModel) -> None:
+    positions = getattr(fm.model.config, "max_position_embeddings", None)
+    if fm.architecture.modality != "text" or positions is None:
+        return
+    most = positions - fm.architecture.reserved_positions
+    if length > most:
+        raise FedPFTError(
+            f"data.max-length = {length}, but this FM takes {most} tokens; lower it"
+        )
 
 
 def _prefixed(name: str, result: Evaluation) -> Metrics:

@@ -14,7 +14,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Value,
+    load_dataset,
+)
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
 from torch import Tensor
 
@@ -107,9 +115,9 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
         split = _split(source, config.public_split, "data.public-split")
         kind = "image" if task.modality == "image" else "text"
         column = config.public_column or kind
-        public = _columns(split, {kind: column}, "data.public-column")
+        public = _cast(_columns(split, {kind: column}, "data.public-column"), kind)
         if kind == "text":
-            public = public.filter(lambda row: bool(row["text"].strip()))
+            public = public.filter(lambda row: bool((row["text"] or "").strip()))
     elif task.public is not None:
         public = task.public()
     else:
@@ -224,30 +232,25 @@ def _load_own(
             "hub name"
         )
     source = _read(config.path, "data.path")
+    columns = {**inputs, "label": config.label_column}
     train = _split(source, config.train_split, "data.train-split")
-    label = config.label_column
-    names = _label_names(train, config)
-    parts: dict[str, Dataset] = {}
+    parts = {"train": _typed(_columns(train, columns, key), config.train_split)}
+    names = _label_names(parts["train"], config)
     notes = {"train": config.train_split}
     for role, split in (
         ("test", config.test_split),
         ("validation", config.validation_split),
     ):
-        if split in source and _has_labels(source[split], label):
-            parts[role], notes[role] = source[split], split
+        if split in source and _has_labels(source[split], config.label_column):
+            parts[role] = _typed(_columns(source[split], columns, key), split)
+            notes[role] = split
     if "test" not in parts and "validation" in parts:
         parts["test"], notes["test"] = parts.pop("validation"), notes.pop("validation")
-    parts["train"] = train
     for role in ("test", "validation"):
         if role not in parts:
             parts["train"], parts[role] = _hold_out(parts["train"], seed, role)
             notes[role] = f"{HELD_OUT:.0%} of {config.train_split}, seeded"
-    ready = {
-        role: _labelled(
-            _columns(part, inputs | {"label": label}, key), names, notes[role]
-        )
-        for role, part in parts.items()
-    }
+    ready = {r: _labelled(part, names, notes[r]) for r, part in parts.items()}
     return TaskData(**ready, labels=names, notes=notes)
 
 
@@ -306,20 +309,13 @@ def _columns(part: Dataset, wanted: dict[str, str], key: str) -> Dataset:
 
 
 def _label_names(train: Dataset, config: DataConfig) -> tuple[str, ...]:
-    column = config.label_column
-    if column not in train.column_names:
-        raise FedPFTError(
-            f"data.label-column: no column {column!r}; this data has "
-            f"{', '.join(train.column_names)}"
-        )
-    feature = train.features[column]
+    feature = train.features["label"]
     if config.labels:
         names = names_in(config.labels)
     elif isinstance(feature, ClassLabel):
         names = tuple(feature.names)
     else:
-        values = set(train.unique(column))
-        names = tuple(str(v) for v in sorted(values, key=lambda v: (str(type(v)), v)))
+        names = tuple(str(value) for value in sorted(train.unique("label")))
     if len(set(names)) < max(2, len(names)):
         raise FedPFTError(f"data.labels: {names} needs two or more different labels")
     return names
@@ -328,6 +324,29 @@ def _label_names(train: Dataset, config: DataConfig) -> tuple[str, ...]:
 def _has_labels(part: Dataset, column: str) -> bool:
     """Tell a labelled split from one whose labels are withheld (all -1 or null)."""
     return column in part.column_names and bool(set(part.unique(column)) - {-1, None})
+
+
+def _typed(part: Dataset, split: str) -> Dataset:
+    """Give inputs the type that encoding needs, and refuse missing values."""
+    for column in part.column_names:
+        missing = part.data.column(column).is_null().to_numpy().nonzero()[0]
+        if len(missing):
+            raise FedPFTError(
+                f"row {missing[0]} of {split} has no {column} ({len(missing)} such "
+                "rows); fill it or leave it out"
+            )
+        part = _cast(part, column)
+    return part
+
+
+_INPUTS = {"text": Value("string"), "text_pair": Value("string"), "image": Image()}
+
+
+def _cast(part: Dataset, column: str) -> Dataset:
+    wanted = _INPUTS.get(column)
+    if wanted is None or part.features[column] == wanted:
+        return part
+    return part.cast_column(column, wanted)
 
 
 def _labelled(part: Dataset, names: tuple[str, ...], split: str) -> Dataset:
@@ -390,7 +409,7 @@ def _partitioner(
         partition_by="label",
         alpha=partition.alpha,
         # Small enough that a draw meets it even with strong skew; never empty.
-        min_partition_size=max(1, min(10, len(train) // (4 * count))),
+        min_partition_size=max(1, min(10, len(train) // (10 * count))),
         self_balancing=False,
         seed=rows,
     )
@@ -471,7 +490,10 @@ class ImageRows:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return `pixel_values` [B, channels, height, width] and `labels` [B]."""
-        images = [image.convert("RGB") for image in self._rows[list(indices)]["image"]]
+        try:
+            images = [i.convert("RGB") for i in self._rows[list(indices)]["image"]]
+        except OSError as error:  # PIL: not an image, or a cut file
+            raise FedPFTError(f"an image cannot be decoded: {error}") from error
         batch: Batch = dict(self._processor(images, return_tensors="pt"))
         if self._labels is not None:
             batch["labels"] = self._labels[list(indices)]

@@ -162,6 +162,42 @@ def test_bad_data_is_refused_in_one_line(tmp_path, settings, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["good,1", ",0"], "row 1 of train has no text"),
+        (["good,1", "bad,"], "row 1 of train has no label"),
+        (["good,1", "bad,1"], "two or more"),
+        (["good,0", "bad,1"], "too few to hold out"),
+    ],
+)
+def test_gaps_and_too_little_data_are_refused(tmp_path, rows, said):
+    path = write_csv(tmp_path / "a.csv", rows)
+    with pytest.raises(FedPFTError, match=said):
+        load_task(DataConfig(task="text", path=path), 0)
+
+
+def test_numbers_may_be_texts_and_labels(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [f"{i},{i % 12}" for i in range(60)])
+    task = load_task(DataConfig(task="text", path=path), 0)
+    assert task.labels == tuple(str(i) for i in range(12))  # in numeric order
+    assert [int(text) % 12 for text in task.train["text"]] == task.train["label"][:]
+
+
+def test_an_image_that_cannot_be_decoded_is_refused(tmp_path, vit_directory):
+    from transformers import AutoImageProcessor
+
+    paths = [tmp_path / f"{i}.png" for i in range(40)]
+    for path in paths:
+        path.write_bytes(b"not an image")
+    rows = [f"{path},{i % 2}" for i, path in enumerate(paths)]
+    csv = write_csv(tmp_path / "a.csv", rows, header="image,label")
+    task = load_task(DataConfig(task="image", path=csv), 0)
+    processor = AutoImageProcessor.from_pretrained(vit_directory)
+    with pytest.raises(FedPFTError, match="cannot be decoded"):
+        encode(task.train, processor, "image", 0).batch([0])
+
+
 def test_unreadable_file_and_unknown_type_are_refused(tmp_path):
     broken = tmp_path / "a.parquet"
     broken.write_text("not parquet")
