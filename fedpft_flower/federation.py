@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
@@ -111,17 +112,20 @@ class Federation:
             store = self.nodes[node].store
             if self._current not in self._held[store]:
                 machines.setdefault(store, node)
-        contents = {whole: self._content(whole) for whole in map(self._whole, lacking)}
-        sent = list(machines.values())
-        refused = self._send({n: contents[self._whole(n)] for n in sent})
-        if refused and self._send({n: self._content(True) for n in refused}):
+        content = cache(self._content)  # built at most once whole, once as a change
+        base = self._previous[0]
+        refused = self._send(
+            {n: content(base not in self._held[s]) for s, n in machines.items()}
+        )
+        if refused and self._send({n: content(True) for n in refused}):
             raise FedPFTError(
                 f"{self.name(refused[0])} did not install the sub-FM; see its log"
             )
         for node in lacking:
-            if node not in sent:  # its machine holds it: counted, but not sent
-                message = self._message(node, contents[self._whole(node)])
-                self.grid.ledger.count("down", message, sent=False)
+            # What a node of its own would have received, whether sent or not.
+            whole = not base or self.nodes[node].installed != base
+            message = self._message(node, content(whole))
+            self.grid.ledger.count("down", message, sent=False)
             self._held[self.nodes[node].store].add(self._current)
             self.nodes[node].installed = self._current
 
@@ -137,10 +141,6 @@ class Federation:
     def sender(self, reply: Message) -> str:
         """Return how to call the node that a reply is about."""
         return self.name(self.grid.node_of(reply))
-
-    def _whole(self, node: int) -> bool:
-        """Tell whether a node needs the whole sub-FM, or only what changed."""
-        return self._previous[0] not in self._held[self.nodes[node].store]
 
     def _content(self, whole: bool) -> RecordDict:
         base, old = ("", {}) if whole else self._previous

@@ -320,10 +320,12 @@ class Ledger:
         self.logical: dict[tuple[int, str, str], int] = defaultdict(int)
         self.sent: dict[tuple[int, str, str], int] = defaultdict(int)
 
-    def count(self, direction: str, message: Message, sent: bool = True) -> None:
+    def count(
+        self, direction: str, message: Message, logical: bool = True, sent: bool = True
+    ) -> None:
         """Count one message; `direction` is "down" (to clients) or "up"."""
         for kind, size in message_bytes(message).items():
-            self.logical[self.round, direction, kind] += size
+            self.logical[self.round, direction, kind] += size if logical else 0
             self.sent[self.round, direction, kind] += size if sent else 0
 
     def total(self, direction: str, current: int | None = None) -> int:
@@ -437,7 +439,9 @@ class CountingGrid(Grid):
         ids = list(self._grid.push_messages(batch))
         for message in batch:
             self._recipient[message.metadata.message_id] = message.metadata.dst_node_id
-            self.ledger.count("down", message)
+            # Installs go to machines, but count for each node: `Federation` does that.
+            own = message.metadata.message_type != INSTALL
+            self.ledger.count("down", message, logical=own)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
