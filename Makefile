@@ -13,13 +13,13 @@ help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 .venv/installed: pyproject.toml
-	@echo "installing into .venv (once; PyTorch and Ray are large)"
+	@echo "installing into .venv (once; PyTorch and Ray are large, this takes minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11; use make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -m venv .venv
 	@if [ -n "$(TORCH_INDEX)" ]; then \
-		$(BIN)/pip install --quiet --index-url "$(TORCH_INDEX)" 'torch>=2.6,<2.14'; fi
-	@$(BIN)/pip install --quiet --editable '.[offline,dev]'
+		$(BIN)/pip install --progress-bar off --index-url "$(TORCH_INDEX)" 'torch>=2.6,<2.14'; fi
+	@$(BIN)/pip install --progress-bar off --editable '.[offline,dev]'
 	@touch $@
 	@echo "installed"
 

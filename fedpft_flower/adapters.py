@@ -12,10 +12,11 @@ from typing import cast
 import peft
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedpft_flower.architectures import architecture_of
+from fedpft_flower.architectures import architecture_of, layer_prefix
 from fedpft_flower.config import FedPFTError, LoraConfig, derive_seed, names_in
 
 Adapter = dict[str, Tensor]
@@ -33,13 +34,7 @@ def attach_adapter(
     """
     row = architecture_of(model.config.model_type)
     targets = list(names_in(config.targets) or row.attention)
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise FedPFTError(
-                f"lora.targets: {model.config.model_type} has no module {target!r}; "
-                f"the attention modules are {', '.join(row.attention)}"
-            )
+    _check_targets(model, targets)
     lora = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
@@ -49,7 +44,49 @@ def attach_adapter(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
-        return peft.get_peft_model(model, lora)
+        try:
+            adapted = peft.get_peft_model(model, lora)
+        except (TypeError, ValueError) as error:  # a module that cannot be adapted
+            reason = str(error).splitlines()[0]
+            raise FedPFTError(
+                f"lora.targets or lora.head cannot be adapted ({reason}); name linear "
+                "modules of the attention, and modules of the head"
+            ) from error
+    _check_head(adapted, head)
+    return adapted
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    row, prefix = architecture_of(model.config.model_type), layer_prefix(model)
+    names = [name for name, _ in model.named_modules()]
+    ffn = {*(path for path, _ in row.up), row.down}
+    for target in targets:
+        matches = [n for n in names if n == target or n.endswith(f".{target}")]
+        if not matches:
+            raise FedPFTError(
+                f"lora.targets: {model.config.model_type} has no module {target!r}; "
+                f"the attention modules are {', '.join(row.attention)}"
+            )
+        inside = [n.removeprefix(prefix).partition(".")[2] for n in matches]
+        if ffn & set(inside):
+            raise FedPFTError(
+                f"lora.targets: {target!r} is in the FFN, whose neurons the sub-FM "
+                f"lacks; the attention modules are {', '.join(row.attention)}"
+            )
+
+
+def _check_head(model: PeftModel, head: tuple[str, ...]) -> None:
+    """Check that PEFT, which compares the ends of names, took the head and no more."""
+    taken = {
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    if taken != set(head):
+        raise FedPFTError(
+            f"lora.head: {sorted(head)} cannot be told from {sorted(taken)}; name all "
+            "of them, or none"
+        )
 
 
 def base_model(model: PeftModel) -> PreTrainedModel:

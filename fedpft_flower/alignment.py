@@ -303,11 +303,10 @@ def gradient_error(
         Relative L2 error and cosine, mean and sample standard deviation over batches.
     """
     relative, cosine = [], []
-    generator = torch.Generator().manual_seed(derive_seed(seed, "cotangent"))
-    for batch in batches:
-        target = _adapter_gradients(fm, batch, generator.get_state())
-        found = _adapter_gradients(sub_fm, batch, generator.get_state())
-        torch.randn(1, generator=generator)  # other cotangents for the next batch
+    for i, batch in enumerate(batches):
+        cotangent_seed = derive_seed(seed, "cotangent", i)
+        target = _adapter_gradients(fm, batch, cotangent_seed)
+        found = _adapter_gradients(sub_fm, batch, cotangent_seed)
         names = [name for name, gradient in target.items() if bool(gradient.any())]
         g_fm = torch.cat([target[name].flatten() for name in names])
         g_sub = torch.cat([found[name].flatten() for name in names])
@@ -317,13 +316,12 @@ def gradient_error(
 
 
 def _adapter_gradients(
-    model: PeftModel, batch: Batch, state: Tensor
+    model: PeftModel, batch: Batch, seed: int
 ) -> Mapping[str, Tensor]:
     model.eval()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     logits = model(**batch).logits
-    generator = torch.Generator()
-    generator.set_state(state)
+    generator = torch.Generator().manual_seed(seed)
     cotangent = torch.randn(logits.shape, generator=generator).to(logits.device)
     cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True)
     gradients = torch.autograd.grad((logits * cotangent).sum(), list(trained.values()))

@@ -8,11 +8,12 @@ import time
 import datasets
 import torch
 import transformers
+from datasets import Dataset
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
 from fedpft_flower.client import peak_memory
-from fedpft_flower.config import Config, FedPFTError, names_in
+from fedpft_flower.config import MARK, Config, FedPFTError, names_in
 from fedpft_flower.federation import Federation
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import method_of
@@ -23,9 +24,6 @@ from fedpft_flower.tasks import TaskData, content_hash, load_public, load_task, 
 from fedpft_flower.wire import CountingGrid, Ledger, pack_tensors, tensors_hash
 
 logger = logging.getLogger(__name__)
-
-# Lines for people start with this; `fedpft-run` shows only these.
-MARK = "[fedpft]"
 
 
 def serve(grid: Grid, context: Context) -> None:
@@ -50,7 +48,7 @@ def _serve(grid: Grid, context: Context) -> None:
     directory = RunDirectory(config, context.run_id)
     logger.info("run directory: %s", directory.path)
     counting = CountingGrid(grid, Ledger())
-    task, server = _load(config)
+    task, public, server = _load(config)
     federation = Federation(counting, config.timeout_seconds)
     federation.meet(config.train.clients_per_round)
     server.sample([node.key for node in federation.nodes.values()], 1)
@@ -73,12 +71,19 @@ def _serve(grid: Grid, context: Context) -> None:
     )
     after = server.evaluate("test")
     summary = _summary(run, before, after, counting.ledger)
-    directory.finish(server, summary, _manifest(config, task, server, federation))
+    splits = {
+        "train": task.train,
+        "validation": task.validation,
+        "test": task.test,
+        **({"public": public} if public is not None else {}),
+    }
+    manifest = _manifest(config, task, splits, server, federation)
+    directory.finish(server, summary, manifest)
     _show(summary)
     logger.info("results: %s", directory.path)
 
 
-def _load(config: Config) -> tuple[TaskData, ProxyServer]:
+def _load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
     logger.info("loading task %s", config.data.task)
     task = load_task(config.data, config.seed)
     row, method = task_of(config.data.task), method_of(config.method)
@@ -88,7 +93,7 @@ def _load(config: Config) -> tuple[TaskData, ProxyServer]:
     logger.info("loading FM %s", config.fm.name)
     head = names_in(config.lora.head)
     fm = load_fm(config.fm.name, task.labels, row.modality, config.seed, head)
-    return task, ProxyServer(config, fm, task, public)
+    return task, public, ProxyServer(config, fm, task, public)
 
 
 class _Run:
@@ -160,9 +165,12 @@ def _summary(run: _Run, before: Metrics, after: Metrics, ledger: Ledger) -> Metr
 
 
 def _manifest(
-    config: Config, task: TaskData, server: ProxyServer, federation: Federation
+    config: Config,
+    task: TaskData,
+    splits: dict[str, Dataset],
+    server: ProxyServer,
+    federation: Federation,
 ) -> Metrics:
-    splits = {"train": task.train, "validation": task.validation, "test": task.test}
     return {
         "versions": versions(),
         "machine": {
@@ -218,7 +226,7 @@ def _speak() -> None:
     package = logging.getLogger(__package__)
     if not package.handlers:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter(f"{MARK} %(message)s"))
+        handler.setFormatter(logging.Formatter(f"{MARK}%(message)s"))
         package.addHandler(handler)
         package.propagate = False
     package.setLevel(logging.INFO)

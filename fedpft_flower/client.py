@@ -31,8 +31,8 @@ from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
 from fedpft_flower.server import Package
 from fedpft_flower.sub_fm import build_skeleton, load_weights
 from fedpft_flower.tasks import (
-    ImageRows,
-    TextRows,
+    Rows,
+    check_images,
     encode,
     load_partition,
     shuffled_batches,
@@ -44,12 +44,12 @@ from fedpft_flower.wire import (
     METRICS,
     PACKAGE,
     Store,
+    apply_delta,
     arrays_of,
     config_of,
     pack_rates,
     pack_tensors,
     package_from,
-    patched,
     source_hash,
     unpack_tensors,
 )
@@ -91,6 +91,7 @@ def hello(message: Message, context: Context) -> Message:
     config = Config.from_run_config(context.run_config)
     key, index, count = _identity(context)
     rows = load_partition(config.data, config.partition, index, count, config.seed)
+    check_images(rows)
     store = Store()
     introduction = ConfigRecord(
         {
@@ -115,7 +116,7 @@ def install(message: Message, context: Context) -> Message:
         held = store.get(base)
         installed = held is not None
         if held is not None:
-            received, text = patched(held[0], received), held[1]
+            received, text = apply_delta(held[0], received), held[1]
     if installed:
         store.put(wanted, received, text)
     return _reply(message, {CONFIG: ConfigRecord({"installed": installed})})
@@ -177,12 +178,16 @@ def build_from_package(package: Package, lora: LoraConfig, seed: int) -> PeftMod
     return attach_adapter(skeleton, lora, package.head, seed)
 
 
+class _MissingError(Exception):
+    """Say that the store has no sound copy; unlike None, it is not cached."""
+
+
 @functools.lru_cache(maxsize=1)
 def _load_sub_fm_cached(content: str, lora: LoraConfig, seed: int) -> SubFM:
     store = Store()
     held = store.get(content)
     if held is None:
-        raise LookupError(content)
+        raise _MissingError(content)
     package = package_from(held[1], held[0])
     architecture = architecture_of(str(package.model_config["model_type"]))
     processor = AUTO_PROCESSORS[architecture.modality].from_pretrained(
@@ -195,21 +200,17 @@ def _load_sub_fm_cached(content: str, lora: LoraConfig, seed: int) -> SubFM:
 def _load_sub_fm(content: str, lora: LoraConfig, seed: int) -> SubFM | None:
     try:
         return _load_sub_fm_cached(content, lora, seed)
-    except LookupError:
+    except _MissingError:
         return None
 
 
-def _rows(
-    config: Config, sub_fm: SubFM, index: int, count: int
-) -> TextRows | ImageRows:
+def _rows(config: Config, sub_fm: SubFM, index: int, count: int) -> Rows:
     part = load_partition(config.data, config.partition, index, count, config.seed)
     modality = sub_fm.architecture.modality
     return encode(part, sub_fm.processor, modality, config.data.max_length)
 
 
-def _measure(
-    sub_fm: SubFM, rows: TextRows | ImageRows, config: Config
-) -> list[torch.Tensor]:
+def _measure(sub_fm: SubFM, rows: Rows, config: Config) -> list[torch.Tensor]:
     plan, base = sub_fm.package.plan, base_model(sub_fm.model)
     ffns = [ffns_of(base)[plan.layers.index(layer)] for layer in plan.compressed]
     batches = shuffled_batches(rows, config.train.batch_size, seed=0)

@@ -20,9 +20,15 @@ from urllib.request import urlopen
 
 import tomli_w
 
-from fedpft_flower.config import Config, FedPFTError, flatten, nest
+from fedpft_flower.config import (
+    MARK,
+    Config,
+    FedPFTError,
+    flat_defaults,
+    flatten,
+    nest,
+)
 
-MARK = "[fedpft] "
 START_SECONDS = 60.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -34,7 +40,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     checkouts gets in, and stops what it started.
     """
     options = _parser().parse_intermixed_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)  # end like Ctrl-C: stop what was started
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end like Ctrl-C
+        signal.signal(number, _interrupt)
     try:
         status = run_experiment(
             options.conf, options.set, options.nodes, options.app, options.verbose
@@ -92,11 +99,19 @@ def read_config(conf: Path, pairs: Sequence[str]) -> Config:
     # Relative paths mean the shell's directory here, not some server process's.
     for key in ("fm.name", "data.path", "data.public-path"):
         value = flat.get(key)
-        if isinstance(value, str) and value and Path(value).expanduser().exists():
+        if isinstance(value, str) and value and _exists(value):
             flat[key] = str(Path(value).expanduser().absolute())
-    if isinstance(out := flat.get("out-dir"), str):
-        flat["out-dir"] = str(Path(out).expanduser().absolute())
+    out = flat.get("out-dir")
+    if isinstance(out, str) and out:
+        flat["out-dir"] = os.path.abspath(os.path.expanduser(out))  # noqa: PTH100, PTH111
     return Config.from_run_config(flat)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # too long; a home that does not exist
+        return False
 
 
 def _pair(text: str) -> dict[str, Any]:
@@ -104,10 +119,12 @@ def _pair(text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise FedPFTError(f"{text!r} is not key=value, e.g. rounds=5")
     key, value = key.strip(), value.strip()
+    if isinstance(flat_defaults().get(key), str) and value[:1] not in ("'", '"'):
+        return {key: value}  # a text need not be quoted: sub-fm.whole-layers=0
     try:
         return {key: tomllib.loads(f"value = {value}")["value"]}
     except tomllib.TOMLDecodeError:
-        return {key: value}  # a bare word is text: method=fedpft-n
+        return {key: value}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,7 +161,8 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
     """Start a SuperLink of our own in a neutral directory, and stop it at the end."""
     port = _free_port()
     environment = {
-        **os.environ,
+        # Ray gives every virtual client one thread, where this does not say otherwise.
+        **{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"},
         "FLWR_HOME": str(home / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -194,6 +212,7 @@ def _wait_until_up(process: "subprocess.Popen[Any]", port: int, log: Path) -> No
 
 def _stop(process: "subprocess.Popen[Any]") -> None:
     """Stop a process and all of its session; the rest of Ray follows its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may cut this short
     for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, number)
@@ -264,9 +283,11 @@ def _status(lines: Sequence[str], environment: Mapping[str, str], place: Path) -
             capture_output=True,
             text=True,
             check=False,
+            timeout=60,
         )
-        if listed.returncode == 0:
-            status = str(json.loads(listed.stdout)["runs"][0]["status"])
+        runs = json.loads(listed.stdout)["runs"] if listed.returncode == 0 else []
+        if runs:
+            status = str(runs[0]["status"])
             if status.startswith("finished:"):
                 return status
         time.sleep(0.5)

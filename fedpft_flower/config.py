@@ -8,12 +8,16 @@ kebab-case, with the section as prefix (`train.local-epochs`). The defaults here
 import difflib
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 Scalar = bool | int | float | str
+
+# Lines for people start with this in a run's stream; `fedpft-run` shows only these.
+MARK = "[fedpft] "
 
 
 class FedPFTError(Exception):
@@ -156,13 +160,14 @@ class Config:
     method: str = "fedpft"
     rounds: int = 10
     seed: int = 0
-    # Where run directories go; relative paths start at the home directory.
+    # Where run directories go; relative paths start at the home directory, with
+    # `fedpft-run` at the shell's. The default gives way to the variable FEDPFT_OUT.
     out_dir: str = "fedpft-runs"
     # Evaluate after every so many rounds (and after the last one).
     eval_every: int = 1
     # Threads of the server's process; 0 leaves PyTorch's default.
     server_threads: int = 0
-    # How long the server waits for nodes and for replies.
+    # How long the server waits for replies.
     timeout_seconds: float = 3600.0
     fm: FMConfig = field(default_factory=FMConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -248,6 +253,14 @@ def cache_dir() -> Path:
     """
     chosen = os.environ.get("FEDPFT_CACHE")
     return Path(chosen or "~/.cache/fedpft-flower").expanduser().absolute()
+
+
+def is_directory(name: str) -> bool:
+    """Tell whether a name, which a user typed, is a directory."""
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError):  # too long; a home that does not exist
+        return False
 
 
 def _kebab(name: str) -> str:
@@ -356,7 +369,7 @@ def _problems(config: Config) -> list[str]:
             keys = ", ".join(f"{name}.{limit}" for limit in budget)
             found.append(f"{keys} are all 0; give at least one a positive budget")
     for entry in names_in(config.sub_fm.whole_layers):
-        if not entry.lstrip("-").isdigit():
+        if not re.fullmatch(r"-?\d+", entry):
             found.append(
                 f"sub-fm.whole-layers = {config.sub_fm.whole_layers!r}: {entry!r} is "
                 "not a layer number; write them like '0,-1'"

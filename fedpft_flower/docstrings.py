@@ -85,12 +85,18 @@ def load_docstrings() -> Dataset:
     """
     path = cache_dir() / f"docstrings-{_fingerprint()}.parquet"
     if not path.exists():
-        rows = _extract()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(handle)
-        parquet.write_table(pa.Table.from_pylist(rows), temporary)
-        Path(temporary).replace(path)
+        table = pa.Table.from_pylist(_extract())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+            os.close(handle)
+            parquet.write_table(table, temporary)
+            Path(temporary).replace(path)
+        except OSError as error:
+            raise FedPFTError(
+                f"cannot write {path} ({error}); set FEDPFT_CACHE to a directory that "
+                "can be written"
+            ) from error
     return Dataset(parquet.read_table(path))
 
 

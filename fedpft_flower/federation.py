@@ -1,6 +1,7 @@
 """Know the nodes of a federation and bring the current sub-FM to them."""
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fedpft_flower.wire import (
     PACKAGE,
     CountingGrid,
     config_of,
-    difference,
+    make_delta,
     metrics_of,
     pack_tensors,
     package_hash,
@@ -27,6 +28,8 @@ from fedpft_flower.wire import (
     package_tensors,
     source_hash,
 )
+
+logger = logging.getLogger(__name__)
 
 NODE_WAIT_SECONDS = 60.0
 
@@ -49,6 +52,10 @@ class Federation:
     def __init__(self, grid: CountingGrid, timeout: float) -> None:
         self.grid, self._timeout = grid, timeout
         self.nodes: dict[int, Node] = {}
+        # Before training a node that cannot take part ends the run; later, such a node
+        # is left out instead.
+        self.training = False
+        self.refused: dict[int, str] = {}  # nodes left out, and why
         self._held: dict[str, set[str]] = {}  # store -> hashes of its sub-FMs
         self._current = ""  # hash of the sub-FM to install
         self._previous: tuple[str, dict[str, Tensor]] = ("", {})
@@ -70,26 +77,33 @@ class Federation:
         """Wait for nodes and let every new one introduce itself.
 
         Args:
-            wanted: wait for so many nodes, at least one.
+            wanted: wait for so many nodes, at least one; before training, for as many
+                as the nodes say that there are partitions.
 
         Raises:
-            FedPFTError: too few nodes came, or one refuses, or runs other code.
+            FedPFTError: too few nodes came; before training, also when one refuses,
+                runs other code, or names a partition that does not fit.
         """
         deadline = time.monotonic() + NODE_WAIT_SECONDS
         while True:
-            online = list(self.grid.get_node_ids())
-            self._greet([node for node in online if node not in self.nodes])
-            self.nodes = {n: self.nodes[n] for n in online if n in self.nodes}
+            online = set(self.grid.get_node_ids())
+            self._greet(sorted(online - self.nodes.keys() - self.refused.keys()))
+            self.nodes = {n: self.nodes[n] for n in self.nodes if n in online}
             self._check(wanted)
-            if len(self.nodes) >= max(1, wanted):
+            expected = max((node.partitions for node in self.nodes.values()), default=1)
+            enough = max(1, wanted)
+            if len(self.nodes) >= (enough if self.training else max(enough, expected)):
                 return
             if time.monotonic() > deadline:
-                raise FedPFTError(
-                    f"{len(self.nodes)} nodes are online after "
-                    f"{NODE_WAIT_SECONDS:.0f} s, {max(1, wanted)} are needed; start "
-                    "more SuperNodes or lower train.clients-per-round"
-                )
+                break
             time.sleep(1.0)
+        if len(self.nodes) < enough:
+            raise FedPFTError(
+                f"{len(self.nodes)} nodes are online after {NODE_WAIT_SECONDS:.0f} s, "
+                f"{enough} are needed; start more SuperNodes or lower "
+                "train.clients-per-round"
+            )
+        logger.warning("%d of %d nodes are online", len(self.nodes), expected)
 
     def offer(self, server: ProxyServer) -> None:
         """Make the server's sub-FM, as it is now, the one to install."""
@@ -100,13 +114,17 @@ class Federation:
             self._previous = (self._current, self._tensors)
             self._current, self._tensors, self._text = content, tensors, text
 
-    def install(self, nodes: Iterable[int]) -> None:
+    def install(self, nodes: Iterable[int]) -> list[int]:
         """Bring the current sub-FM to the nodes that lack it, once to each machine.
 
+        Returns:
+            The nodes that hold it now.
+
         Raises:
-            FedPFTError: a node did not install it.
+            FedPFTError: before training, when a node did not install it.
         """
-        lacking = [n for n in nodes if self.nodes[n].installed != self._current]
+        asked = list(nodes)
+        lacking = [n for n in asked if self.nodes[n].installed != self._current]
         machines: dict[str, int] = {}
         for node in lacking:
             store = self.nodes[node].store
@@ -114,20 +132,23 @@ class Federation:
                 machines.setdefault(store, node)
         content = cache(self._content)  # built at most once whole, once as a change
         base = self._previous[0]
-        refused = self._send(
+        lost = self._send(
             {n: content(base not in self._held[s]) for s, n in machines.items()}
         )
-        if refused and self._send({n: content(True) for n in refused}):
-            raise FedPFTError(
-                f"{self.name(refused[0])} did not install the sub-FM; see its log"
-            )
+        for node in self._send({n: content(True) for n in lost}):
+            self._leave_out(node, "did not keep the sub-FM; see its log")
         for node in lacking:
+            if node not in self.nodes:
+                continue
+            if self._current not in self._held[self.nodes[node].store]:
+                self._leave_out(node, "its machine did not keep the sub-FM")
+                continue
             # What a node of its own would have received, whether sent or not.
             whole = not base or self.nodes[node].installed != base
             message = self._message(node, content(whole))
             self.grid.ledger.count("down", message, sent=False)
-            self._held[self.nodes[node].store].add(self._current)
             self.nodes[node].installed = self._current
+        return [node for node in asked if node in self.nodes]
 
     def forget(self, node: int) -> None:
         """Note that a node has lost its copy of the current sub-FM."""
@@ -144,7 +165,7 @@ class Federation:
 
     def _content(self, whole: bool) -> RecordDict:
         base, old = ("", {}) if whole else self._previous
-        tensors = difference(old, self._tensors) if base else self._tensors
+        tensors = make_delta(old, self._tensors) if base else self._tensors
         arrays, casts = pack_tensors(tensors)
         request = ConfigRecord(
             {
@@ -162,21 +183,29 @@ class Federation:
     def _send(self, contents: Mapping[int, RecordDict]) -> list[int]:
         """Send installs and return the nodes that lack the base of a change."""
         messages = [self._message(node, content) for node, content in contents.items()]
-        refused, waiting = [], set(contents)
+        lost, waiting = [], set(contents)
         for reply in self.grid.send_and_receive(messages, timeout=self._timeout):
             node = self.grid.node_of(reply)
             waiting.discard(node)
             if reply.has_error():
-                reason = first_line(reply.error.reason)
-                raise FedPFTError(f"{self.name(node)}: {reason}")
-            if not config_of(reply)["installed"]:
-                refused.append(node)
-        if waiting:
-            raise FedPFTError(
-                f"{self.name(waiting.pop())} did not answer an install within "
-                f"timeout-seconds = {self._timeout:g}"
+                self._leave_out(node, first_line(reply.error.reason))
+            elif config_of(reply).get("installed"):
+                self._held[self.nodes[node].store].add(self._current)
+            else:
+                lost.append(node)
+        for node in waiting:
+            self._leave_out(
+                node, f"no answer to an install in timeout-seconds = {self._timeout:g}"
             )
-        return refused
+        return lost
+
+    def _leave_out(self, node: int, reason: str) -> None:
+        line = f"{self.name(node)}: {reason}"
+        if not self.training:
+            raise FedPFTError(line)
+        logger.warning("left out: %s", line)
+        self.refused[node] = line
+        self.nodes.pop(node, None)
 
     def _check(self, wanted: int) -> None:
         keys: dict[str, int] = {}
@@ -187,6 +216,11 @@ class Federation:
                     "every node its own partition-id"
                 )
             keys[node.key] = number
+            if node.partitions != next(iter(self.nodes.values())).partitions:
+                raise FedPFTError(
+                    f"{node.key} says num-partitions = {node.partitions}, another node "
+                    f"{next(iter(self.nodes.values())).partitions}; give all the same"
+                )
             if wanted > node.partitions:
                 raise FedPFTError(
                     f"train.clients-per-round = {wanted}, but there are "
@@ -204,13 +238,16 @@ class Federation:
         for reply in self.grid.send_and_receive(messages, timeout=self._timeout):
             node = self.grid.node_of(reply)
             if reply.has_error():
-                raise FedPFTError(f"node {node}: {first_line(reply.error.reason)}")
+                self._leave_out(node, first_line(reply.error.reason))
+                continue
             said, sizes = config_of(reply), metrics_of(reply)
             if said["source"] != mine:
-                raise FedPFTError(
+                self._leave_out(
+                    node,
                     f"{said['key']} runs other code ({said['source'][:12]}) than the "
-                    f"server ({mine[:12]}); upgrade it, or stop the local SuperLink"
+                    f"server ({mine[:12]}); upgrade it, or stop the local SuperLink",
                 )
+                continue
             self.nodes[node] = Node(
                 key=said["key"],
                 store=said["store"],

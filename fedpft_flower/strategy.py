@@ -1,6 +1,7 @@
 """Federate a `ProxyServer` through Flower: the Strategy decides no number itself."""
 
 import logging
+import math
 from collections.abc import Iterable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -14,6 +15,7 @@ from fedpft_flower.server import Metrics, ProxyServer, average_rates
 from fedpft_flower.wire import (
     ARRAYS,
     METRICS,
+    TRAIN_METRICS,
     ChosenNodes,
     arrays_of,
     config_of,
@@ -48,6 +50,7 @@ class FedPFT(Strategy):
         )
         self.rounds: dict[int, Metrics] = {}
         self._sent: list[Message] = []
+        self._current = 0
 
     def summary(self) -> None:
         """Log the method and the plan."""
@@ -66,12 +69,15 @@ class FedPFT(Strategy):
     ) -> Iterable[Message]:
         """Choose nodes, install the sub-FM where it is missing, ask them to train."""
         server, federation = self.server, self.federation
-        federation.grid.ledger.round = server_round
+        self._current = federation.grid.ledger.round = server_round
         federation.meet(server.config.train.clients_per_round)
         by_key = {node.key: number for number, node in federation.nodes.items()}
         chosen = [by_key[key] for key in server.sample(list(by_key), server_round)]
         federation.offer(server)
-        federation.install(chosen)
+        before = dict(federation.refused)
+        chosen = federation.install(chosen)
+        federation.training = True
+        left_out = federation.refused.items() - before.items()
         request = ConfigRecord(
             {
                 "lr": server.lr(server_round),
@@ -83,7 +89,13 @@ class FedPFT(Strategy):
             "round": server_round,
             "lr": server.lr(server_round),
             "clients": [federation.name(node) for node in chosen],
+            "failures": {f"node {node}": reason for node, reason in left_out},
         }
+        if not chosen:
+            raise FedPFTError(
+                f"round {server_round}: no chosen node holds the sub-FM; "
+                f"{'; '.join(reason for _, reason in left_out)}"
+            )
         view = ChosenNodes(federation.grid, chosen)
         messages = self.inner.configure_train(server_round, arrays, request, view)
         self._sent = list(messages)
@@ -99,7 +111,7 @@ class FedPFT(Strategy):
         """
         federation, record = self.federation, self.rounds[server_round]
         good, bad = self._sorted_out([*replies])
-        record["failures"] = bad
+        record["failures"] |= bad
         if not good:
             raise FedPFTError(
                 f"round {server_round}: no client trained; {'; '.join(bad.values())}"
@@ -151,7 +163,7 @@ class FedPFT(Strategy):
             nodes = {federation.grid.node_of(reply) for reply in lost}
             for node in nodes:
                 federation.forget(node)
-            federation.install(nodes)
+            nodes = set(federation.install(nodes))
             again = [
                 Message(
                     m.content, dst_node_id=node, message_type=m.metadata.message_type
@@ -183,16 +195,26 @@ class FedPFT(Strategy):
         """Return why a reply cannot be used, or nothing."""
         if reply.has_error():
             return first_line(reply.error.reason)
-        content = reply.content
-        if list(content.array_records) != [ARRAYS] or METRICS not in content:
-            return "the reply is not one adapter with metrics"
-        if not isinstance(metrics_of(reply).get("num-examples"), int):
-            return "the reply has no num-examples"
+        if "missing" in config_of(reply):
+            return "it lost the sub-FM again"
+        try:
+            self._check(reply)
+        except (FedPFTError, KeyError, TypeError, ValueError) as error:
+            return f"unusable reply: {error}"
+        return ""
+
+    def _check(self, reply: Message) -> None:
+        if list(reply.content.array_records) != [ARRAYS]:
+            raise FedPFTError("it is not one adapter with metrics")
+        statistics, others = split_rates(metrics_of(reply))
+        if set(others) != TRAIN_METRICS:
+            raise FedPFTError(f"its metrics are {sorted(others)}")
+        if not all(math.isfinite(metrics_of(reply)[name]) for name in others):
+            raise FedPFTError("a metric is not finite")
+        if not metrics_of(reply)["num-examples"] > 0:
+            raise FedPFTError("num-examples is not positive")
+        self.server.check_rates(unpack_rates(statistics), self._current)
         adapter = unpack_tensors(arrays_of(reply))
         if list(adapter) != list(self.server.adapter):
-            return "the adapter has other names or another order"
-        try:
-            check_adapter(adapter, self.server.adapter)
-        except FedPFTError as error:
-            return str(error)
-        return ""
+            raise FedPFTError("the adapter has other names or another order")
+        check_adapter(adapter, self.server.adapter)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import (
     ClassLabel,
@@ -24,8 +25,8 @@ from datasets import (
     load_dataset,
 )
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
-from torch import Tensor
 
+from fedpft_flower.activity import Batch
 from fedpft_flower.architectures import Modality
 from fedpft_flower.config import (
     DataConfig,
@@ -36,7 +37,6 @@ from fedpft_flower.config import (
 )
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 
-Batch = dict[str, Tensor]
 HELD_OUT = 0.1  # share of the training rows that replaces a missing split
 
 
@@ -65,6 +65,10 @@ class Rows(Protocol):
 
     def __len__(self) -> int:
         """Return the number of rows."""
+        ...
+
+    def lengths(self) -> list[int]:
+        """Return what each row costs, to put similar ones into one batch."""
         ...
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -141,7 +145,16 @@ def task_of(name: str) -> Task:
     return TASKS[name]
 
 
+def _refuse_path(config: DataConfig) -> None:
+    if config.path:
+        raise FedPFTError(
+            f"data.path = {config.path!r} is not used by data.task = {config.task!r}; "
+            "set data.task to 'text' or 'image'"
+        )
+
+
 def _load_docstrings(config: DataConfig, seed: int) -> TaskData:
+    _refuse_path(config)
     everything = load_docstrings()
     libraries = everything["library"]
     splits: dict[str, Dataset] = {}
@@ -165,6 +178,7 @@ def _public_docstrings() -> Dataset:
 
 
 def _load_digits(config: DataConfig, seed: int) -> TaskData:
+    _refuse_path(config)
     images, labels = _digits()
     generator = np.random.default_rng(derive_seed(seed, "digits"))
     order = generator.permutation(np.arange(_PUBLIC_DIGITS, len(images)))
@@ -241,6 +255,8 @@ def _load_own(
         ("test", config.test_split),
         ("validation", config.validation_split),
     ):
+        if split != role:  # asked for by name: it must be there
+            _split(source, split, f"data.{role}-split")
         if split in source and _has_labels(source[split], config.label_column):
             parts[role] = _typed(_columns(source[split], columns, key), split)
             notes[role] = split
@@ -265,8 +281,8 @@ _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 
 
 def _read(path: str, key: str) -> DatasetDict:
-    place = Path(path).expanduser()
     try:
+        place = Path(path).expanduser()
         if place.is_file():
             if place.suffix not in _FORMATS:
                 raise FedPFTError(
@@ -304,7 +320,10 @@ def _columns(part: Dataset, wanted: dict[str, str], key: str) -> Dataset:
                 f"{setting}: no column {column!r}; this data has "
                 f"{', '.join(part.column_names)}"
             )
-    chosen = part.select_columns(list(wanted.values()))
+    names = list(wanted.values())
+    if len(set(names)) < len(names):
+        raise FedPFTError(f"{key} and data.label-column name one column twice: {names}")
+    chosen = part.select_columns(names)
     return chosen.rename_columns({c: r for r, c in wanted.items() if c != r})
 
 
@@ -315,7 +334,13 @@ def _label_names(train: Dataset, config: DataConfig) -> tuple[str, ...]:
     elif isinstance(feature, ClassLabel):
         names = tuple(feature.names)
     else:
-        names = tuple(str(value) for value in sorted(train.unique("label")))
+        try:
+            names = tuple(str(value) for value in sorted(train.unique("label")))
+        except (TypeError, pa.ArrowException) as error:
+            raise FedPFTError(
+                f"data.label-column = {config.label_column!r} holds {feature}; name a "
+                "column of texts or numbers"
+            ) from error
     if len(set(names)) < max(2, len(names)):
         raise FedPFTError(f"data.labels: {names} needs two or more different labels")
     return names
@@ -346,7 +371,13 @@ def _cast(part: Dataset, column: str) -> Dataset:
     wanted = _INPUTS.get(column)
     if wanted is None or part.features[column] == wanted:
         return part
-    return part.cast_column(column, wanted)
+    try:
+        return part.cast_column(column, wanted)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise FedPFTError(
+            f"column for {column} holds {part.features[column]}, which is no {column}; "
+            "name another column"
+        ) from error
 
 
 def _labelled(part: Dataset, names: tuple[str, ...], split: str) -> Dataset:
@@ -490,10 +521,7 @@ class ImageRows:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return `pixel_values` [B, channels, height, width] and `labels` [B]."""
-        try:
-            images = [i.convert("RGB") for i in self._rows[list(indices)]["image"]]
-        except OSError as error:  # PIL: not an image, or a cut file
-            raise FedPFTError(f"an image cannot be decoded: {error}") from error
+        images = _images(self._rows, indices)
         batch: Batch = dict(self._processor(images, return_tensors="pt"))
         if self._labels is not None:
             batch["labels"] = self._labels[list(indices)]
@@ -503,11 +531,9 @@ class ImageRows:
 _ENCODERS: dict[Modality, Any] = {"text": TextRows, "image": ImageRows}
 
 
-def encode(
-    rows: Dataset, processor: Any, modality: Modality, max_length: int
-) -> TextRows | ImageRows:
+def encode(rows: Dataset, processor: Any, modality: Modality, max_length: int) -> Rows:
     """Encode rows for a model of this modality."""
-    encoded: TextRows | ImageRows = _ENCODERS[modality](rows, processor, max_length)
+    encoded: Rows = _ENCODERS[modality](rows, processor, max_length)
     return encoded
 
 
@@ -528,10 +554,32 @@ def endless_batches(rows: Rows, size: int, seed: int) -> Iterator[Batch]:
 
 
 def content_hash(rows: Dataset) -> str:
-    """Return the SHA-256 of a data set's rows, as they are in memory."""
+    """Return the SHA-256 of a data set's rows; images count by their file's bytes."""
     digest = hashlib.sha256(json.dumps(sorted(rows.column_names)).encode())
     for batch in rows.with_format("arrow").iter(batch_size=1000):
-        digest.update(
-            repr(batch.select(sorted(batch.column_names)).to_pydict()).encode()
-        )
+        for row in batch.select(sorted(batch.column_names)).to_pylist():
+            image = row.get("image")
+            if isinstance(image, dict):
+                row["image"] = image["bytes"] or Path(image["path"]).read_bytes()
+            digest.update(repr(row).encode())
     return digest.hexdigest()
+
+
+def check_images(rows: Dataset) -> None:
+    """Decode every image of a data set once, so that a broken one is found early.
+
+    Raises:
+        FedPFTError: an image cannot be decoded.
+    """
+    if "image" in rows.column_names:
+        for i in range(len(rows)):
+            _images(rows, [i])
+
+
+def _images(rows: Dataset, indices: Sequence[int]) -> list[Any]:
+    try:
+        return [image.convert("RGB") for image in rows[list(indices)]["image"]]
+    except (OSError, ValueError, AttributeError) as error:  # not an image, or cut
+        raise FedPFTError(
+            f"an image of rows {list(indices)[:3]} cannot be decoded: {error}"
+        ) from error

@@ -9,11 +9,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from fedpft_flower.activity import Batch
 from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.tasks import (
-    Batch,
-    ImageRows,
-    TextRows,
+    Rows,
     endless_batches,
     shuffled_batches,
 )
@@ -52,7 +51,7 @@ def round_lr(config: TrainConfig, current: int, rounds: int) -> float:
 
 def train_adapter(
     model: PeftModel,
-    rows: TextRows | ImageRows,
+    rows: Rows,
     config: TrainConfig,
     lr: float,
     seed: int,
@@ -98,9 +97,7 @@ def _train_mode(model: PeftModel, frozen_dropout: bool) -> None:
             module.train()
 
 
-def _batches(
-    rows: TextRows | ImageRows, config: TrainConfig, seed: int
-) -> Iterator[Batch]:
+def _batches(rows: Rows, config: TrainConfig, seed: int) -> Iterator[Batch]:
     if config.local_steps:
         yield from islice(
             endless_batches(rows, config.batch_size, seed), config.local_steps
@@ -113,7 +110,7 @@ def _batches(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, rows: TextRows | ImageRows) -> Evaluation:
+def evaluate(model: nn.Module, rows: Rows) -> Evaluation:
     """Evaluate a model on labelled rows, in batches of similar length."""
     model.eval()
     lengths = rows.lengths()

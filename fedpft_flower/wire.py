@@ -30,6 +30,7 @@ from fedpft_flower.server import Package
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
 PACKAGE = "package"  # key of a package's JSON in an install
+TRAIN_METRICS = {"num-examples", "train_loss", "steps", "seconds", "peak-memory"}
 RATES = "inactive-rates."  # prefix of activity statistics among the metrics
 
 # Tensors that Flower's records cannot hold travel as integers of the same size.
@@ -164,11 +165,17 @@ class Store:
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root or cache_dir() / "sub-fms"
-        self._root.mkdir(parents=True, exist_ok=True)
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            self.name = self._own_name()
+        except OSError as error:
+            raise FedPFTError(
+                f"cannot keep sub-FMs in {self._root} ({error}); set FEDPFT_CACHE to a "
+                "directory that can be written"
+            ) from error
 
-    @property
-    def name(self) -> str:
-        """Return a name that tells this store from every other one."""
+    def _own_name(self) -> str:
+        """Return the name that tells this store from every other one."""
         path = self._root / "name"
         if not path.exists():
             # A hard link appears whole and only once, also with many processes.
@@ -241,8 +248,15 @@ class Store:
 
     def _prune(self) -> None:
         copies = [self.directory(content) for content in self.hashes()]
-        for old in sorted(copies, key=lambda p: p.stat().st_mtime)[: -self.KEEP]:
+        for old in sorted(copies, key=_last_used)[: -self.KEEP]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _last_used(copy: Path) -> float:
+    try:
+        return copy.stat().st_mtime
+    except FileNotFoundError:  # another process removed it
+        return 0.0
 
 
 # --------------------------------------------------------------- changes of a package
@@ -250,10 +264,10 @@ class Store:
 _INDEX = {0: "@rows", 1: "@columns"}
 
 
-def difference(
+def make_delta(
     old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return what `patched` needs to turn `old` into `new`, bit for bit.
+    """Return what `apply_delta` needs to turn `old` into `new`, bit for bit.
 
     Only changed rows or columns (whichever are fewer) are carried, with their places.
     Both must have the same names and shapes.
@@ -276,10 +290,10 @@ def difference(
     return delta
 
 
-def patched(
+def apply_delta(
     old: Mapping[str, Tensor], delta: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Apply a `difference`.
+    """Apply a `make_delta`.
 
     Raises:
         FedPFTError: the difference names a tensor that `old` does not have.

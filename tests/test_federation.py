@@ -244,6 +244,14 @@ def with_arrays(change):
     return replace
 
 
+def with_metrics(change):
+    def replace(message, reply):
+        change(reply.content["metrics"])
+        return reply
+
+    return replace
+
+
 def poison(arrays):
     next(iter(arrays.values())).flat[0] = np.nan
     return arrays
@@ -257,6 +265,12 @@ def poison(arrays):
         (with_arrays(lambda a: dict(reversed(a.items()))), "other names or another"),
         (with_arrays(lambda a: {k: v[:1] for k, v in a.items()}), "expected"),
         (with_arrays(lambda a: {k: v.astype("f8") for k, v in a.items()}), "expected"),
+        (with_arrays(lambda a: {k: v.astype(">f4") for k, v in a.items()}), ""),
+        (with_metrics(lambda m: m.pop("peak-memory")), "its metrics are"),
+        (with_metrics(lambda m: m.update({"num-examples": 0})), "not positive"),
+        (with_metrics(lambda m: m.update({"train_loss": np.inf})), "not finite"),
+        (with_metrics(lambda m: m.update({"inactive-rates.0": [0.5]})), "shape"),
+        (with_metrics(lambda m: m.update({"inactive-rates.x": [0.5]})), "unusable"),
         (lambda m, r: Message(Error(2, "boom\nlast line"), reply_to=m), "last line"),
     ],
 )
@@ -275,6 +289,31 @@ def test_a_run_without_any_usable_reply_fails_in_one_line(local_grid, settings):
     fault = broken(lambda m, r: Message(Error(2, "no memory"), reply_to=m))
     with pytest.raises(FedPFTError, match=r"round 1: no client trained.*no memory"):
         run(local_grid, settings, dict.fromkeys(range(NODES), fault))
+
+
+def test_a_node_that_cannot_install_later_is_left_out_and_the_run_goes_on(
+    local_grid, settings
+):
+    settings |= {"train.clients-per-round": NODES, "rounds": 3}
+
+    def full_disk(message, reply):
+        config = message.content.config_records.get("config", {})
+        if message.metadata.message_type == "query.install" and config["base"]:
+            return Message(Error(2, "no space left"), reply_to=message)
+        return reply
+
+    with pytest.raises(FedPFTError, match=r"round 2: no chosen node.*no space left"):
+        run(local_grid, settings, dict.fromkeys(range(NODES), full_disk))
+
+
+def test_nodes_that_disagree_on_the_number_of_partitions_are_refused(
+    local_grid, settings
+):
+    grid = local_grid(client_app, NODES, settings)
+    first, *_ = grid.contexts.values()
+    first.node_config["num-partitions"] = NODES + 1
+    with pytest.raises(FedPFTError, match="give all the same"):
+        serve(grid, Context(7, 0, {}, RecordDict(), settings))
 
 
 def test_stale_client_code_is_refused(local_grid, settings, monkeypatch):
@@ -335,7 +374,7 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
     assert Config.from_run_config(flatten(tomllib.loads(text))) == config
     assert [r["round"] for r in rounds] == [0, 1, 2, 3]
     assert "up-statistics" not in rounds[1]["bytes"]
-    assert set(manifest["splits"]) == {"train", "validation", "test"}
+    assert set(manifest["splits"]) == {"train", "validation", "test", "public"}
     assert 0 < summary["share-withheld"] < 0.5
     task = load_task(config.data, config.seed)
     stock = AutoModelForImageClassification.from_pretrained(

@@ -15,7 +15,8 @@ from fedpft_flower.wire import (
     METRICS,
     Ledger,
     Store,
-    difference,
+    apply_delta,
+    make_delta,
     message_bytes,
     pack_rates,
     pack_tensors,
@@ -23,7 +24,6 @@ from fedpft_flower.wire import (
     package_hash,
     package_json,
     package_tensors,
-    patched,
     tensors_hash,
     unpack_rates,
     unpack_tensors,
@@ -93,26 +93,26 @@ OLD = {
 
 def test_difference_carries_changed_rows_or_columns_only():
     new = changed(OLD, up=[1, 5], bias=[1, 5], down=(slice(None), [1, 5]), half=(2, 1))
-    delta = difference(OLD, new)
+    delta = make_delta(OLD, new)
     assert delta["up"].shape == (2, 4)
     assert delta["down"].shape == (4, 2)
     assert delta["half"].numel() == 4
     assert "same" not in delta
-    assert equal(patched(OLD, delta), new)
+    assert equal(apply_delta(OLD, delta), new)
 
 
 def test_difference_sees_signed_zeros_and_nan():
     old = {"a": torch.tensor([0.0, 1.0, float("nan")])}
     new = {"a": torch.tensor([-0.0, 1.0, float("nan")])}
-    delta = difference(old, new)
+    delta = make_delta(old, new)
     assert delta["a@rows"].tolist() == [0]
-    assert tensors_hash(patched(old, delta)) == tensors_hash(new)
-    assert difference(old, old) == {}
+    assert tensors_hash(apply_delta(old, delta)) == tensors_hash(new)
+    assert make_delta(old, old) == {}
 
 
 def test_a_difference_for_another_model_is_refused():
     with pytest.raises(FedPFTError, match="stranger"):
-        patched(OLD, {"stranger": torch.zeros(1), "stranger@rows": torch.zeros(1)})
+        apply_delta(OLD, {"stranger": torch.zeros(1), "stranger@rows": torch.zeros(1)})
 
 
 def package():
