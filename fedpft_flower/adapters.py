@@ -39,6 +39,7 @@ def attach_adapter(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
         target_modules=targets,
         modules_to_save=list(head),
     )

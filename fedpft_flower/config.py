@@ -105,6 +105,9 @@ class LoraConfig:
     r: int = 8
     alpha: int = 48
     dropout: float = 0.1
+    # How A starts (B is zero): "gaussian", as the LoRA paper has it (Hu et al. 2021,
+    # section 4.1; PEFT: N(0, 1/r^2)), or "kaiming", PEFT's default, which is smaller.
+    init: str = "gaussian"
     # Comma-separated module names; "" takes the attention of the architecture row.
     targets: str = ""
     # Modules that train in full, comma-separated; "" takes the head of the row.
@@ -345,6 +348,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "partition.kind": ("iid", "dirichlet"),
     "train.lr-decay": ("linear", "none"),
+    "lora.init": ("gaussian", "kaiming"),
     "align.activity": ("clients", "public"),
 }
 
