@@ -140,7 +140,7 @@ class AlignConfig:
     seconds: float = 0.0
     lr: float = 0.001
     # During training: neuron-level distillation after every `every`-th round.
-    every: int = 4
+    every: int = 5
     during_steps: int = 20
     during_tokens: int = 0
     during_seconds: float = 0.0

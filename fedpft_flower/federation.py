@@ -57,6 +57,7 @@ class Federation:
         self.training = False
         self.refused: dict[int, str] = {}  # nodes left out, and why
         self._held: dict[str, set[str]] = {}  # store -> hashes of its sub-FMs
+        self._version = -1
         self._current = ""  # hash of the sub-FM to install
         self._previous: tuple[str, dict[str, Tensor]] = ("", {})
         self._tensors: dict[str, Tensor] = {}
@@ -69,9 +70,8 @@ class Federation:
 
     @property
     def install_bytes(self) -> int:
-        """Return the size of a whole sub-FM as an install carries it, in bytes."""
-        arrays, _ = pack_tensors(self._tensors)
-        return arrays.count_bytes() + len(self._text)
+        """Return the size of a whole sub-FM: tensors, plan and processor, in bytes."""
+        return sum(t.nbytes for t in self._tensors.values()) + len(self._text)
 
     def meet(self, wanted: int) -> None:
         """Wait for nodes and let every new one introduce itself.
@@ -107,6 +107,9 @@ class Federation:
 
     def offer(self, server: ProxyServer) -> None:
         """Make the server's sub-FM, as it is now, the one to install."""
+        if server.version == self._version:
+            return
+        self._version = server.version
         package = server.package()
         tensors, text = package_tensors(package), package_json(package)
         content = package_hash(tensors, text)

@@ -126,6 +126,8 @@ class ProxyServer:
         }
         self._public = self._encode(public) if public is not None else None
         self._limits: list[Tensor] = []
+        # Rises whenever what `package` returns changes.
+        self.version = 0
 
     @property
     def _aligns(self) -> bool:
@@ -327,6 +329,7 @@ class ProxyServer:
 
     def _measure_limits(self) -> None:
         """Set the limits of activity from the public corpus, for the current sub-FM."""
+        self.version += 1
         if not (self.method.align_during and self.plan.compressed):
             return
         rms = activation_rms(self.sub_fm, self._compressed(), self._activity_batches())
