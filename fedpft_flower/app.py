@@ -118,6 +118,7 @@ class _Run:
         due = current % self.config.eval_every == 0 or current == self.config.rounds
         accuracies = self.strategy.server.evaluate("validation") if due else {}
         entry |= accuracies
+        entry["peak-memory-server"] = peak_memory()
         entry["bytes"] = ledger.table(current)
         entry["bytes-down"] = ledger.total("down", current)
         entry["bytes-up"] = ledger.total("up", current)

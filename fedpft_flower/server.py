@@ -157,7 +157,7 @@ class ProxyServer:
             model_config=fields,
             plan=self.plan,
             head=self._head,
-            weights={name: w.detach().clone() for name, w in self._weights.items()},
+            weights=self._snapshot(),
             activity_limits=self._limits,
             processor_files=files,
         )
@@ -265,6 +265,14 @@ class ProxyServer:
     def _encode(self, rows: Dataset) -> Rows:
         length = self.config.data.max_length
         return encode(rows, self._processor, self._modality, length)
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        """Return the frozen weights; only what alignment may change is copied."""
+        changing = {p.data_ptr() for p, _ in layer_level(self._compressed())}
+        return {
+            name: weight.clone() if weight.data_ptr() in changing else weight
+            for name, weight in self._weights.items()
+        }
 
     def _compressed(self) -> list[FFN]:
         ffns = ffns_of(base_model(self.sub_fm))
