@@ -88,7 +88,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], *more: bytes) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     for content in more:
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()
