@@ -88,3 +88,15 @@ def test_a_loss_that_is_not_finite_is_refused(rows):
         train_adapter(
             model(), rows, TrainConfig(local_steps=30, clip_norm=0.0), 1e30, seed=0
         )
+
+
+def test_a_starts_as_asked_and_b_at_zero():
+    """Gaussian: N(0, 1/r^2); Kaiming: at most 1/sqrt(D) in magnitude."""
+
+    def starts(init, part):
+        adapter = get_adapter(model(init=init))
+        return torch.cat([t.flatten() for n, t in adapter.items() if part in n])
+
+    assert float(starts("gaussian", "lora_A").std()) == pytest.approx(0.5, rel=0.1)
+    assert float(starts("kaiming", "lora_A").abs().max()) <= 16**-0.5
+    assert not bool(starts("gaussian", "lora_B").any())
