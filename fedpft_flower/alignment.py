@@ -25,6 +25,7 @@ from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import FedPFTError, derive_seed
 from fedpft_flower.plan import Plan
+from fedpft_flower.sub_fm import compressed_ffns
 
 # A parameter that may change, and the mask of its entries that may (None: all).
 Trainable = tuple[Tensor, Tensor | None]
@@ -206,7 +207,7 @@ def distil(
     fm_ffns = ffns_of(base_model(fm))
     with torch.no_grad():
         teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
-    student_ffns = [ffns_of(base_model(sub_fm))[i] for i in compressed]
+    student_ffns = compressed_ffns(base_model(sub_fm), plan)
     fm.eval()
     sub_fm.eval()
     parameters = [parameter for parameter, _ in trainable]

@@ -25,11 +25,10 @@ from fedpft_flower.architectures import (
     AUTO_PROCESSORS,
     Architecture,
     architecture_of,
-    ffns_of,
 )
 from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
 from fedpft_flower.server import Package
-from fedpft_flower.sub_fm import build_skeleton, load_weights
+from fedpft_flower.sub_fm import build_skeleton, compressed_ffns, load_weights
 from fedpft_flower.tasks import (
     Rows,
     check_images,
@@ -211,8 +210,7 @@ def _rows(config: Config, sub_fm: SubFM, index: int, count: int) -> Rows:
 
 
 def _measure(sub_fm: SubFM, rows: Rows, config: Config) -> list[torch.Tensor]:
-    plan, base = sub_fm.package.plan, base_model(sub_fm.model)
-    ffns = [ffns_of(base)[plan.layers.index(layer)] for layer in plan.compressed]
+    ffns = compressed_ffns(base_model(sub_fm.model), sub_fm.package.plan)
     batches = shuffled_batches(rows, config.train.batch_size, seed=0)
     return inactive_rates(sub_fm.model, ffns, batches, sub_fm.package.activity_limits)
 

@@ -212,7 +212,7 @@ def _wait_until_up(process: "subprocess.Popen[Any]", port: int, log: Path) -> No
 
 def _stop(process: "subprocess.Popen[Any]") -> None:
     """Stop a process and all of its session; the rest of Ray follows its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may cut this short
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may cut this short
     for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, number)
@@ -222,6 +222,7 @@ def _stop(process: "subprocess.Popen[Any]") -> None:
             process.wait(patience)
         except subprocess.TimeoutExpired:
             continue
+    signal.signal(signal.SIGINT, before)
 
 
 def _run(

@@ -191,7 +191,7 @@ class Federation:
             node = self.grid.node_of(reply)
             waiting.discard(node)
             if reply.has_error():
-                self._leave_out(node, first_line(reply.error.reason))
+                self._leave_out(node, last_line(reply.error.reason))
             elif config_of(reply).get("installed"):
                 self._held[self.nodes[node].store].add(self._current)
             else:
@@ -241,7 +241,7 @@ class Federation:
         for reply in self.grid.send_and_receive(messages, timeout=self._timeout):
             node = self.grid.node_of(reply)
             if reply.has_error():
-                self._leave_out(node, first_line(reply.error.reason))
+                self._leave_out(node, last_line(reply.error.reason))
                 continue
             said, sizes = config_of(reply), metrics_of(reply)
             if said["source"] != mine:
@@ -261,7 +261,7 @@ class Federation:
             held |= set(json.loads(said["held"]))
 
 
-def first_line(reason: str | None) -> str:
-    """Return what matters of an error's reason, which may be a whole traceback."""
+def last_line(reason: str | None) -> str:
+    """Return the last line of an error's reason, which may be a whole traceback."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
     return lines[-1] if lines else "unknown error"

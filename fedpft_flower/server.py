@@ -43,7 +43,7 @@ from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan, score
-from fedpft_flower.sub_fm import build_sub_fm, frozen_weights
+from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns, frozen_weights
 from fedpft_flower.tasks import (
     Rows,
     TaskData,
@@ -275,8 +275,7 @@ class ProxyServer:
         }
 
     def _compressed(self) -> list[FFN]:
-        ffns = ffns_of(base_model(self.sub_fm))
-        return [ffns[self.plan.layers.index(layer)] for layer in self.plan.compressed]
+        return compressed_ffns(base_model(self.sub_fm), self.plan)
 
     def _realigns_after(self, current: int) -> bool:
         # After the last round nobody trains on the sub-FM any more.

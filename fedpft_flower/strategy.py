@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedpft_flower.adapters import check_adapter
 from fedpft_flower.config import FedPFTError
-from fedpft_flower.federation import Federation, first_line
+from fedpft_flower.federation import Federation, last_line
 from fedpft_flower.server import Metrics, ProxyServer, average_rates
 from fedpft_flower.wire import (
     ARRAYS,
@@ -194,7 +194,7 @@ class FedPFT(Strategy):
     def _problem(self, reply: Message) -> str:
         """Return why a reply cannot be used, or nothing."""
         if reply.has_error():
-            return first_line(reply.error.reason)
+            return last_line(reply.error.reason)
         if "missing" in config_of(reply):
             return "it lost the sub-FM again"
         try:

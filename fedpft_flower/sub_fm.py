@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fedpft_flower.architectures import (
     AUTO_MODELS,
+    FFN,
     architecture_of,
     ffn_of,
     ffns_of,
@@ -70,6 +71,12 @@ def load_weights(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> No
         )
     skeleton.load_state_dict(weights, assign=True)
     skeleton.tie_weights()
+
+
+def compressed_ffns(sub_fm: PreTrainedModel, plan: Plan) -> list[FFN]:
+    """Return the FFNs of a sub-FM that lost neurons, in the order of the layers."""
+    ffns = ffns_of(sub_fm)
+    return [ffns[plan.layers.index(layer)] for layer in plan.compressed]
 
 
 def frozen_weights(model: PreTrainedModel, head: tuple[str, ...]) -> dict[str, Tensor]:

@@ -385,9 +385,7 @@ def _labelled(part: Dataset, names: tuple[str, ...], split: str) -> Dataset:
     feature, values = part.features["label"], part["label"]
     places = {name: i for i, name in enumerate(names)}
     if isinstance(feature, ClassLabel):
-        texts = [
-            feature.names[v] if v is not None and v >= 0 else str(v) for v in values
-        ]
+        texts = [feature.names[v] if v >= 0 else str(v) for v in values]
     else:
         texts = [str(value) for value in values]
     outside = sorted(set(texts) - places.keys())
