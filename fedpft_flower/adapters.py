@@ -1,11 +1,12 @@
 """Attach, read, load and export adapters: LoRA on attention plus the task head.
 
-An adapter is a dict from PEFT's parameter names to tensors. FM and sub-FM have the same
-names and shapes, so nothing is converted between them, and every load checks that no
-name is missing and none is left over.
+An adapter is a dict from PEFT's parameter names to tensors, named as in the sub-FM. FM
+and sub-FM have the same names and shapes, so nothing is converted between them; where
+layers were dropped, the plug-in renumbers them. Every load checks that no name is
+missing and none is left over.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -18,16 +19,28 @@ from transformers import PreTrainedModel
 
 from fedpft_flower.architectures import architecture_of, layer_prefix
 from fedpft_flower.config import FedPFTError, LoraConfig, derive_seed, names_in
+from fedpft_flower.plan import Plan
 
 Adapter = dict[str, Tensor]
 
 
 def attach_adapter(
-    model: PreTrainedModel, config: LoraConfig, head: tuple[str, ...], seed: int
+    model: PreTrainedModel,
+    config: LoraConfig,
+    head: tuple[str, ...],
+    seed: int,
+    layers: Sequence[int] | None = None,
 ) -> PeftModel:
     """Attach LoRA and a trainable head to a model, in place, and freeze the rest.
 
     LoRA starts at the identity (B = 0), so the outputs do not change.
+
+    Args:
+        model: the FM or a sub-FM.
+        config: shape of LoRA.
+        head: modules that train in full.
+        seed: seed of LoRA's A.
+        layers: the layers of this model that carry LoRA; None takes all.
 
     Raises:
         FedPFTError: `lora.targets` names a module that the model does not have.
@@ -42,6 +55,8 @@ def attach_adapter(
         init_lora_weights="gaussian" if config.init == "gaussian" else True,
         target_modules=targets,
         modules_to_save=list(head),
+        layers_to_transform=None if layers is None else list(layers),
+        layers_pattern=None if layers is None else row.layers.rpartition(".")[2],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
@@ -102,13 +117,29 @@ def get_adapter(model: PeftModel) -> Adapter:
 
 
 def load_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
-    """Load an adapter into a model; into the FM, this is the plug-in.
+    """Load an adapter into a model that has its names; into the FM, use `plug_in`.
 
     Raises:
         FedPFTError: a name is missing or left over, or a shape differs.
     """
     check_adapter(adapter, get_adapter(model))
     set_peft_model_state_dict(model, dict(adapter))
+
+
+def plug_in(fm: PeftModel, adapter: Mapping[str, Tensor], plan: Plan) -> None:
+    """Load an adapter of the sub-FM into the FM, at the layers that it comes from.
+
+    Raises:
+        FedPFTError: a name is missing or left over, or a shape differs.
+    """
+    prefix = f"base_model.model.{layer_prefix(base_model(fm))}"
+    renumbered = {}
+    for name, tensor in adapter.items():
+        if name.startswith(prefix):
+            place, _, rest = name.removeprefix(prefix).partition(".")
+            name = f"{prefix}{plan.layers[int(place)]}.{rest}"
+        renumbered[name] = tensor
+    load_adapter(fm, renumbered)
 
 
 def check_adapter(

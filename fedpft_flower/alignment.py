@@ -1,18 +1,19 @@
 """Align the sub-FM with the FM on public data, and measure how well it is aligned.
 
 Loss of both distillations (Peng et al. 2024, sub-FM alignment), the mean over the
-compressed layers of
+aligned layers of
 
     MSE(h_FM, h_sub) / mean(h_FM^2)
     + alpha * MSE(W_out W_in, W'_out W'_in) / mean((W_out W_in)^2)
 
-with h the output of a layer on real tokens. The authors' code computes the second term
-from detached weights, so there it has no gradient; the method needs one, and here it
-has one. Teacher and student are always given the same adapter by the caller.
+with h the output of a layer on real tokens; a layer that stands in for dropped ones
+follows the last of them, and has no second term. The authors' code computes the second
+term from detached weights, so there it has no gradient; the method needs one, and here
+it has one. Teacher and student are always given the same adapter by the caller.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -130,6 +131,11 @@ def layer_level(ffns: Sequence[FFN]) -> list[Trainable]:
     ]
 
 
+def emulator_level(layers: Sequence[nn.Module]) -> list[Trainable]:
+    """Let whole layers change: those that stand in for dropped ones."""
+    return [(parameter, None) for layer in layers for parameter in layer.parameters()]
+
+
 def neuron_level(ffns: Sequence[FFN], neurons: Sequence[Tensor]) -> list[Trainable]:
     """Let only the chosen neurons change: their rows, input biases and columns.
 
@@ -179,7 +185,7 @@ def distil(
     product_weight: float,
     report: Callable[[Progress], None],
 ) -> Progress:
-    """Train a part of the sub-FM's FFNs to follow the FM on public batches.
+    """Train a part of the sub-FM to follow the FM on public batches.
 
     Adam without weight decay, so that an entry outside its mask stays bit-identical;
     the learning rate falls linearly with the used budget. Dropout is off in both.
@@ -201,9 +207,9 @@ def distil(
     Raises:
         FedPFTError: the loss is not finite.
     """
-    compressed = [plan.layers.index(layer) for layer in plan.compressed]
-    teacher_layers = [layers_of(base_model(fm))[i] for i in plan.compressed]
-    student_layers = [layers_of(base_model(sub_fm))[i] for i in compressed]
+    fm_layers, sub_fm_layers = layers_of(base_model(fm)), layers_of(base_model(sub_fm))
+    teacher_layers = [fm_layers[plan.teacher(layer)] for layer in plan.aligned]
+    student_layers = [sub_fm_layers[place] for place in plan.places(plan.aligned)]
     fm_ffns = ffns_of(base_model(fm))
     with torch.no_grad():
         teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
@@ -224,7 +230,7 @@ def distil(
             with _outputs(student_layers) as student:
                 sub_fm(**batch)
             loss = state_loss(teacher, student, mask)
-            if product_weight:
+            if product_weight and student_ffns:
                 products = [weight_products(ffn) for ffn in student_ffns]
                 loss = loss + product_weight * product_loss(teacher_products, products)
             _step(optimiser, loss, trainable)
@@ -291,7 +297,8 @@ def gradient_error(
     """Compare the adapter gradients of the sub-FM with those of the FM.
 
     The scalar is the logits times seeded unit cotangents, the same for both models, so
-    no labels are needed. Tensors whose FM gradient is zero are left out (LoRA's A has
+    no labels are needed. Their tensors are paired in order, since dropped layers change
+    names, never the order. Tensors whose FM gradient is zero are left out (LoRA's A has
     none while B = 0). The convergence bound of the paper is in terms of this error.
 
     Args:
@@ -308,25 +315,22 @@ def gradient_error(
         cotangent_seed = derive_seed(seed, "cotangent", i)
         target = _adapter_gradients(fm, batch, cotangent_seed)
         found = _adapter_gradients(sub_fm, batch, cotangent_seed)
-        names = [name for name, gradient in target.items() if bool(gradient.any())]
-        g_fm = torch.cat([target[name].flatten() for name in names])
-        g_sub = torch.cat([found[name].flatten() for name in names])
+        pairs = [p for p in zip(target, found, strict=True) if bool(p[0].any())]
+        g_fm = torch.cat([gradient.flatten() for gradient, _ in pairs])
+        g_sub = torch.cat([gradient.flatten() for _, gradient in pairs])
         relative.append(float((g_sub - g_fm).norm() / g_fm.norm()))
         cosine.append(float(torch.cosine_similarity(g_sub, g_fm, dim=0)))
     return GradientError(*_mean_and_spread(relative), *_mean_and_spread(cosine))
 
 
-def _adapter_gradients(
-    model: PeftModel, batch: Batch, seed: int
-) -> Mapping[str, Tensor]:
+def _adapter_gradients(model: PeftModel, batch: Batch, seed: int) -> tuple[Tensor, ...]:
     model.eval()
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trained = [p for p in model.parameters() if p.requires_grad]
     logits = model(**batch).logits
     generator = torch.Generator().manual_seed(seed)
     cotangent = torch.randn(logits.shape, generator=generator).to(logits.device)
     cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True)
-    gradients = torch.autograd.grad((logits * cotangent).sum(), list(trained.values()))
-    return dict(zip(trained, gradients, strict=True))
+    return torch.autograd.grad((logits * cotangent).sum(), trained)
 
 
 def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

@@ -94,6 +94,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         output_norm="output_layer_norm",
         width_field="hidden_dim",
     ),
+    # Decoders classify from the last token that is no padding.
+    "llama": Architecture(
+        modality="text",
+        layers="layers",
+        up=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)),
+        down="mlp.down_proj",
+        attention=(
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+        ),
+        head=("score",),
+        output_norm=None,
+        width_field="intermediate_size",
+    ),
+    "modernbert": Architecture(
+        modality="text",
+        layers="layers",
+        up=(("mlp.Wi", 2),),
+        down="mlp.Wo",
+        attention=("attn.Wqkv", "attn.Wo"),
+        head=("head", "classifier"),
+        output_norm=None,
+        width_field="intermediate_size",
+    ),
     "vit": Architecture(
         modality="image",
         layers="layers",

@@ -174,7 +174,8 @@ def build_from_package(package: Package, lora: LoraConfig, seed: int) -> PeftMod
         if any(name.startswith(f"{module}.") for module in package.head)
     }
     load_weights(skeleton, {**package.weights, **head})
-    return attach_adapter(skeleton, lora, package.head, seed)
+    places = package.plan.adapter_places
+    return attach_adapter(skeleton, lora, package.head, seed, places)
 
 
 class _MissingError(Exception):

@@ -125,6 +125,11 @@ class SubFMConfig:
     whole_layers: str = ""
     # "norm" (the paper's saliency) or "random" (a control).
     saliency: str = "norm"
+    # Layer dropping (`fedot`) keeps this share of the parameters of all layers; 0 means
+    # as many as the sub-FM above would have.
+    layer_budget: float = 0.0
+    # Layers at each end that layer dropping keeps and that carry its adapters.
+    end_layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -330,6 +335,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "lora.dropout": (0, 0.95, True),
     "sub-fm.keep-fraction": (0, 1, False),
     "sub-fm.keep-neurons": (0, 1e9, True),
+    "sub-fm.layer-budget": (0, 1, True),
+    "sub-fm.end-layers": (1, 1e6, True),
     "align.steps": (0, 1e9, True),
     "align.tokens": (0, 1e15, True),
     "align.seconds": (0, 1e9, True),

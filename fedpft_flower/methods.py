@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fedpft_flower.config import FedPFTError
-from fedpft_flower.plan import Planner, keep_all, keep_salient
+from fedpft_flower.plan import Planner, drop_layers, keep_all, keep_salient
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,12 @@ class Method:
     plan: Planner
     align_before: bool
     align_during: bool
+    # Fixes how neurons are scored; "" leaves it to `sub-fm.saliency`.
+    saliency: str = ""
 
 
 _FEDPFT = "Peng et al. 2024, arXiv 2404.11536"
+_FEDOT = "Xiao et al. 2023, arXiv 2302.04870, federated"
 
 METHODS: dict[str, Method] = {
     "fedpft": Method(_FEDPFT, keep_salient, align_before=True, align_during=True),
@@ -24,6 +27,11 @@ METHODS: dict[str, Method] = {
     "fedpft-n": Method(_FEDPFT, keep_salient, align_before=False, align_during=False),
     "fedpft-b": Method(_FEDPFT, keep_salient, align_before=True, align_during=False),
     "fedpft-d": Method(_FEDPFT, keep_salient, align_before=False, align_during=True),
+    # The control for the choice of neurons: random ones, aligned like fedpft's.
+    "fedpft-r": Method(_FEDPFT, keep_salient, True, True, saliency="random"),
+    # Whole layers dropped, adapters in the end layers; B: the rest distilled before.
+    "fedot": Method(_FEDOT, drop_layers, align_before=False, align_during=False),
+    "fedot-b": Method(_FEDOT, drop_layers, align_before=True, align_during=False),
     # The upper bound: LoRA on the full FM at every client.
     "fedpetuning": Method(
         "Zhang et al. 2023, arXiv 2212.10025",

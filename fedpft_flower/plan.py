@@ -8,9 +8,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpft_flower.architectures import FFN
 from fedpft_flower.config import FedPFTError, SubFMConfig, derive_seed, names_in
@@ -22,11 +23,13 @@ class Plan:
 
     `widths` holds N of every FM layer; `kept` maps each kept FM layer to its kept
     neurons, ascending. A layer that is absent is dropped, a layer that keeps all is
-    whole, any other is compressed.
+    whole, any other is compressed. `adapters` names the FM layers that carry LoRA;
+    None stands for every kept one.
     """
 
     widths: tuple[int, ...]
     kept: Mapping[int, tuple[int, ...]]
+    adapters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that every kept neuron exists, once, in ascending order.
@@ -47,6 +50,8 @@ class Plan:
                     f"plan keeps neuron {neurons[-1]} of layer {layer}, which has "
                     f"{self.widths[layer]}"
                 )
+        if self.adapters is not None and not set(self.adapters) <= set(self.kept):
+            raise FedPFTError("plan puts adapters into layers that it drops")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -61,6 +66,41 @@ class Plan:
         )
 
     @property
+    def emulator(self) -> tuple[int, ...]:
+        """Return the kept FM layers that stand in for dropped ones.
+
+        Where layers are dropped, these are all whole ones that carry no adapter (the
+        emulator of Offsite-Tuning, Xiao et al. 2023, section 3.2).
+        """
+        if self.adapters is None or len(self.kept) == len(self.widths):
+            return ()
+        others = {*self.adapters, *self.compressed}
+        return tuple(layer for layer in self.layers if layer not in others)
+
+    @property
+    def aligned(self) -> tuple[int, ...]:
+        """Return the kept FM layers that alignment may change."""
+        return tuple(sorted({*self.compressed, *self.emulator}))
+
+    def teacher(self, layer: int) -> int:
+        """Return the FM layer whose output a kept layer should reproduce.
+
+        It is the one before the next kept layer, so that the next sees what it sees in
+        the FM; without dropped layers, it is the layer itself.
+        """
+        following = [kept for kept in self.layers if kept > layer]
+        return (following[0] if following else len(self.widths)) - 1
+
+    @property
+    def adapter_places(self) -> list[int] | None:
+        """Return where in the sub-FM the adapters are; None stands for everywhere."""
+        return None if self.adapters is None else self.places(self.adapters)
+
+    def places(self, layers: Sequence[int]) -> list[int]:
+        """Return where in the sub-FM these FM layers are."""
+        return [self.layers.index(layer) for layer in layers]
+
+    @property
     def is_whole(self) -> bool:
         """Tell whether the sub-FM is the FM itself."""
         return self.layers == tuple(range(len(self.widths))) and not self.compressed
@@ -71,7 +111,9 @@ class Plan:
             str(layer): list(self.kept[layer]) if layer in self.compressed else "all"
             for layer in self.layers
         }
-        return json.dumps({"widths": self.widths, "kept": kept})
+        return json.dumps(
+            {"widths": self.widths, "kept": kept, "adapters": self.adapters}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -89,9 +131,11 @@ class Plan:
                 else tuple(int(neuron) for neuron in neurons)
                 for layer, neurons in data["kept"].items()
             }
+            carrying = data["adapters"]
+            adapters = None if carrying is None else tuple(map(int, carrying))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise FedPFTError(f"not a plan: {error}; expected Plan.to_json") from error
-        return cls(widths, kept)
+        return cls(widths, kept, adapters)
 
 
 def norm_saliency(ffn: FFN, generator: torch.Generator) -> Tensor:
@@ -139,13 +183,44 @@ def score(ffns: Sequence[FFN], name: str, seed: int) -> list[Tensor]:
     return [SALIENCIES[name](ffn, generator) for ffn in ffns]
 
 
-def keep_all(scores: Sequence[Tensor], config: SubFMConfig) -> Plan:
+class LayerSize(NamedTuple):
+    """Count the parameters of a layer: of one neuron, and of all else together."""
+
+    neuron: int
+    rest: int
+
+
+def size_of(layer: nn.Module, ffn: FFN) -> LayerSize:
+    """Count the parameters of a layer."""
+    places = ffn.parameters_by_axis(torch.zeros(1, dtype=torch.int64))
+    neuron = sum(p.numel() // p.shape[axis] * len(at) for p, axis, at in places)
+    whole = sum(parameter.numel() for parameter in layer.parameters())
+    return LayerSize(neuron, whole - neuron * ffn.width)
+
+
+def parameters_of(plan: Plan, sizes: Sequence[LayerSize]) -> int:
+    """Count the parameters of all layers that a plan keeps."""
+    return sum(
+        sizes[layer].rest + sizes[layer].neuron * len(neurons)
+        for layer, neurons in plan.kept.items()
+    )
+
+
+# A planner chooses from scores [N] and sizes of every layer.
+Planner = Callable[[Sequence[Tensor], Sequence[LayerSize], SubFMConfig], Plan]
+
+
+def keep_all(
+    scores: Sequence[Tensor], sizes: Sequence[LayerSize], config: SubFMConfig
+) -> Plan:
     """Keep every neuron of every layer: the sub-FM is the FM."""
     widths = tuple(len(layer_scores) for layer_scores in scores)
     return Plan(widths, {i: tuple(range(width)) for i, width in enumerate(widths)})
 
 
-def keep_salient(scores: Sequence[Tensor], config: SubFMConfig) -> Plan:
+def keep_salient(
+    scores: Sequence[Tensor], sizes: Sequence[LayerSize], config: SubFMConfig
+) -> Plan:
     """Keep the neurons with the largest scores in every layer that is not left whole.
 
     Equal scores keep the lower position, so that the plan is the same everywhere.
@@ -163,7 +238,40 @@ def keep_salient(scores: Sequence[Tensor], config: SubFMConfig) -> Plan:
     return Plan(widths, kept)
 
 
-Planner = Callable[[Sequence[Tensor], SubFMConfig], Plan]
+def drop_layers(
+    scores: Sequence[Tensor], sizes: Sequence[LayerSize], config: SubFMConfig
+) -> Plan:
+    """Keep whole layers: the ends, which carry the adapters, and some between them.
+
+    The layers between are spaced evenly, as many as the budget has room for: a share
+    of the parameters of all layers, or what `keep_salient` would keep (Offsite-Tuning,
+    Xiao et al. 2023, section 3.2; the budget as in Peng et al. 2024, section 4).
+
+    Raises:
+        FedPFTError: the end layers alone are above the budget.
+    """
+    whole = keep_all(scores, sizes, config)
+    if config.layer_budget:
+        budget = config.layer_budget * parameters_of(whole, sizes)
+    else:
+        budget = parameters_of(keep_salient(scores, sizes, config), sizes)
+    count, ends = len(scores), config.end_layers
+    adapters = tuple(i for i in range(count) if i < ends or i >= count - ends)
+    for kept in range(count - len(adapters), -1, -1):
+        layers = sorted({*adapters, *_between(ends, count - ends, kept)})
+        plan = Plan(whole.widths, {i: whole.kept[i] for i in layers}, adapters)
+        if parameters_of(plan, sizes) <= budget:
+            return plan
+    raise FedPFTError(
+        f"sub-fm.end-layers = {ends} keeps {len(adapters)} whole layers, which is more "
+        "than the budget; raise sub-fm.layer-budget or sub-fm.keep-fraction"
+    )
+
+
+def _between(first: int, end: int, count: int) -> list[int]:
+    """Choose `count` of the layers first..end-1, evenly spaced between their ends."""
+    step = (end - first + 1) / (count + 1)
+    return [first - 1 + round(step * (i + 1)) for i in range(count)]
 
 
 def _count(config: SubFMConfig, width: int) -> int:

@@ -27,22 +27,24 @@ from fedpft_flower.adapters import (
     check_adapter,
     get_adapter,
     load_adapter,
+    plug_in,
 )
 from fedpft_flower.alignment import (
     Budget,
     Progress,
     Trainable,
     distil,
+    emulator_level,
     gradient_error,
     layer_level,
     most_inactive,
     neuron_level,
 )
-from fedpft_flower.architectures import FFN, ffns_of
+from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.methods import method_of
-from fedpft_flower.plan import Plan, score
+from fedpft_flower.plan import Plan, score, size_of
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns, frozen_weights
 from fedpft_flower.tasks import (
     Rows,
@@ -106,8 +108,11 @@ class ProxyServer:
         self._modality = fm.architecture.modality
         self._model_config = fm.model.config.to_dict()
         _check_length(config.data.max_length, fm)
-        scores = score(ffns_of(fm.model), config.sub_fm.saliency, config.seed)
-        self.plan = self.method.plan(scores, config.sub_fm)
+        ffns = ffns_of(fm.model)
+        saliency = self.method.saliency or config.sub_fm.saliency
+        scores = score(ffns, saliency, config.seed)
+        sizes = list(map(size_of, layers_of(fm.model), ffns))
+        self.plan = self.method.plan(scores, sizes, config.sub_fm)
         if self._aligns and public is None:
             raise FedPFTError(
                 f"method = {config.method!r} aligns on a public corpus and there is "
@@ -116,10 +121,14 @@ class ProxyServer:
         self.fm_weights = frozen_weights(fm.model, self._head)
         sub_fm = build_sub_fm(fm.model, self.plan)
         self._weights = frozen_weights(sub_fm, self._head)
-        self.fm = attach_adapter(fm.model, config.lora, self._head, config.seed)
-        self.sub_fm = attach_adapter(sub_fm, config.lora, self._head, config.seed)
-        self.adapter: Adapter = get_adapter(self.fm)
-        load_adapter(self.sub_fm, self.adapter)
+        self.fm = attach_adapter(
+            fm.model, config.lora, self._head, config.seed, self.plan.adapters
+        )
+        self.sub_fm = attach_adapter(
+            sub_fm, config.lora, self._head, config.seed, self.plan.adapter_places
+        )
+        self.adapter: Adapter = get_adapter(self.sub_fm)
+        plug_in(self.fm, self.adapter, self.plan)
         self._splits = {
             "validation": self._encode(task.validation),
             "test": self._encode(task.test),
@@ -132,7 +141,7 @@ class ProxyServer:
     @property
     def _aligns(self) -> bool:
         due = self.method.align_before or self.method.align_during
-        return due and bool(self.plan.compressed)
+        return due and bool(self.plan.aligned)
 
     # ---------------------------------------------------------------- what it offers
 
@@ -211,11 +220,10 @@ class ProxyServer:
         metrics: Metrics = {}
         if self._public is not None:
             metrics["gradient-before"] = self._gradient_error()
-        if self.method.align_before and self.plan.compressed:
+        if self.method.align_before and self.plan.aligned:
             align = self.config.align
             budget = Budget(align.steps, align.tokens, align.seconds)
-            trainable = layer_level(self._compressed())
-            metrics |= self._distil("align", trainable, budget, align.lr, 0)
+            metrics |= self._distil("align", self._alignable(), budget, align.lr, 0)
             metrics["gradient-after"] = self._gradient_error()
         self._measure_limits()
         return metrics
@@ -238,7 +246,7 @@ class ProxyServer:
         """
         check_adapter(adapter, self.adapter)
         self.adapter = {name: adapter[name].detach().clone() for name in self.adapter}
-        load_adapter(self.fm, self.adapter)
+        plug_in(self.fm, self.adapter, self.plan)
         load_adapter(self.sub_fm, self.adapter)
         if not self._realigns_after(current):
             return {}
@@ -268,7 +276,7 @@ class ProxyServer:
 
     def _snapshot(self) -> dict[str, Tensor]:
         """Return the frozen weights; only what alignment may change is copied."""
-        changing = {p.data_ptr() for p, _ in layer_level(self._compressed())}
+        changing = {p.data_ptr() for p, _ in self._alignable()}
         return {
             name: weight.clone() if weight.data_ptr() in changing else weight
             for name, weight in self._weights.items()
@@ -276,6 +284,12 @@ class ProxyServer:
 
     def _compressed(self) -> list[FFN]:
         return compressed_ffns(base_model(self.sub_fm), self.plan)
+
+    def _alignable(self) -> list[Trainable]:
+        """Return all that alignment may ever change."""
+        layers = layers_of(base_model(self.sub_fm))
+        emulator = [layers[place] for place in self.plan.places(self.plan.emulator)]
+        return layer_level(self._compressed()) + emulator_level(emulator)
 
     def _realigns_after(self, current: int) -> bool:
         # After the last round nobody trains on the sub-FM any more.

@@ -43,6 +43,8 @@ def build_skeleton(fm_config: PreTrainedConfig, plan: Plan) -> PreTrainedModel:
     row = architecture_of(fm_config.model_type)
     config = copy.deepcopy(fm_config)
     config.num_hidden_layers = len(plan.layers)
+    if kinds := getattr(config, "layer_types", None):  # one entry a layer
+        config.layer_types = [kinds[layer] for layer in plan.layers]
     widths = {len(plan.kept[layer]) for layer in plan.layers}
     if row.width_field and len(widths) == 1:
         setattr(config, row.width_field, widths.pop())
@@ -76,7 +78,7 @@ def load_weights(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> No
 def compressed_ffns(sub_fm: PreTrainedModel, plan: Plan) -> list[FFN]:
     """Return the FFNs of a sub-FM that lost neurons, in the order of the layers."""
     ffns = ffns_of(sub_fm)
-    return [ffns[plan.layers.index(layer)] for layer in plan.compressed]
+    return [ffns[place] for place in plan.places(plan.compressed)]
 
 
 def frozen_weights(model: PreTrainedModel, head: tuple[str, ...]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def vit_directory(tmp_path_factory):
     from transformers.models.vit import ViTImageProcessor
 
     place = tmp_path_factory.mktemp("vit")
-    tiny_model("vit").save_pretrained(place)
+    tiny_model("vit", layers=4).save_pretrained(place)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(place)
     return place
 

@@ -26,13 +26,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 40,
     },
+    "llama": {
+        **_SIZES,
+        "num_key_value_heads": 1,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 40,
+        "pad_token_id": 1,
+    },
+    "modernbert": {
+        **_SIZES,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 40,
+        "pad_token_id": 1,
+        "global_attn_every_n_layers": 2,
+        "mlp_bias": True,
+        # At its usual 0.02 so small a model hardly feels its FFNs.
+        "initializer_range": 0.2,
+    },
     "vit": {**_SIZES, "image_size": 8, "patch_size": 4},
 }
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, layers: int = LAYERS) -> PreTrainedModel:
     """Build a random model whose biases are not zero, so that nothing cancels out."""
-    config = AutoConfig.for_model(family, num_labels=CLASSES, **CONFIGS[family])
+    sizes = CONFIGS[family]
+    depth = {k: layers for k in ("num_hidden_layers", "n_layers") if k in sizes}
+    config = AutoConfig.for_model(family, num_labels=CLASSES, **{**sizes, **depth})
     torch.manual_seed(seed)
     model = AUTO_MODELS[architecture_of(family).modality].from_config(config)
     with torch.no_grad():

@@ -12,17 +12,32 @@ from fedpft_flower.adapters import (
     export_adapter,
     get_adapter,
     load_adapter,
+    plug_in,
 )
 from fedpft_flower.alignment import (
     Budget,
     distil,
+    emulator_level,
     gradient_error,
     layer_level,
     neuron_level,
 )
-from fedpft_flower.architectures import ARCHITECTURES, AUTO_MODELS, ffns_of
+from fedpft_flower.architectures import (
+    ARCHITECTURES,
+    AUTO_MODELS,
+    ffns_of,
+    layers_of,
+)
 from fedpft_flower.config import FedPFTError, LoraConfig, SubFMConfig
-from fedpft_flower.plan import Plan, keep_all, keep_salient, norm_saliency, score
+from fedpft_flower.plan import (
+    Plan,
+    keep_all,
+    keep_salient,
+    norm_saliency,
+    parameters_of,
+    score,
+    size_of,
+)
 from fedpft_flower.sub_fm import build_sub_fm, frozen_weights
 from tests.families import CLASSES, CONFIGS, WIDTH, tiny_batch, tiny_model
 
@@ -41,7 +56,16 @@ def logits(model, batch):
 
 def plans(model, **settings):
     scores = score(ffns_of(model), "norm", seed=0)
-    return keep_salient(scores, SubFMConfig(**settings))
+    return keep_salient(scores, sizes_of(model), SubFMConfig(**settings))
+
+
+def sizes_of(model):
+    return list(map(size_of, layers_of(model), ffns_of(model)))
+
+
+def whole(model):
+    scores = score(ffns_of(model), "norm", seed=0)
+    return keep_all(scores, sizes_of(model), SubFMConfig())
 
 
 def same(left, right):
@@ -75,7 +99,7 @@ def adapted(family, plan_settings=None, seed=0):
 def test_full_plan_is_bit_identical_and_shares_no_storage(family):
     fm, batch = tiny_model(family), tiny_batch(family)
     before = snapshot(fm)
-    sub = build_sub_fm(fm, keep_all(score(ffns_of(fm), "norm", 0), SubFMConfig()))
+    sub = build_sub_fm(fm, whole(fm))
     assert torch.equal(logits(fm, batch), logits(sub, batch))
     with torch.no_grad():
         for parameter in sub.parameters():
@@ -93,11 +117,26 @@ def test_cut_keeps_exactly_the_planned_neurons(family):
         kept = list(plan.kept[layer])
         assert small.width == len(kept)
         assert torch.equal(small.down.weight, big.down.weight[:, kept])
-        assert torch.equal(small.down.bias, big.down.bias)
+        assert equal_or_none(small.down.bias, big.down.bias)
         for (cut, blocks), (full, _) in zip(small.up, big.up, strict=True):
             rows = [b * big.width + i for b in range(blocks) for i in kept]
             assert torch.equal(cut.weight, full.weight[rows])
-            assert torch.equal(cut.bias, full.bias[rows])
+            assert equal_or_none(
+                cut.bias, None if full.bias is None else full.bias[rows]
+            )
+
+
+def equal_or_none(left, right):
+    return left is right is None or torch.equal(left, right)
+
+
+@families
+def test_sizes_count_every_parameter_once(family):
+    fm = tiny_model(family)
+    for plan in (whole(fm), plans(fm, keep_neurons=7, whole_layers="0")):
+        layers = layers_of(build_sub_fm(fm, plan))
+        counted = sum(p.numel() for layer in layers for p in layer.parameters())
+        assert parameters_of(plan, sizes_of(fm)) == counted
 
 
 @families
@@ -152,9 +191,13 @@ def test_saliency_sees_every_weight_of_its_neuron_only(family):
 def test_saliency_is_the_norm_of_row_and_column(family):
     ffn = ffns_of(tiny_model(family))[0]
     scores = norm_saliency(ffn, torch.Generator())
-    (up, _), *_ = ffn.up
     for i in range(ffn.width):
-        joined = torch.cat([up.weight[i], ffn.down.weight[:, i]])
+        rows = [
+            linear.weight[block * ffn.width + i]
+            for linear, blocks in ffn.up
+            for block in range(blocks)
+        ]
+        joined = torch.cat([*rows, ffn.down.weight[:, i]])
         torch.testing.assert_close(scores[i], joined.norm())
 
 
@@ -171,12 +214,66 @@ def test_uniform_width_opens_with_stock_transformers(family, tmp_path):
 @families
 def test_dropped_layers_are_renumbered(family):
     fm, batch = tiny_model(family), tiny_batch(family)
-    everything = keep_all(score(ffns_of(fm), "norm", 0), SubFMConfig())
+    everything = whole(fm)
     kept = {layer: everything.kept[layer] for layer in (0, 2)}
     sub = build_sub_fm(fm, Plan(everything.widths, kept))
     assert [ffn.width for ffn in ffns_of(sub)] == [WIDTH, WIDTH]
     assert torch.equal(ffns_of(sub)[1].down.weight, ffns_of(fm)[2].down.weight)
     assert logits(sub, batch).shape == (5, CLASSES)
+
+
+def emulated(family):
+    """Return FM and emulator: layers 0, 2, 4 of five kept, adapters in 0 and 4."""
+    fm = tiny_model(family, layers=5)
+    everything = whole(fm)
+    plan = Plan(everything.widths, {i: everything.kept[i] for i in (0, 2, 4)}, (0, 4))
+    sub, head = build_sub_fm(fm, plan), ARCHITECTURES[family].head
+    fm = attach_adapter(fm, LORA, head, 0, plan.adapters)
+    sub = attach_adapter(sub, LORA, head, 0, plan.adapter_places)
+    generator = torch.Generator().manual_seed(1)
+    moved = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in get_adapter(sub).items()
+    }
+    load_adapter(sub, moved)
+    return fm.eval(), sub.eval(), plan
+
+
+@families
+def test_plug_in_renumbers_the_layers_of_an_emulator(family, tmp_path):
+    from peft import PeftModel
+
+    fm, sub, plan = emulated(family)
+    adapter, batch = get_adapter(sub), tiny_batch(family)
+    before = logits(fm, batch)
+    plug_in(fm, adapter, plan)
+    assert not torch.allclose(logits(fm, batch), before)
+    left, right = get_adapter(fm), adapter
+    for (name, tensor), (small, sent) in zip(left.items(), right.items(), strict=True):
+        assert torch.equal(tensor, sent)
+        assert name == small.replace(".2.", ".4.", 1) or ".2." not in small
+    assert {n.split(".lora_")[0] for n in left if ".1." in n or ".2." in n} == set()
+    export_adapter(fm, tmp_path)
+    stock = PeftModel.from_pretrained(tiny_model(family, layers=5), str(tmp_path))
+    assert torch.equal(logits(stock.eval(), batch), logits(fm, batch))
+
+
+@families
+def test_emulator_distillation_changes_only_the_emulator_and_helps(family):
+    fm, sub, plan = emulated(family)
+    plug_in(fm, get_adapter(sub), plan)
+    assert plan.aligned == plan.emulator == (2,)
+    assert [plan.teacher(layer) for layer in plan.layers] == [1, 3, 4]
+    before, batches = snapshot(sub), [tiny_batch(family, seed=s) for s in range(3)]
+    error = gradient_error(fm, sub, batches, seed=0)
+    middle = layers_of(base_model(sub))[1]
+    seen = align(fm, sub, plan, emulator_level([middle]), family, steps=60)
+    assert seen[-1].loss < 0.9 * seen[0].loss
+    assert gradient_error(fm, sub, batches, seed=0).relative < error.relative
+    after = snapshot(sub)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    inside = {id(p) for p in middle.parameters()}
+    assert changed <= {n for n, p in sub.named_parameters() if id(p) in inside}
 
 
 @families

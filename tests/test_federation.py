@@ -133,14 +133,20 @@ def test_a_plain_loop_gives_the_same_adapter_as_flower(local_grid, settings, met
     from safetensors.torch import load_file
 
     exported = load_file(place / "adapter" / "adapter_model.safetensors")
-    assert set(exported) == set(server.adapter)
-    for name, tensor in server.adapter.items():
+    plugged_in = get_adapter(server.fm)
+    assert set(exported) == set(plugged_in)
+    for name, tensor in plugged_in.items():
         torch.testing.assert_close(exported[name], tensor, atol=2e-6, rtol=1e-4)
     last = server.evaluate("validation")
     assert rounds[-1]["fm-accuracy"] == pytest.approx(last["fm-accuracy"])
     assert manifest["plan"] == server.plan.to_json()
     due = METHODS[method].align_during
     assert [("alignment" in r) for r in rounds[1:]] == [due, due, False]
+    aligned = METHODS[method].align_before
+    assert ("steps" in rounds[0]["alignment"]) == aligned
+    if method.startswith("fedot"):
+        assert server.plan.layers == (0, 2, 3)
+        assert server.plan.emulator == (2,)
 
 
 def test_one_client_aggregates_to_the_identity(local_grid, settings):
