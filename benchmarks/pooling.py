@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fedpft_flower.adapters import attach_adapter
 from fedpft_flower.config import Config, derive_seed
+from fedpft_flower.encoding import TextRows, endless_batches
 from fedpft_flower.foundation import load_fm
-from fedpft_flower.tasks import TextRows, endless_batches, load_task
+from fedpft_flower.tasks import load_task
 
 HEADS = {"frozen pooler": ["classifier"], "trained pooler": []}
 

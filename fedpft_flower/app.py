@@ -14,13 +14,14 @@ from flwr.serverapp import Grid
 
 from fedpft_flower.client import peak_memory
 from fedpft_flower.config import MARK, Config, FedPFTError, names_in
+from fedpft_flower.encoding import content_hash
 from fedpft_flower.federation import Federation
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import method_of
 from fedpft_flower.report import RunDirectory, versions
 from fedpft_flower.server import Metrics, ProxyServer
 from fedpft_flower.strategy import FedPFT
-from fedpft_flower.tasks import TaskData, content_hash, load_public, load_task, task_of
+from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
 from fedpft_flower.wire import CountingGrid, Ledger, pack_tensors, tensors_hash
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ def _serve(grid: Grid, context: Context) -> None:
     logger.info("run directory: %s", directory.path)
     counting = CountingGrid(grid, Ledger())
     task, public, server = _load(config)
-    federation = Federation(counting, config.timeout_seconds)
-    federation.meet(config.train.clients_per_round)
+    federation = Federation(counting, config.timeout_seconds, task.labels)
+    federation.meet(config.train.clients_per_round, config.train.min_nodes)
     server.sample([node.key for node in federation.nodes.values()], 1)
     logger.info(
         "%d nodes, %d training rows",
@@ -75,11 +76,11 @@ def _serve(grid: Grid, context: Context) -> None:
         "train": task.train,
         "validation": task.validation,
         "test": task.test,
-        **({"public": public} if public is not None else {}),
+        "public": public,
     }
     manifest = _manifest(config, task, splits, server, federation)
     directory.finish(server, summary, manifest)
-    _show(summary)
+    _show(summary, config.data.metric)
     logger.info("results: %s", directory.path)
 
 
@@ -130,8 +131,8 @@ class _Run:
 
     def _line(self, current: int, entry: Metrics) -> str:
         parts = [f"round {current}/{self.config.rounds}"]
-        for name, key in (("FM", "fm-accuracy"), ("sub-FM", "sub-fm-accuracy")):
-            if key in entry:
+        for name, model in (("FM", "fm"), ("sub-FM", "sub-fm")):
+            if (key := f"{model}-{self.config.data.metric}") in entry:
                 parts.append(f"{name} {entry[key]:.3f}")
         loss = entry.get("train-loss", entry.get("fm-loss"))
         if loss is not None:
@@ -168,7 +169,7 @@ def _summary(run: _Run, before: Metrics, after: Metrics, ledger: Ledger) -> Metr
 def _manifest(
     config: Config,
     task: TaskData,
-    splits: dict[str, Dataset],
+    splits: dict[str, Dataset | None],
     server: ProxyServer,
     federation: Federation,
 ) -> Metrics:
@@ -188,6 +189,7 @@ def _manifest(
                 "sha256": content_hash(rows),
             }
             for name, rows in splits.items()
+            if rows is not None
         },
         "nodes": {node.key: node.examples for node in federation.nodes.values()},
         "fm-sha256": tensors_hash(server.fm_weights),
@@ -197,12 +199,12 @@ def _manifest(
     }
 
 
-def _show(summary: Metrics) -> None:
+def _show(summary: Metrics, metric: str) -> None:
     before, after = summary["test-before"], summary["test-after"]
     rows = [
-        ("FM accuracy before (test)", f"{before['fm-accuracy']:.3f}"),
-        ("FM accuracy after plug-in (test)", f"{after['fm-accuracy']:.3f}"),
-        ("sub-FM accuracy after (test)", f"{after['sub-fm-accuracy']:.3f}"),
+        (f"FM {metric} before (test)", f"{before[f'fm-{metric}']:.3f}"),
+        (f"FM {metric} after plug-in (test)", f"{after[f'fm-{metric}']:.3f}"),
+        (f"sub-FM {metric} after (test)", f"{after[f'sub-fm-{metric}']:.3f}"),
         ("FM weights never sent", f"{100 * summary['share-withheld']:.1f} %"),
         (
             "bytes per client, once (install)",

@@ -10,11 +10,12 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from peft import PeftModel
 from transformers import AutoConfig
@@ -26,16 +27,18 @@ from fedpft_flower.architectures import (
     Architecture,
     architecture_of,
 )
-from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
+from fedpft_flower.config import (
+    Config,
+    DataConfig,
+    FedPFTError,
+    LoraConfig,
+    derive_seed,
+)
+from fedpft_flower.encoding import Rows, check_images, encode, shuffled_batches
+from fedpft_flower.partitions import load_partition
 from fedpft_flower.server import Package
 from fedpft_flower.sub_fm import build_skeleton, compressed_ffns, load_weights
-from fedpft_flower.tasks import (
-    Rows,
-    check_images,
-    encode,
-    load_partition,
-    shuffled_batches,
-)
+from fedpft_flower.tasks import load_site
 from fedpft_flower.training import train_adapter
 from fedpft_flower.wire import (
     ARRAYS,
@@ -70,6 +73,77 @@ class SubFM:
     architecture: Architecture
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Say who a node is and where its rows are, as its node-config has it."""
+
+    # What sampling goes by, so that it does not depend on Flower's random node ids.
+    key: str
+    # Whether the key is the same in every run.
+    named: bool
+    # Its partition of the run's data; of 0 partitions when the rows are its own.
+    index: int
+    count: int
+    # Its own data settings, over those of the run.
+    own: dict[str, Any]
+
+
+# What a node with rows of its own may say otherwise than the run's `data.*`.
+OWN_KEYS = {
+    "data-path": "path",
+    "train-split": "train_split",
+    "text-columns": "text_columns",
+    "image-column": "image_column",
+    "label-column": "label_column",
+}
+
+
+def identify(context: Context) -> Identity:
+    """Read a node's config.
+
+    Raises:
+        FedPFTError: it says neither which partition nor which file is the node's.
+    """
+    node = context.node_config
+    own = {field: str(node[key]) for key, field in OWN_KEYS.items() if key in node}
+    index, count = int(node.get("partition-id", 0)), int(node.get("num-partitions", 0))
+    if "path" in own:
+        count = 0
+    elif "partition-id" not in node or "num-partitions" not in node:
+        raise FedPFTError(
+            'this node has no rows; start it with --node-config \'data-path="..." '
+            "site=\"...\"', or 'partition-id=0 num-partitions=2'"
+        )
+    elif not 0 <= index < count:
+        raise FedPFTError(
+            f"partition-id = {index} is outside 0 to {count - 1} (num-partitions)"
+        )
+    if "partition-id" in node:
+        return Identity(f"partition-{index:06d}", True, index, count, own)
+    if site := str(node.get("site", "")):
+        return Identity(site, True, index, count, own)
+    return Identity(f"node-{context.node_id}", False, index, count, own)
+
+
+def local_rows(node: Identity, config: Config, labels: Sequence[str]) -> Dataset:
+    """Return the training rows of a node: its own, or its partition of the run's.
+
+    Args:
+        node: who asks.
+        config: the run.
+        labels: the label set [C], which the server fixes.
+
+    Raises:
+        FedPFTError: the rows cannot be read, or a label is outside the set.
+    """
+    if node.own.get("path"):
+        data: DataConfig = replace(config.data, **node.own)
+        return load_site(data, labels, config.seed)
+    return load_partition(
+        config.data, config.partition, node.index, node.count, config.seed
+    )
+
+
 def one_line_errors(handler: Handler) -> Handler:
     """Reply with one clear line where the user can mend what went wrong."""
 
@@ -78,8 +152,10 @@ def one_line_errors(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except FedPFTError as error:
-            logger.error("%s", error)
-            return Message(Error(_REFUSED, str(error)), reply_to=message)
+            site = context.node_config.get("site")
+            reason = f"{site}: {error}" if site else str(error)
+            logger.error("%s", reason)
+            return Message(Error(_REFUSED, reason), reply_to=message)
 
     return handle
 
@@ -88,19 +164,20 @@ def one_line_errors(handler: Handler) -> Handler:
 def hello(message: Message, context: Context) -> Message:
     """Say who this node is, how many rows it has, and which sub-FMs it holds."""
     config = Config.from_run_config(context.run_config)
-    key, index, count = _identity(context)
-    rows = load_partition(config.data, config.partition, index, count, config.seed)
+    node = identify(context)
+    rows = local_rows(node, config, json.loads(config_of(message)["labels"]))
     check_images(rows)
     store = Store()
     introduction = ConfigRecord(
         {
-            "key": key,
+            "key": node.key,
+            "named": node.named,
             "store": store.name,
             "held": json.dumps(store.hashes()),
             "source": source_hash(),
         }
     )
-    sizes = MetricRecord({"num-examples": len(rows), "num-partitions": count})
+    sizes = MetricRecord({"num-examples": len(rows), "num-partitions": node.count})
     return _reply(message, {CONFIG: introduction, METRICS: sizes})
 
 
@@ -133,13 +210,13 @@ def train(message: Message, context: Context) -> Message:
     sub_fm = _load_sub_fm(wanted, config.lora, config.seed)
     if sub_fm is None:
         return _reply(message, {CONFIG: ConfigRecord({"missing": wanted})})
-    key, index, count = _identity(context)
-    rows = _rows(config, sub_fm, index, count)
+    node = identify(context)
+    rows = _rows(config, sub_fm, node)
     load_adapter(sub_fm.model, unpack_tensors(arrays_of(message)))
     metrics: dict[str, Any] = {}
     if request["measure-activity"]:
         metrics |= pack_rates(_measure(sub_fm, rows, config))
-    seed = derive_seed(config.seed, "client", current, key)
+    seed = derive_seed(config.seed, "client", current, node.key)
     report = train_adapter(sub_fm.model, rows, config.train, request["lr"], seed)
     metrics |= {
         "num-examples": report.examples,
@@ -204,8 +281,10 @@ def _load_sub_fm(content: str, lora: LoraConfig, seed: int) -> SubFM | None:
         return None
 
 
-def _rows(config: Config, sub_fm: SubFM, index: int, count: int) -> Rows:
-    part = load_partition(config.data, config.partition, index, count, config.seed)
+def _rows(config: Config, sub_fm: SubFM, node: Identity) -> Rows:
+    named = sub_fm.package.model_config["id2label"]
+    labels = [named[str(place)] for place in range(len(named))]
+    part = local_rows(node, config, labels)
     modality = sub_fm.architecture.modality
     return encode(part, sub_fm.processor, modality, config.data.max_length)
 
@@ -214,22 +293,6 @@ def _measure(sub_fm: SubFM, rows: Rows, config: Config) -> list[torch.Tensor]:
     ffns = compressed_ffns(base_model(sub_fm.model), sub_fm.package.plan)
     batches = shuffled_batches(rows, config.train.batch_size, seed=0)
     return inactive_rates(sub_fm.model, ffns, batches, sub_fm.package.activity_limits)
-
-
-def _identity(context: Context) -> tuple[str, int, int]:
-    """Return sampling key, partition and number of partitions of this node."""
-    node = context.node_config
-    if "partition-id" not in node or "num-partitions" not in node:
-        raise FedPFTError(
-            "this node has no partition; start it with --node-config "
-            "'partition-id=0 num-partitions=2'"
-        )
-    index, count = int(node["partition-id"]), int(node["num-partitions"])
-    if not 0 <= index < count:
-        raise FedPFTError(
-            f"partition-id = {index} is outside 0 to {count - 1} (num-partitions)"
-        )
-    return f"partition-{index:06d}", index, count
 
 
 def _reply(message: Message, records: dict[str, Any]) -> Message:

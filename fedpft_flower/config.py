@@ -43,12 +43,16 @@ class DataConfig:
     task: str = "docstrings"
     # A directory, file or hub name that `datasets` loads; only for "text" / "image".
     path: str = ""
+    # Which configuration of a hub data set ("sst2" of "nyu-mll/glue"), if it has many.
+    subset: str = ""
     # One column, or two for sentence pairs: "question,sentence".
     text_columns: str = "text"
     image_column: str = "image"
     label_column: str = "label"
     # The label set in its order, "negative,positive"; "" takes it from the data.
     labels: str = ""
+    # Whose row it is; only for partition.kind = "natural".
+    client_column: str = ""
     train_split: str = "train"
     validation_split: str = "validation"
     test_split: str = "test"
@@ -62,18 +66,25 @@ class DataConfig:
     max_length: int = 64
     # The public corpus for alignment; "" takes the embedded task's own.
     public_path: str = ""
+    public_subset: str = ""
     public_column: str = ""
     public_split: str = "train"
     public_rows: int = 4000
+    # What rounds are judged and shown by; all three are recorded.
+    metric: str = "accuracy"
 
 
 @dataclass(frozen=True)
 class PartitionConfig:
     """Say how virtual clients share the training rows."""
 
+    # "iid", "dirichlet" (label skew), "pathological" (few classes a client), "natural"
+    # (as `data.client-column` says), or "sizes" (size skew).
     kind: str = "dirichlet"
-    # Concentration of the label skew (Dirichlet only); small means more skew.
+    # Concentration of "dirichlet" and "sizes"; small means more skew.
     alpha: float = 1.0
+    # Classes a client has with "pathological".
+    classes: int = 2
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,9 @@ class TrainConfig:
     # 0 means `fraction` of the nodes, at least one.
     clients_per_round: int = 0
     fraction: float = 0.25
+    # Wait for so many nodes before the first round; 0 for what the nodes themselves say
+    # (num-partitions), or `clients-per-round`.
+    min_nodes: int = 0
     local_epochs: int = 1
     # When positive, this many optimiser steps take the place of `local_epochs`.
     local_steps: int = 0
@@ -321,8 +335,10 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "data.min-words": (0, 1e6, True),
     "data.max-length": (2, 1e6, True),
     "data.public-rows": (0, 1e12, True),
+    "partition.classes": (1, 1e6, True),
     "partition.alpha": (0, 1e9, False),
     "train.clients-per-round": (0, 1e9, True),
+    "train.min-nodes": (0, 1e9, True),
     "train.fraction": (0, 1, False),
     "train.local-epochs": (1, 1e6, True),
     "train.local-steps": (0, 1e9, True),
@@ -353,7 +369,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "partition.kind": ("iid", "dirichlet"),
+    "data.metric": ("accuracy", "macro-f1", "matthews"),
+    "partition.kind": ("iid", "dirichlet", "pathological", "natural", "sizes"),
     "train.lr-decay": ("linear", "none"),
     "lora.init": ("gaussian", "kaiming"),
     "align.activity": ("clients", "public"),

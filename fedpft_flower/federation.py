@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,8 +39,11 @@ class Node:
     """Remember what a node said of itself, and which sub-FM it was given."""
 
     key: str
+    # Whether the key is the same in every run.
+    named: bool
     # Which machine's disk it uses; virtual clients of one machine share it.
     store: str
+    # Of how many partitions it has one; 0 when its rows are its own.
     partitions: int
     examples: int
     installed: str = ""
@@ -49,8 +52,10 @@ class Node:
 class Federation:
     """Know the nodes and bring the current sub-FM to them."""
 
-    def __init__(self, grid: CountingGrid, timeout: float) -> None:
-        self.grid, self._timeout = grid, timeout
+    def __init__(
+        self, grid: CountingGrid, timeout: float, labels: Sequence[str]
+    ) -> None:
+        self.grid, self._timeout, self._labels = grid, timeout, labels
         self.nodes: dict[int, Node] = {}
         # Before training a node that cannot take part ends the run; later, such a node
         # is left out instead.
@@ -73,12 +78,13 @@ class Federation:
         """Return the size of a whole sub-FM: tensors, plan and processor, in bytes."""
         return sum(t.nbytes for t in self._tensors.values()) + len(self._text)
 
-    def meet(self, wanted: int) -> None:
+    def meet(self, wanted: int, least: int = 0) -> None:
         """Wait for nodes and let every new one introduce itself.
 
         Args:
             wanted: wait for so many nodes, at least one; before training, for as many
                 as the nodes say that there are partitions.
+            least: before training, wait for so many nodes at least.
 
         Raises:
             FedPFTError: too few nodes came; before training, also when one refuses,
@@ -90,18 +96,19 @@ class Federation:
             self._greet(sorted(online - self.nodes.keys() - self.refused.keys()))
             self.nodes = {n: self.nodes[n] for n in self.nodes if n in online}
             self._check(wanted)
-            expected = max((node.partitions for node in self.nodes.values()), default=1)
-            enough = max(1, wanted)
+            expected = max((node.partitions for node in self.nodes.values()), default=0)
+            expected, enough = max(expected, least), max(1, wanted)
             if len(self.nodes) >= (enough if self.training else max(enough, expected)):
                 return
             if time.monotonic() > deadline:
                 break
             time.sleep(1.0)
+        enough = enough if self.training else max(enough, least)
         if len(self.nodes) < enough:
             raise FedPFTError(
                 f"{len(self.nodes)} nodes are online after {NODE_WAIT_SECONDS:.0f} s, "
                 f"{enough} are needed; start more SuperNodes or lower "
-                "train.clients-per-round"
+                "train.clients-per-round or train.min-nodes"
             )
         logger.warning("%d of %d nodes are online", len(self.nodes), expected)
 
@@ -212,29 +219,30 @@ class Federation:
 
     def _check(self, wanted: int) -> None:
         keys: dict[str, int] = {}
+        sharing = [node for node in self.nodes.values() if node.partitions]
         for number, node in self.nodes.items():
             if node.key in keys:
                 raise FedPFTError(
                     f"nodes {keys[node.key]} and {number} are both {node.key}; give "
-                    "every node its own partition-id"
+                    "every node its own partition-id or site"
                 )
             keys[node.key] = number
-            if node.partitions != next(iter(self.nodes.values())).partitions:
+        for node in sharing:
+            if node.partitions != sharing[0].partitions:
                 raise FedPFTError(
                     f"{node.key} says num-partitions = {node.partitions}, another node "
-                    f"{next(iter(self.nodes.values())).partitions}; give all the same"
+                    f"{sharing[0].partitions}; give all the same"
                 )
-            if wanted > node.partitions:
+            if wanted > node.partitions and len(sharing) == len(self.nodes):
                 raise FedPFTError(
                     f"train.clients-per-round = {wanted}, but there are "
                     f"{node.partitions} nodes; lower it or add nodes"
                 )
 
     def _greet(self, nodes: list[int]) -> None:
+        known = ConfigRecord({"labels": json.dumps(list(self._labels))})
         messages = [
-            Message(
-                RecordDict({CONFIG: ConfigRecord()}), dst_node_id=n, message_type=HELLO
-            )
+            Message(RecordDict({CONFIG: known}), dst_node_id=n, message_type=HELLO)
             for n in nodes
         ]
         mine = source_hash()
@@ -253,12 +261,19 @@ class Federation:
                 continue
             self.nodes[node] = Node(
                 key=said["key"],
+                named=said["named"],
                 store=said["store"],
                 partitions=sizes["num-partitions"],
                 examples=sizes["num-examples"],
             )
             held = self._held.setdefault(said["store"], set())
             held |= set(json.loads(said["held"]))
+            if not said["named"]:
+                logger.warning(
+                    "%s has neither site nor partition-id in its node-config: sampling "
+                    "is not repeatable",
+                    said["key"],
+                )
 
 
 def last_line(reason: str | None) -> str:

@@ -71,7 +71,8 @@ class RunDirectory:
     def finish(self, server: ProxyServer, summary: Metrics, manifest: Metrics) -> None:
         """Write everything that a finished run has."""
         self._write("manifest.json", _pretty(manifest))
-        self._put("curves.png", lambda path: draw_curves(self._rounds, path))
+        metric = server.config.data.metric
+        self._put("curves.png", lambda path: draw_curves(self._rounds, metric, path))
         self._put("adapter", lambda path: export_adapter(server.fm, path))
         self._write("summary.json", _pretty(summary))  # last: the run is complete
 
@@ -114,12 +115,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def draw_curves(rounds: list[Metrics], path: Path) -> None:
-    """Draw accuracy, loss, bytes and gradient error against rounds."""
+def draw_curves(rounds: list[Metrics], metric: str, path: Path) -> None:
+    """Draw a metric, the loss, bytes and gradient error against rounds."""
     figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    accuracy, loss, data, gradient = panels.flat
+    score, loss, data, gradient = panels.flat
     for name, label in (("fm", "FM, plugged in"), ("sub-fm", "sub-FM")):
-        _line(accuracy, rounds, lambda r, n=name: r.get(f"{n}-accuracy"), label)
+        _line(score, rounds, lambda r, n=name: r.get(f"{n}-{metric}"), label)
         _line(
             loss, rounds, lambda r, n=name: r.get(f"{n}-loss"), f"{label}, validation"
         )
@@ -129,7 +130,7 @@ def draw_curves(rounds: list[Metrics], path: Path) -> None:
     _line(gradient, rounds, lambda r: _gradient(r, "before"), "before alignment")
     _line(gradient, rounds, lambda r: _gradient(r, "after"), "after alignment")
     for panel, title, unit in (
-        (accuracy, "Accuracy on validation", "accuracy"),
+        (score, f"{metric} on validation", metric),
         (loss, "Loss", "cross-entropy"),
         (data, "Bytes between server and clients", "MB per round"),
         (gradient, "Gradient error of the sub-FM", "relative L2"),

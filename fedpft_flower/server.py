@@ -42,17 +42,12 @@ from fedpft_flower.alignment import (
 )
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import Config, FedPFTError, derive_seed
+from fedpft_flower.encoding import Rows, encode, endless_batches, shuffled_batches
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan, score, size_of
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns, frozen_weights
-from fedpft_flower.tasks import (
-    Rows,
-    TaskData,
-    encode,
-    endless_batches,
-    shuffled_batches,
-)
+from fedpft_flower.tasks import TaskData
 from fedpft_flower.training import Evaluation, evaluate, round_lr
 
 logger = logging.getLogger(__name__)
@@ -394,7 +389,12 @@ def _check_length(length: int, fm: FoundationModel) -> None:
 
 
 def _prefixed(name: str, result: Evaluation) -> Metrics:
-    return {f"{name}-accuracy": result.accuracy, f"{name}-loss": result.loss}
+    return {
+        f"{name}-accuracy": result.accuracy,
+        f"{name}-macro-f1": result.macro_f1,
+        f"{name}-matthews": result.matthews,
+        f"{name}-loss": result.loss,
+    }
 
 
 def _progress_lines(what: str) -> Callable[[Progress], None]:

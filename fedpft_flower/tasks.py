@@ -1,20 +1,18 @@
-"""Load, split, partition and encode the data of a task.
+"""Load the data of a task, split it, and index its labels.
 
 A task is a row of `TASKS`. Loaded rows have the columns `text` (and `text_pair`) or
-`image`, and `label` as an index into the label set.
+`image`, and `label` as an index into the label set; `client` where a column says whose
+they are.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import (
     ClassLabel,
     Dataset,
@@ -22,19 +20,14 @@ from datasets import (
     Features,
     Image,
     Value,
+    get_dataset_split_names,
     load_dataset,
+    load_from_disk,
 )
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner
+from flwr_datasets import FederatedDataset
 
-from fedpft_flower.activity import Batch
 from fedpft_flower.architectures import Modality
-from fedpft_flower.config import (
-    DataConfig,
-    FedPFTError,
-    PartitionConfig,
-    derive_seed,
-    names_in,
-)
+from fedpft_flower.config import DataConfig, FedPFTError, derive_seed, names_in
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 
 HELD_OUT = 0.1  # share of the training rows that replaces a missing split
@@ -42,9 +35,12 @@ HELD_OUT = 0.1  # share of the training rows that replaces a missing split
 
 @dataclass(frozen=True)
 class TaskData:
-    """Hold the splits of a task; `notes` says where each one comes from."""
+    """Hold the splits of a task; `notes` says where each one comes from.
 
-    train: Dataset
+    `train` is None at a server that holds none: every node then has rows of its own.
+    """
+
+    train: Dataset | None
     validation: Dataset
     test: Dataset
     labels: tuple[str, ...]
@@ -58,22 +54,8 @@ class Task:
     modality: Modality
     load: Callable[[DataConfig, int], TaskData]
     public: Callable[[], Dataset] | None = None
-
-
-class Rows(Protocol):
-    """Encode rows of a data set as batches of model inputs."""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        ...
-
-    def lengths(self) -> list[int]:
-        """Return what each row costs, to put similar ones into one batch."""
-        ...
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Return model inputs of these rows, with `labels` [B] where rows have them."""
-        ...
+    # Role -> column of the inputs, for a user's own data.
+    inputs: Callable[[DataConfig], dict[str, str]] | None = None
 
 
 # ------------------------------------------------------------------------- loading
@@ -88,16 +70,8 @@ def load_task(config: DataConfig, seed: int) -> TaskData:
             label outside the set.
     """
     data = task_of(config.task).load(config, seed)
-    train = data.train
-    if config.min_words and "text" in train.column_names:
-        long = [len(text.split()) >= config.min_words for text in train["text"]]
-        train = train.select(np.flatnonzero(long))
-    if not len(train):
-        raise FedPFTError(
-            f"data.min-words = {config.min_words} leaves no training row; lower it"
-        )
     return TaskData(
-        train=_sample(train, config.max_train_rows, seed, "train"),
+        train=None if data.train is None else _for_training(data.train, config, seed),
         validation=_sample(
             data.validation, config.max_validation_rows, seed, "validation"
         ),
@@ -105,6 +79,43 @@ def load_task(config: DataConfig, seed: int) -> TaskData:
         labels=data.labels,
         notes=data.notes,
     )
+
+
+def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
+    """Load the training rows of one node from its own files.
+
+    Args:
+        config: as of the run, with the node's own path.
+        labels: the label set [C], which the server fixes.
+        seed: seed of `max_train_rows`.
+
+    Raises:
+        FedPFTError: the files cannot be read or have other columns, or a label is
+            outside the set.
+    """
+    task = task_of(config.task)
+    if task.inputs is None:
+        raise FedPFTError(
+            f"data-path = {config.path!r} is not used by data.task = {config.task!r}; "
+            "set data.task to 'text' or 'image'"
+        )
+    source = _read(config.path, "data-path", config.subset)
+    rows = _split(source, config.train_split, "train-split")
+    columns = {**task.inputs(config), "label": config.label_column}
+    rows = _typed(_columns(rows, columns, _SETTINGS), config.train_split)
+    return _for_training(_labelled(rows, labels, config.train_split), config, seed)
+
+
+def _for_training(rows: Dataset, config: DataConfig, seed: int) -> Dataset:
+    if config.min_words and "text" in rows.column_names:
+        long = [len(text.split()) >= config.min_words for text in rows["text"]]
+        rows = rows.select(np.flatnonzero(long))
+    if not len(rows):
+        raise FedPFTError(
+            f"no training row is left (data.min-words = {config.min_words}); lower it, "
+            "or give rows"
+        )
+    return _sample(rows, config.max_train_rows, seed, "train")
 
 
 def load_public(config: DataConfig, seed: int) -> Dataset:
@@ -115,11 +126,12 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     """
     task = task_of(config.task)
     if config.public_path:
-        source = _read(config.public_path, "data.public-path")
+        source = _read(config.public_path, "data.public-path", config.public_subset)
         split = _split(source, config.public_split, "data.public-split")
         kind = "image" if task.modality == "image" else "text"
         column = config.public_column or kind
-        public = _cast(_columns(split, {kind: column}, "data.public-column"), kind)
+        key = {kind: "data.public-column"}
+        public = _cast(_columns(split, {kind: column}, key), kind)
         if kind == "text":
             public = public.filter(lambda row: bool((row["text"] or "").strip()))
     elif task.public is not None:
@@ -217,70 +229,104 @@ def _digits() -> tuple[list[Any], Any]:
     return [Picture.fromarray(image).convert("RGB") for image in grey], digits.target
 
 
-def _load_text(config: DataConfig, seed: int) -> TaskData:
+def _text_inputs(config: DataConfig) -> dict[str, str]:
     columns = names_in(config.text_columns)
     if not 1 <= len(columns) <= 2:
         raise FedPFTError(
             f"data.text-columns = {config.text_columns!r}; name one column, or two "
             "separated by a comma for pairs"
         )
-    wanted = dict(zip(("text", "text_pair"), columns, strict=False))
-    return _load_own(config, seed, wanted, "data.text-columns")
+    return dict(zip(("text", "text_pair"), columns, strict=False))
 
 
-def _load_images(config: DataConfig, seed: int) -> TaskData:
-    return _load_own(config, seed, {"image": config.image_column}, "data.image-column")
+def _image_inputs(config: DataConfig) -> dict[str, str]:
+    return {"image": config.image_column}
 
 
-def _load_own(
-    config: DataConfig, seed: int, inputs: dict[str, str], key: str
-) -> TaskData:
-    """Load splits of the user's own data; a missing one is a seeded part of train.
+def _load_own(config: DataConfig, seed: int) -> TaskData:
+    """Load splits of the user's own data; a missing one is a seeded part of another.
 
     Without a test split, `validation` becomes the test set; what is then missing is
-    held out from train.
+    held out from train. Without train, `validation` and `test` share what there is.
     """
     if not config.path:
         raise FedPFTError(
             f"data.task = {config.task!r} needs data.path: a directory, a file, or a "
             "hub name"
         )
-    source = _read(config.path, "data.path")
-    columns = {**inputs, "label": config.label_column}
-    train = _split(source, config.train_split, "data.train-split")
-    parts = {"train": _typed(_columns(train, columns, key), config.train_split)}
-    names = _label_names(parts["train"], config)
-    notes = {"train": config.train_split}
+    row = task_of(config.task)
+    assert row.inputs is not None
+    columns = {**row.inputs(config), "label": config.label_column}
+    source = _read(config.path, "data.path", config.subset)
+    parts: dict[str, Dataset] = {}
+    notes: dict[str, str] = {}
     for role, split in (
+        ("train", config.train_split),
         ("test", config.test_split),
         ("validation", config.validation_split),
     ):
         if split != role:  # asked for by name: it must be there
             _split(source, split, f"data.{role}-split")
-        if split in source and _has_labels(source[split], config.label_column):
-            parts[role] = _typed(_columns(source[split], columns, key), split)
+        if split not in source:
+            continue
+        if role == "train" or _has_labels(source[split], config.label_column):
+            wanted = dict(columns)
+            if role == "train" and config.client_column:
+                wanted["client"] = config.client_column
+            parts[role] = _typed(_columns(source[split], wanted, _SETTINGS), split)
             notes[role] = split
+    if not parts:
+        raise FedPFTError(
+            f"data.path = {config.path!r} has the splits {', '.join(source)}; say what "
+            "they are: data.train-split, data.validation-split, data.test-split"
+        )
+    names = _label_names([*parts.values()], config)
+    _complete(parts, notes, seed)
+    ready = {r: _labelled(part, names, notes[r]) for r, part in parts.items()}
+    return TaskData(
+        train=ready.get("train"),
+        validation=ready["validation"],
+        test=ready["test"],
+        labels=names,
+        notes=notes,
+    )
+
+
+def _complete(parts: dict[str, Dataset], notes: dict[str, str], seed: int) -> None:
+    """Fill in the splits that the server needs, and note where they are from."""
+    if "train" not in parts:
+        (lacking,) = {"validation", "test"} - parts.keys() or (None,)
+        if lacking:
+            (there,) = parts
+            split, share = notes[there], 0.5
+            parts[there], parts[lacking] = _hold_out(parts[there], seed, lacking, share)
+            notes[there] = notes[lacking] = f"half of {split}, seeded"
+        return
     if "test" not in parts and "validation" in parts:
         parts["test"], notes["test"] = parts.pop("validation"), notes.pop("validation")
     for role in ("test", "validation"):
         if role not in parts:
-            parts["train"], parts[role] = _hold_out(parts["train"], seed, role)
-            notes[role] = f"{HELD_OUT:.0%} of {config.train_split}, seeded"
-    ready = {r: _labelled(part, names, notes[r]) for r, part in parts.items()}
-    return TaskData(**ready, labels=names, notes=notes)
+            parts["train"], parts[role] = _hold_out(
+                parts["train"], seed, role, HELD_OUT
+            )
+            notes[role] = f"{HELD_OUT:.0%} of {notes['train']}, seeded"
 
 
 TASKS: dict[str, Task] = {
     "docstrings": Task("text", _load_docstrings, _public_docstrings),
     "digits": Task("image", _load_digits, _public_digits),
-    "text": Task("text", _load_text),
-    "image": Task("image", _load_images),
+    "text": Task("text", _load_own, inputs=_text_inputs),
+    "image": Task("image", _load_own, inputs=_image_inputs),
 }
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def _read(path: str, key: str) -> DatasetDict:
+Splits = Mapping[str, Dataset]
+
+
+def _read(path: str, key: str, subset: str) -> Splits:
+    """Return the splits of a file, a directory or a hub data set by name."""
     try:
         place = Path(path).expanduser()
         if place.is_file():
@@ -290,12 +336,13 @@ def _read(path: str, key: str) -> DatasetDict:
                     f"of {', '.join(_FORMATS)}"
                 )
             files = {"train": str(place)}
-            return load_dataset(_FORMATS[place.suffix], data_files=files)
+            whole: Splits = load_dataset(_FORMATS[place.suffix], data_files=files)
+            return whole
         if not place.is_dir() and (place.is_absolute() or path.startswith((".", "~"))):
             raise FedPFTError(
                 f"{key} = {path!r} does not exist; give a path or hub name"
             )
-        return load_dataset(str(place) if place.is_dir() else path)
+        return _read_directory(place, subset) if place.is_dir() else _hub(path, subset)
     except FedPFTError:
         raise
     except Exception as error:  # datasets raises many kinds, all about this one path
@@ -306,36 +353,65 @@ def _read(path: str, key: str) -> DatasetDict:
         ) from error
 
 
-def _split(source: DatasetDict, name: str, key: str) -> Dataset:
+def _read_directory(place: Path, subset: str) -> Splits:
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        saved: Dataset | DatasetDict = load_from_disk(str(place))
+        return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    loaded: Splits = load_dataset(str(place), subset or None)
+    return loaded
+
+
+def _hub(name: str, subset: str) -> Splits:
+    hub = FederatedDataset(
+        dataset=name, subset=subset or None, partitioners={}, shuffle=False
+    )
+    splits = get_dataset_split_names(name, subset or None)
+    return {split: hub.load_split(split) for split in splits}
+
+
+def _split(source: Splits, name: str, key: str) -> Dataset:
     if name not in source:
         raise FedPFTError(f"{key} = {name!r}; this data has {', '.join(source)}")
     return source[name]
 
 
-def _columns(part: Dataset, wanted: dict[str, str], key: str) -> Dataset:
+_SETTINGS = {
+    "text": "data.text-columns",
+    "text_pair": "data.text-columns",
+    "image": "data.image-column",
+    "label": "data.label-column",
+    "client": "data.client-column",
+}
+
+
+def _columns(
+    part: Dataset, wanted: Mapping[str, str], settings: Mapping[str, str]
+) -> Dataset:
+    """Return the wanted columns under the names of their roles."""
     for role, column in wanted.items():
         if column not in part.column_names:
-            setting = "data.label-column" if role == "label" else key
             raise FedPFTError(
-                f"{setting}: no column {column!r}; this data has "
+                f"{settings[role]}: no column {column!r}; this data has "
                 f"{', '.join(part.column_names)}"
             )
     names = list(wanted.values())
     if len(set(names)) < len(names):
-        raise FedPFTError(f"{key} and data.label-column name one column twice: {names}")
+        keys = sorted({settings[role] for role in wanted})
+        raise FedPFTError(f"{' and '.join(keys)} name one column twice: {names}")
     chosen = part.select_columns(names)
     return chosen.rename_columns({c: r for r, c in wanted.items() if c != r})
 
 
-def _label_names(train: Dataset, config: DataConfig) -> tuple[str, ...]:
-    feature = train.features["label"]
+def _label_names(parts: Sequence[Dataset], config: DataConfig) -> tuple[str, ...]:
+    """Return the label set: the configured one, or what the first part tells of it."""
+    feature = parts[0].features["label"]
     if config.labels:
         names = names_in(config.labels)
     elif isinstance(feature, ClassLabel):
         names = tuple(feature.names)
     else:
         try:
-            names = tuple(str(value) for value in sorted(train.unique("label")))
+            names = tuple(str(value) for value in sorted(parts[0].unique("label")))
         except (TypeError, pa.ArrowException) as error:
             raise FedPFTError(
                 f"data.label-column = {config.label_column!r} holds {feature}; name a "
@@ -380,7 +456,7 @@ def _cast(part: Dataset, column: str) -> Dataset:
         ) from error
 
 
-def _labelled(part: Dataset, names: tuple[str, ...], split: str) -> Dataset:
+def _labelled(part: Dataset, names: Sequence[str], split: str) -> Dataset:
     """Turn the label column into indices of `names`."""
     feature, values = part.features["label"], part["label"]
     places = {name: i for i, name in enumerate(names)}
@@ -398,13 +474,15 @@ def _labelled(part: Dataset, names: tuple[str, ...], split: str) -> Dataset:
     return rest.add_column("label", [places[text] for text in texts])
 
 
-def _hold_out(train: Dataset, seed: int, role: str) -> tuple[Dataset, Dataset]:
-    if len(train) < 2 / HELD_OUT:
+def _hold_out(
+    rows: Dataset, seed: int, role: str, share: float
+) -> tuple[Dataset, Dataset]:
+    if len(rows) < 2 / share:
         raise FedPFTError(
-            f"{len(train)} training rows are too few to hold out a {role} split; give "
-            f"one with data.{role}-split"
+            f"{len(rows)} rows are too few to hold out a {role} split; give one with "
+            f"data.{role}-split"
         )
-    parts = train.train_test_split(HELD_OUT, seed=derive_seed(seed, role) % 2**32)
+    parts = rows.train_test_split(share, seed=derive_seed(seed, role) % 2**32)
     return parts["train"], parts["test"]
 
 
@@ -413,171 +491,3 @@ def _sample(rows: Dataset, most: int, seed: int, purpose: str) -> Dataset:
         return rows
     generator = np.random.default_rng(derive_seed(seed, "sample", purpose))
     return rows.select(sorted(generator.permutation(len(rows))[:most].tolist()))
-
-
-# -------------------------------------------------------------------- partitioning
-
-
-@lru_cache(maxsize=2)
-def _partitioner(
-    data: DataConfig, partition: PartitionConfig, count: int, seed: int
-) -> DirichletPartitioner | IidPartitioner:
-    train = load_task(data, seed).train
-    if len(train) < count:
-        raise FedPFTError(
-            f"{len(train)} training rows for {count} nodes leave an empty partition; "
-            "use fewer nodes or more rows"
-        )
-    rows = derive_seed(seed, "partition") % 2**32
-    if partition.kind == "iid":
-        chosen = IidPartitioner(count)
-        chosen.dataset = train.shuffle(seed=rows)
-        return chosen
-    chosen = DirichletPartitioner(
-        num_partitions=count,
-        partition_by="label",
-        alpha=partition.alpha,
-        # Small enough that a draw meets it even with strong skew; never empty.
-        min_partition_size=max(1, min(10, len(train) // (10 * count))),
-        self_balancing=False,
-        seed=rows,
-    )
-    chosen.dataset = train
-    return chosen
-
-
-def load_partition(
-    data: DataConfig, partition: PartitionConfig, index: int, count: int, seed: int
-) -> Dataset:
-    """Return the training rows of virtual client `index` of `count`.
-
-    Raises:
-        FedPFTError: a partition would be empty.
-    """
-    try:
-        part = _partitioner(data, partition, count, seed).load_partition(index)
-    except ValueError as error:
-        raise FedPFTError(
-            f"partition.kind = {partition.kind!r} with alpha {partition.alpha} leaves "
-            f"an empty partition among {count} nodes; raise partition.alpha or use "
-            "fewer nodes"
-        ) from error
-    if not len(part):
-        raise FedPFTError(f"partition {index} of {count} is empty; use fewer nodes")
-    return part
-
-
-# ------------------------------------------------------------------------ encoding
-
-
-class TextRows:
-    """Encode texts by the FM's tokenizer, once; batches are padded dynamically."""
-
-    def __init__(self, rows: Dataset, tokenizer: Any, max_length: int) -> None:
-        self._tokenizer = tokenizer
-        pair = (list(rows["text_pair"]),) if "text_pair" in rows.column_names else ()
-        longest = min(max_length, tokenizer.model_max_length)
-        encoded = tokenizer(
-            list(rows["text"]), *pair, truncation=True, max_length=longest
-        )
-        self._features = dict(encoded)
-        labelled = "label" in rows.column_names
-        self._labels = torch.tensor(rows["label"][:]) if labelled else None
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._features["input_ids"])
-
-    def lengths(self) -> list[int]:
-        """Return the number of tokens of every row."""
-        return [len(ids) for ids in self._features["input_ids"]]
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Return padded inputs [B, T] and `labels` [B]."""
-        chosen = {k: [v[i] for i in indices] for k, v in self._features.items()}
-        batch: Batch = dict(self._tokenizer.pad(chosen, return_tensors="pt"))
-        if self._labels is not None:
-            batch["labels"] = self._labels[list(indices)]
-        return batch
-
-
-class ImageRows:
-    """Encode images by the FM's own image processor, when a batch asks for them."""
-
-    def __init__(self, rows: Dataset, processor: Any, max_length: int) -> None:
-        self._rows, self._processor = rows, processor
-        labelled = "label" in rows.column_names
-        self._labels = torch.tensor(rows["label"][:]) if labelled else None
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._rows)
-
-    def lengths(self) -> list[int]:
-        """Return 1 for every row: images of one model have one size."""
-        return [1] * len(self)
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Return `pixel_values` [B, channels, height, width] and `labels` [B]."""
-        images = _images(self._rows, indices)
-        batch: Batch = dict(self._processor(images, return_tensors="pt"))
-        if self._labels is not None:
-            batch["labels"] = self._labels[list(indices)]
-        return batch
-
-
-_ENCODERS: dict[Modality, Any] = {"text": TextRows, "image": ImageRows}
-
-
-def encode(rows: Dataset, processor: Any, modality: Modality, max_length: int) -> Rows:
-    """Encode rows for a model of this modality."""
-    encoded: Rows = _ENCODERS[modality](rows, processor, max_length)
-    return encoded
-
-
-def shuffled_batches(rows: Rows, size: int, seed: int) -> Iterator[Batch]:
-    """Yield one epoch of shuffled batches; the last one may be smaller."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    for start in range(0, len(order), size):
-        yield rows.batch(order[start : start + size])
-
-
-def endless_batches(rows: Rows, size: int, seed: int) -> Iterator[Batch]:
-    """Yield shuffled batches for ever, each epoch in another order."""
-    epoch = 0
-    while True:
-        yield from shuffled_batches(rows, size, derive_seed(seed, "epoch", epoch))
-        epoch += 1
-
-
-def content_hash(rows: Dataset) -> str:
-    """Return the SHA-256 of a data set's rows; images count by their file's bytes."""
-    digest = hashlib.sha256(json.dumps(sorted(rows.column_names)).encode())
-    for batch in rows.with_format("arrow").iter(batch_size=1000):
-        for row in batch.select(sorted(batch.column_names)).to_pylist():
-            image = row.get("image")
-            if isinstance(image, dict):
-                row["image"] = image["bytes"] or Path(image["path"]).read_bytes()
-            digest.update(repr(row).encode())
-    return digest.hexdigest()
-
-
-def check_images(rows: Dataset) -> None:
-    """Decode every image of a data set once, so that a broken one is found early.
-
-    Raises:
-        FedPFTError: an image cannot be decoded.
-    """
-    if "image" in rows.column_names:
-        for i in range(len(rows)):
-            _images(rows, [i])
-
-
-def _images(rows: Dataset, indices: Sequence[int]) -> list[Any]:
-    try:
-        return [image.convert("RGB") for image in rows[list(indices)]["image"]]
-    except (OSError, ValueError, AttributeError) as error:  # not an image, or cut
-        raise FedPFTError(
-            f"an image of rows {list(indices)[:3]} cannot be decoded: {error}"
-        ) from error

@@ -7,15 +7,12 @@ from itertools import islice
 
 import torch
 from peft import PeftModel
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 
 from fedpft_flower.activity import Batch
 from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
-from fedpft_flower.tasks import (
-    Rows,
-    endless_batches,
-    shuffled_batches,
-)
+from fedpft_flower.encoding import Rows, endless_batches, shuffled_batches
 
 EVALUATION_BATCH = 64
 
@@ -32,9 +29,15 @@ class TrainReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Hold accuracy in [0, 1], mean cross-entropy and the number of rows."""
+    """Hold how well a model classifies `examples` rows.
+
+    Accuracy and macro F1 (the mean over classes) are in [0, 1], Matthews' correlation
+    coefficient is in [-1, 1], the loss is the mean cross-entropy.
+    """
 
     accuracy: float
+    macro_f1: float
+    matthews: float
     loss: float
     examples: int
 
@@ -115,13 +118,23 @@ def evaluate(model: nn.Module, rows: Rows) -> Evaluation:
     model.eval()
     lengths = rows.lengths()
     order = sorted(range(len(rows)), key=lengths.__getitem__)
-    correct, loss = 0, 0.0
+    found: list[Tensor] = []
+    wanted: list[Tensor] = []
+    loss = 0.0
     for start in range(0, len(order), EVALUATION_BATCH):
         batch = rows.batch(order[start : start + EVALUATION_BATCH])
         labels = batch.pop("labels")
         logits: Tensor = model(**batch).logits
-        correct += int((logits.argmax(dim=-1).cpu() == labels).sum())
+        found.append(logits.argmax(dim=-1).cpu())
+        wanted.append(labels)
         loss += float(
             nn.functional.cross_entropy(logits.cpu(), labels, reduction="sum")
         )
-    return Evaluation(correct / len(order), loss / len(order), len(order))
+    truth, said = torch.cat(wanted).numpy(), torch.cat(found).numpy()
+    return Evaluation(
+        accuracy=float(accuracy_score(truth, said)),
+        macro_f1=float(f1_score(truth, said, average="macro")),
+        matthews=float(matthews_corrcoef(truth, said)),
+        loss=loss / len(order),
+        examples=len(order),
+    )

@@ -98,7 +98,7 @@ class LocalGrid(Grid):
                 reply = self._app(copy.deepcopy(message), context)
             except Exception as error:  # what Flower turns into error code 2
                 reply = Message(Error(2, repr(error)), reply_to=message)
-            fault = self.faults.get(context.node_config["partition-id"])
+            fault = self.faults.get(context.node_config.get("partition-id"))
             reply = fault(message, reply) if fault else reply
             if reply is not None:
                 reply.metadata.__dict__["_reply_to_message_id"] = number

@@ -9,24 +9,19 @@ import torch
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 
 from client_app import app as client_app
-from fedpft_flower import client
+from fedpft_flower import client, federation
 from fedpft_flower.activity import inactive_rates
 from fedpft_flower.adapters import base_model, get_adapter, load_adapter
 from fedpft_flower.app import serve
 from fedpft_flower.architectures import ffns_of
 from fedpft_flower.client import build_from_package
 from fedpft_flower.config import Config, FedPFTError, derive_seed
+from fedpft_flower.encoding import encode, shuffled_batches
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
+from fedpft_flower.partitions import load_partition
 from fedpft_flower.server import ProxyServer, average_rates
-from fedpft_flower.tasks import (
-    encode,
-    load_partition,
-    load_public,
-    load_task,
-    shuffled_batches,
-    task_of,
-)
+from fedpft_flower.tasks import load_public, load_task, task_of
 from fedpft_flower.training import train_adapter
 from fedpft_flower.wire import Store, tensors_hash
 
@@ -54,8 +49,10 @@ def settings(vit_directory, tmp_path, monkeypatch):
     }
 
 
-def run(local_grid, settings, faults=None, order=1, nodes=NODES):
+def run(local_grid, settings, faults=None, order=1, nodes=NODES, configs=()):
     grid = local_grid(client_app, nodes, settings, order)
+    for context, own in zip(grid.contexts.values(), configs, strict=False):
+        context.node_config = own
     grid.faults = faults or {}
     context = Context(
         run_id=7,
@@ -390,3 +387,132 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
     fm = load_fm(str(vit_directory), task.labels, "image", config.seed)
     rows = encode(task.test, fm.processor, "image", 0)
     assert evaluate(model, rows).accuracy == summary["test-after"]["fm-accuracy"]
+
+
+# ------------------------------------------------------- nodes with rows of their own
+
+
+@pytest.fixture
+def sites(settings, bert_directory, tmp_path):
+    """Write a server's rows, a public corpus, and files of sites of different shape."""
+    words = {"good": "good fast film", "bad": "very bad film"}
+
+    def csv(name, labels, header="text,label"):
+        rows = [f"{words[label]} {'abcdef'[i % 6]},{label}" for i, label in labels]
+        (tmp_path / name).write_text("\n".join([header, *rows]) + "\n")
+        return str(tmp_path / name)
+
+    both = ["good", "bad"]
+    (tmp_path / "server").mkdir()
+    csv("server/test.csv", [(i, both[i % 2]) for i in range(20)])
+    settings |= {
+        "method": "fedpft-b",
+        "rounds": 2,
+        "fm.name": str(bert_directory),
+        "data.task": "text",
+        "data.path": str(tmp_path / "server"),
+        "data.labels": "bad,good",
+        "data.public-path": csv("public.csv", [(i, both[i % 2]) for i in range(40)]),
+        "data.metric": "matthews",
+        "data.max-length": 16,
+        "train.clients-per-round": 0,
+        "train.fraction": 1.0,
+        "train.local-steps": 0,
+    }
+    return settings, [
+        # Two hundred rows; one class only; fewer rows than a batch, other columns.
+        {
+            "site": "north",
+            "data-path": csv("n.csv", [(i, both[i % 2]) for i in range(200)]),
+        },
+        {"site": "south", "data-path": csv("s.csv", [(i, "good") for i in range(40)])},
+        {
+            "site": "west",
+            "data-path": csv(
+                "w.csv", [(0, "bad"), (1, "good"), (2, "bad")], "note,grade"
+            ),
+            "text-columns": "note",
+            "label-column": "grade",
+        },
+    ]
+
+
+def test_sites_of_any_shape_train_on_their_own_rows(local_grid, sites):
+    settings, configs = sites
+    run(local_grid, settings, nodes=3, configs=configs)
+    _, rounds, summary, manifest = results(settings)
+    assert manifest["nodes"] == {"north": 200, "south": 40, "west": 3}
+    assert manifest["labels"] == ["bad", "good"]
+    assert "train" not in manifest["splits"]
+    steps = {name: one["steps"] for name, one in rounds[1]["per-client"].items()}
+    assert steps == {"north": 13, "south": 3, "west": 1}
+    assert summary["failures"] == 0
+    assert rounds[2]["fm-loss"] < rounds[0]["fm-loss"]
+    assert set(summary["test-after"]) >= {"fm-macro-f1", "sub-fm-matthews"}
+
+
+def test_the_same_sites_give_the_same_adapter_whatever_their_node_ids(
+    local_grid, sites
+):
+    settings, configs = sites
+    settings["train.clients-per-round"] = 2
+    hashes = set()
+    for turned in (configs, configs[::-1]):
+        run(local_grid, settings, nodes=3, configs=turned)
+        hashes.add(results(settings)[3]["adapter-sha256"])
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"data-path": "/no/such/file.csv"},
+            "data-path = '/no/such/file.csv' does not",
+        ),
+        ({"label-column": "mark"}, "no column 'mark'; this data has note, grade"),
+        ({"site": "north"}, "are both north; give every node its own"),
+        ({"text-columns": "note,grade"}, "name one column twice"),
+    ],
+)
+def test_a_site_that_cannot_take_part_is_named_before_training(
+    local_grid, sites, change, said
+):
+    settings, configs = sites
+    configs[2] |= change
+    with pytest.raises(FedPFTError) as caught:
+        run(local_grid, settings, nodes=3, configs=configs)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_label_that_the_server_does_not_know_is_refused_by_the_node(
+    local_grid, sites
+):
+    settings, configs = sites
+    settings["data.labels"] = ""
+    from pathlib import Path
+
+    Path(configs[1]["data-path"]).write_text("text,label\na film,odd\n")
+    with pytest.raises(
+        FedPFTError, match=r"south: label 'odd' in train is outside .*bad, good"
+    ):
+        run(local_grid, settings, nodes=3, configs=configs)
+
+
+def test_a_node_without_a_name_is_warned_about(local_grid, sites, monkeypatch):
+    settings, configs = sites
+    del configs[0]["site"]
+    said = []
+    monkeypatch.setattr(federation.logger, "warning", lambda *line: said.append(line))
+    run(local_grid, settings, nodes=3, configs=configs)
+    assert ["sampling is not repeatable" in text for text, _ in said] == [True]
+    names = set(results(settings)[3]["nodes"])
+    assert len(names) == 3 and {"south", "west"} < names
+
+
+def test_a_node_without_rows_says_how_to_start_it(local_grid, sites):
+    settings, configs = sites
+    configs[1] = {"site": "south"}
+    with pytest.raises(FedPFTError, match=r"this node has no rows; start it with"):
+        run(local_grid, settings, nodes=3, configs=configs)

@@ -1,23 +1,17 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer
 
 from fedpft_flower.config import DataConfig, FedPFTError, PartitionConfig
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
-from fedpft_flower.tasks import (
-    TextRows,
-    content_hash,
-    encode,
-    endless_batches,
-    load_partition,
-    load_public,
-    load_task,
-    shuffled_batches,
-)
+from fedpft_flower.encoding import content_hash, encode
+from fedpft_flower.partitions import load_partition
+from fedpft_flower.tasks import _hub, load_public, load_site, load_task
 
 DIGITS = DataConfig(task="digits")
 
@@ -149,7 +143,7 @@ def test_label_order_from_the_config(tmp_path):
         ({"labels": "bad"}, "two or more"),
         ({"text_columns": "a,b,c"}, "name one column, or two"),
         ({"train_split": "training"}, "data.train-split = 'training'"),
-        ({"min_words": 99}, "leaves no training row"),
+        ({"min_words": 99}, "no training row is left"),
         ({"path": "/no/such/file.csv"}, "does not exist"),
         ({"path": ""}, "needs data.path"),
     ],
@@ -224,76 +218,6 @@ def test_digits_public_images_are_apart():
     assert set(public.column_names) == {"image"}
 
 
-# ------------------------------------------------------------------------ partitions
-
-
-@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
-@pytest.mark.parametrize("count", [1, 7, 50])
-def test_partitions_are_disjoint_complete_and_repeatable(kind, count):
-    config = PartitionConfig(kind, alpha=0.5)
-    train = load_task(DIGITS, 0).train
-    parts = [load_partition(DIGITS, config, i, count, 0) for i in range(count)]
-    assert sum(map(len, parts)) == len(train)
-    assert min(map(len, parts)) >= 1
-    together = sorted(key for part in parts for key in map(row_key, part))
-    assert together == sorted(map(row_key, train))
-    from fedpft_flower.tasks import _partitioner
-
-    _partitioner.cache_clear()
-    again = load_partition(DIGITS, config, count - 1, count, 0)
-    assert list(map(row_key, again)) == list(map(row_key, parts[-1]))
-
-
-def row_key(row):
-    return (np.asarray(row["image"]).tobytes(), row["label"])
-
-
-def test_small_alpha_skews_labels_and_iid_does_not():
-    def skew(kind, alpha):
-        parts = [
-            load_partition(DIGITS, PartitionConfig(kind, alpha), i, 10, 0)
-            for i in range(10)
-        ]
-        shares = [np.bincount(p["label"], minlength=10) / len(p) for p in parts]
-        return np.mean([share.max() for share in shares])
-
-    assert skew("dirichlet", 0.1) > 0.4 > 0.25 > skew("iid", 1.0)
-
-
-def test_more_nodes_than_rows_are_refused():
-    with pytest.raises(FedPFTError, match="empty partition"):
-        load_partition(DIGITS, PartitionConfig("iid"), 0, 2000, 0)
-
-
-# -------------------------------------------------------------------------- encoding
-
-
-def test_batches_cover_an_epoch_once_in_seeded_order(bert_directory):
-    tokenizer = AutoTokenizer.from_pretrained(bert_directory)
-    data = Dataset.from_dict(
-        {"text": ["good film"] * 5 + ["bad"] * 6, "label": list(range(11))}
-    )
-    rows = TextRows(data, tokenizer, 16)
-    seen = [b["labels"].tolist() for b in shuffled_batches(rows, 4, seed=1)]
-    assert [len(b) for b in seen] == [4, 4, 3]
-    assert sorted(row for batch in seen for row in batch) == list(range(11))
-    assert seen == [b["labels"].tolist() for b in shuffled_batches(rows, 4, seed=1)]
-    assert seen != [b["labels"].tolist() for b in shuffled_batches(rows, 4, seed=2)]
-    endless = endless_batches(rows, 4, seed=1)
-    assert len([next(endless) for _ in range(7)]) == 7
-
-
-def test_padding_is_dynamic_and_masked(bert_directory):
-    tokenizer = AutoTokenizer.from_pretrained(bert_directory)
-    data = Dataset.from_dict({"text": ["good", "good film very bad", "bad film"]})
-    rows = encode(data, tokenizer, "text", 5)
-    assert rows.lengths() == [3, 5, 4]  # cut at 5, with [CLS] and [SEP]
-    batch = rows.batch([0, 2])
-    assert batch["input_ids"].shape == (2, 4)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert "labels" not in batch
-
-
 def test_pairs_are_encoded_together(bert_directory, tmp_path):
     rows = [f"good film,bad film {i},{i % 2}" for i in range(40)]
     path = write_csv(tmp_path / "a.csv", rows, header="q,a,label")
@@ -318,3 +242,64 @@ def test_image_folder_of_ones_own(tmp_path, vit_directory):
     batch = encode(task.train, processor, "image", 0).batch([0, 1])
     assert batch["pixel_values"].shape == (2, 3, 8, 8)
     assert batch["pixel_values"].dtype == torch.float32
+
+
+def test_pair_of_directories_that_datasets_saved(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ROWS)
+    task = load_task(DataConfig(task="text", path=path), 0)
+    splits = {"train": task.train, "test": task.test}
+    DatasetDict(splits).save_to_disk(tmp_path / "both")
+    task.train.save_to_disk(tmp_path / "one")
+    both = load_task(DataConfig(task="text", path=str(tmp_path / "both")), 0)
+    assert sorted(both.test["text"]) == sorted(task.test["text"])
+    one = load_task(DataConfig(task="text", path=str(tmp_path / "one")), 0)
+    assert len(one.train) + len(one.validation) + len(one.test) == len(task.train)
+
+
+def test_hub_data_is_read_split_by_split(tmp_path):
+    """A directory stands for the hub, which flwr-datasets reads in the same way."""
+    path = write_splits(tmp_path, train=[0, 1] * 4, test=[1, 0])
+    found = _hub(path, "")
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 8, "test": 2}
+
+
+def test_a_server_may_hold_no_training_rows(tmp_path):
+    path = write_splits(tmp_path, validation=[1, 0] * 5, test=[0, 1] * 6)
+    task = load_task(DataConfig(path=path, **COLUMNS), 0)
+    assert task.train is None
+    assert task.labels == ("no", "yes")
+    assert [len(task.validation), len(task.test)] == [10, 12]
+    with pytest.raises(FedPFTError, match=r"no split 'train'.*data-path"):
+        load_partition(DataConfig(path=path, **COLUMNS), PartitionConfig(), 0, 2, 0)
+    (tmp_path / "test.parquet").unlink()
+    task = load_task.__wrapped__(DataConfig(path=path, **COLUMNS), 0)
+    assert task.train is None
+    assert [len(task.validation), len(task.test)] == [5, 5]
+    assert "half of validation" in task.notes["test"]
+
+
+def test_splits_of_other_names_are_asked_for(tmp_path):
+    rows = Dataset.from_dict({"s": ["a", "b"] * 30, "y": [0, 1] * 30})
+    DatasetDict({"mine": rows, "held": rows}).save_to_disk(tmp_path)
+    config = DataConfig(path=str(tmp_path), **COLUMNS)
+    with pytest.raises(FedPFTError, match=r"the splits mine, held; say what they are"):
+        load_task(config, 0)
+    assert len(load_task(replace(config, train_split="mine"), 0).train) == 48
+
+
+# ----------------------------------------------------------------------- rows of a site
+
+
+def test_a_site_reads_its_own_rows_with_the_labels_of_the_server(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["fine,good", "poor,bad", "great,good"])
+    config = DataConfig(task="text", path=path)
+    rows = load_site(config, ("good", "bad", "unseen"), 0)
+    assert rows["label"][:] == [0, 1, 0]
+    with pytest.raises(FedPFTError, match=r"label 'good' in train is outside.*bad, so"):
+        load_site(config, ("bad", "so-so"), 0)
+    with pytest.raises(FedPFTError, match="is not used by"):
+        load_site(replace(config, task="digits"), ("bad", "good"), 0)
+    with pytest.raises(FedPFTError, match=r"data-path = .* does not exist"):
+        load_site(replace(config, path=str(tmp_path / "b.csv")), ("bad", "good"), 0)
+    with pytest.raises(FedPFTError, match="no training row is left"):
+        load_site(replace(config, min_words=3), ("bad", "good"), 0)

@@ -1,0 +1,248 @@
+"""Encode rows as batches of model inputs: texts once, images when they are asked for.
+
+Encoded texts are kept on disk by content, so that a node which runs every message in a
+new process does not tokenise its rows again each round.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedpft_flower.activity import Batch
+from fedpft_flower.architectures import Modality
+from fedpft_flower.config import FedPFTError, cache_dir, derive_seed
+
+# So many batches are shuffled together, sorted by length, and cut: rows of a batch are
+# then of similar length, and little of it is padding.
+BUCKET = 8
+KEEP = 2000  # encoded data sets on disk; the oldest are removed
+
+
+class Rows(Protocol):
+    """Encode rows of a data set as batches of model inputs."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        ...
+
+    def lengths(self) -> list[int]:
+        """Return what each row costs, to put similar ones into one batch."""
+        ...
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return model inputs of these rows, with `labels` [B] where rows have them."""
+        ...
+
+
+class TextRows:
+    """Encode texts by the FM's tokenizer, once; batches are padded dynamically."""
+
+    def __init__(self, rows: Dataset, tokenizer: Any, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._features = _tokens(rows, tokenizer, max_length)
+        self._ends = self._features.pop("ends").tolist()
+        self._labels = _labels(rows)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._ends)
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of every row."""
+        return [self._ends[i] - self._start(i) for i in range(len(self))]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return padded inputs [B, T] and `labels` [B]."""
+        chosen = {
+            name: [values[self._start(i) : self._ends[i]].tolist() for i in indices]
+            for name, values in self._features.items()
+        }
+        batch: Batch = dict(self._tokenizer.pad(chosen, return_tensors="pt"))
+        if self._labels is not None:
+            batch["labels"] = self._labels[list(indices)]
+        return batch
+
+    def _start(self, row: int) -> int:
+        return self._ends[row - 1] if row else 0
+
+
+class ImageRows:
+    """Encode images by the FM's own image processor, when a batch asks for them."""
+
+    def __init__(self, rows: Dataset, processor: Any, max_length: int) -> None:
+        self._rows, self._processor = rows, processor
+        self._labels = _labels(rows)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    def lengths(self) -> list[int]:
+        """Return 1 for every row: images of one model have one size."""
+        return [1] * len(self)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return `pixel_values` [B, channels, height, width] and `labels` [B]."""
+        images = _images(self._rows, indices)
+        batch: Batch = dict(self._processor(images, return_tensors="pt"))
+        if self._labels is not None:
+            batch["labels"] = self._labels[list(indices)]
+        return batch
+
+
+_ENCODERS: dict[Modality, Any] = {"text": TextRows, "image": ImageRows}
+
+
+def encode(rows: Dataset, processor: Any, modality: Modality, max_length: int) -> Rows:
+    """Encode rows for a model of this modality."""
+    encoded: Rows = _ENCODERS[modality](rows, processor, max_length)
+    return encoded
+
+
+def shuffled_batches(rows: Rows, size: int, seed: int) -> Iterator[Batch]:
+    """Yield one epoch of shuffled batches of similar length; one may be smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    lengths = rows.lengths()
+    batches: list[list[int]] = []
+    for start in range(0, len(order), size * BUCKET):
+        bucket = order[start : start + size * BUCKET]
+        bucket.sort(key=lengths.__getitem__)
+        batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+    for place in torch.randperm(len(batches), generator=generator).tolist():
+        yield rows.batch(batches[place])
+
+
+def endless_batches(rows: Rows, size: int, seed: int) -> Iterator[Batch]:
+    """Yield shuffled batches for ever, each epoch in another order."""
+    epoch = 0
+    while True:
+        yield from shuffled_batches(rows, size, derive_seed(seed, "epoch", epoch))
+        epoch += 1
+
+
+def content_hash(rows: Dataset) -> str:
+    """Return the SHA-256 of a data set's rows; images count by their file's bytes."""
+    digest = hashlib.sha256(json.dumps(sorted(rows.column_names)).encode())
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        for row in batch.select(sorted(batch.column_names)).to_pylist():
+            image = row.get("image")
+            if isinstance(image, dict):
+                row["image"] = image["bytes"] or Path(image["path"]).read_bytes()
+            digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def check_images(rows: Dataset) -> None:
+    """Decode every image of a data set once, so that a broken one is found early.
+
+    Raises:
+        FedPFTError: an image cannot be decoded.
+    """
+    if "image" in rows.column_names:
+        for i in range(len(rows)):
+            _images(rows, [i])
+
+
+def _labels(rows: Dataset) -> Tensor | None:
+    return torch.tensor(rows["label"][:]) if "label" in rows.column_names else None
+
+
+def _images(rows: Dataset, indices: Sequence[int]) -> list[Any]:
+    try:
+        return [image.convert("RGB") for image in rows[list(indices)]["image"]]
+    except (OSError, ValueError, AttributeError) as error:  # not an image, or cut
+        raise FedPFTError(
+            f"an image of rows {list(indices)[:3]} cannot be decoded: {error}"
+        ) from error
+
+
+# ------------------------------------------------------------- tokens, kept on disk
+
+
+def _tokens(rows: Dataset, tokenizer: Any, max_length: int) -> dict[str, Tensor]:
+    """Return each feature of all rows in one int32 vector, and where rows end in it."""
+    texts = rows.select_columns([c for c in rows.column_names if c.startswith("text")])
+    longest = min(max_length, tokenizer.model_max_length)
+    key = f"{content_hash(texts)}/{_fingerprint(tokenizer)}/{longest}"
+    place = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    try:
+        kept = load_file(place)
+        os.utime(place)
+    except (OSError, SafetensorError):  # not there, or cut
+        kept = _tokenise(texts, tokenizer, longest)
+        _keep(kept, place)
+    return kept
+
+
+def _tokenise(texts: Dataset, tokenizer: Any, longest: int) -> dict[str, Tensor]:
+    columns = [list(texts[name]) for name in sorted(texts.column_names)]
+    encoded = tokenizer(*columns, truncation=True, max_length=longest)
+    features = {
+        name: torch.tensor([v for row in values for v in row], dtype=torch.int32)
+        for name, values in encoded.items()
+    }
+    sizes = torch.tensor([len(ids) for ids in encoded["input_ids"]])
+    return {**features, "ends": sizes.cumsum(0)}
+
+
+@lru_cache(maxsize=4)
+def _fingerprint(tokenizer: Any) -> str:
+    """Return the hash of all that decides how a tokenizer encodes: its files."""
+    digest = hashlib.sha256()
+    with TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        for path in sorted(Path(directory).iterdir()):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _folder() -> Path:
+    folder = cache_dir() / "encoded"
+    try:
+        # Private texts are in there: for this user's eyes only.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FedPFTError(
+            f"cannot keep encoded texts in {folder} ({error}); set FEDPFT_CACHE to a "
+            "directory that can be written"
+        ) from error
+    return folder
+
+
+def _keep(features: dict[str, Tensor], place: Path) -> None:
+    number, name = tempfile.mkstemp(dir=place.parent, suffix=".partial")
+    os.close(number)
+    draft = Path(name)
+    try:
+        save_file(features, draft)
+        draft.replace(place)
+    except (OSError, SafetensorError) as error:
+        raise FedPFTError(
+            f"cannot keep encoded texts in {place.parent} ({error}); make room or set "
+            "FEDPFT_CACHE"
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    kept = sorted(place.parent.glob("*.safetensors"), key=_last_used)
+    for old in kept[:-KEEP]:
+        old.unlink(missing_ok=True)
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process removed it
+        return 0.0
