@@ -20,6 +20,7 @@ from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import method_of
 from fedpft_flower.report import RunDirectory, versions
 from fedpft_flower.server import Metrics, ProxyServer
+from fedpft_flower.strategies import inner_strategy, strategy_of
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
 from fedpft_flower.wire import CountingGrid, Ledger, pack_tensors, tensors_hash
@@ -46,19 +47,21 @@ def _serve(grid: Grid, context: Context) -> None:
     if config.server_threads:
         torch.set_num_threads(config.server_threads)
     method_of(config.method)
+    strategy_of(config.strategy, config.strategy_args)
     directory = RunDirectory(config, context.run_id)
     logger.info("run directory: %s", directory.path)
     counting = CountingGrid(grid, Ledger())
     task, public, server = _load(config)
     federation = Federation(counting, config.timeout_seconds, task.labels)
     federation.meet(config.train.clients_per_round, config.train.min_nodes)
-    server.sample([node.key for node in federation.nodes.values()], 1)
+    chosen = server.sample([node.key for node in federation.nodes.values()], 1)
+    inner = inner_strategy(config.strategy, config.strategy_args, len(chosen))
     logger.info(
         "%d nodes, %d training rows",
         len(federation.nodes),
         sum(node.examples for node in federation.nodes.values()),
     )
-    strategy = FedPFT(server, federation)
+    strategy = FedPFT(server, federation, inner)
     began = time.monotonic()
     alignment = server.prepare()
     before = server.evaluate("test")

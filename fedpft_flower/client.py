@@ -217,7 +217,10 @@ def train(message: Message, context: Context) -> Message:
     if request["measure-activity"]:
         metrics |= pack_rates(_measure(sub_fm, rows, config))
     seed = derive_seed(config.seed, "client", current, node.key)
-    report = train_adapter(sub_fm.model, rows, config.train, request["lr"], seed)
+    proximal_mu = request.get("proximal-mu", 0.0)  # only Flower's FedProx sends it
+    report = train_adapter(
+        sub_fm.model, rows, config.train, request["lr"], seed, proximal_mu
+    )
     metrics |= {
         "num-examples": report.examples,
         "train_loss": report.loss,  # the name that Flower's QFedAvg reads

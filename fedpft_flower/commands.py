@@ -28,6 +28,7 @@ from fedpft_flower.config import (
     flatten,
     nest,
 )
+from fedpft_flower.strategies import strategy_of
 
 START_SECONDS = 60.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -67,6 +68,7 @@ def run_experiment(
         FedPFTError: the configuration or the app is wrong; nothing was started.
     """
     config = read_config(conf, pairs)
+    strategy_of(config.strategy, config.strategy_args)
     if not (app / "pyproject.toml").is_file() or not (app / "client_app.py").is_file():
         raise FedPFTError(f"--app {app} is not this Flower app; give its checkout")
     if nodes < 1:

@@ -180,6 +180,10 @@ class Config:
     """Hold everything a run depends on."""
 
     method: str = "fedpft"
+    # What averages the adapters: a strategy of `flwr.serverapp.strategy`, by name, and
+    # its arguments as one JSON object: '{"eta": 0.01}'.
+    strategy: str = "FedAvg"
+    strategy_args: str = ""
     rounds: int = 10
     seed: int = 0
     # Where run directories go; relative paths start at the home directory, with

@@ -12,6 +12,7 @@ from fedpft_flower.adapters import check_adapter
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.federation import Federation, last_line
 from fedpft_flower.server import Metrics, ProxyServer, average_rates
+from fedpft_flower.strategies import shortage
 from fedpft_flower.wire import (
     ARRAYS,
     METRICS,
@@ -37,17 +38,9 @@ class FedPFT(Strategy):
     """
 
     def __init__(
-        self, server: ProxyServer, federation: Federation, inner: Strategy | None = None
+        self, server: ProxyServer, federation: Federation, inner: FedAvg
     ) -> None:
-        self.server, self.federation = server, federation
-        # Nodes are chosen here: the inner strategy must take all it is shown.
-        self.inner = inner or FedAvg(
-            fraction_train=1.0,
-            fraction_evaluate=0.0,
-            min_train_nodes=1,
-            min_evaluate_nodes=0,
-            min_available_nodes=1,
-        )
+        self.server, self.federation, self.inner = server, federation, inner
         self.rounds: dict[int, Metrics] = {}
         self._sent: list[Message] = []
         self._current = 0
@@ -107,7 +100,7 @@ class FedPFT(Strategy):
         """Check the replies, let the inner strategy average, and end the round.
 
         Raises:
-            FedPFTError: no reply can be used.
+            FedPFTError: fewer replies can be used than the inner strategy needs.
         """
         federation, record = self.federation, self.rounds[server_round]
         good, bad = self._sorted_out([*replies])
@@ -116,6 +109,10 @@ class FedPFT(Strategy):
             raise FedPFTError(
                 f"round {server_round}: no client trained; {'; '.join(bad.values())}"
             )
+        lacking = shortage(self.inner, len(good))
+        if lacking:
+            reasons = "; ".join([f"{lacking} usable replies", *bad.values()])
+            raise FedPFTError(f"round {server_round}: {reasons}")
         good.sort(key=lambda reply: federation.sender(reply))
         rates, weights = [], []
         for reply in good:

@@ -1,7 +1,7 @@
 """Fine-tune an adapter on local rows, and evaluate a model with an adapter."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -58,8 +58,13 @@ def train_adapter(
     config: TrainConfig,
     lr: float,
     seed: int,
+    proximal_mu: float = 0.0,
 ) -> TrainReport:
     """Train the adapter that a model holds, by AdamW on shuffled local batches.
+
+    With mu > 0 the objective is FedProx's: loss + mu / 2 * ||w - w_0||^2, w_0 being the
+    adapter at the start (Li et al. 2020, arXiv 1812.06127, eq. 2); the report's loss is
+    without that term.
 
     Args:
         model: a sub-FM with an adapter; only the adapter changes.
@@ -67,20 +72,24 @@ def train_adapter(
         config: epochs or steps, batch size, weight decay, clipping.
         lr: this round's learning rate.
         seed: seed of the batches and of dropout.
+        proximal_mu: weight of the proximal term; 0 leaves it out.
 
     Raises:
         FedPFTError: the loss is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in parameters]
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
     began, losses = time.monotonic(), []
     # The process is shared by virtual clients: dropout must not depend on its past.
     torch.manual_seed(derive_seed(seed, "dropout"))
     _train_mode(model, config.frozen_dropout)
     for batch in _batches(rows, config, seed):
-        loss = model(**batch).loss
+        loss = objective = model(**batch).loss
+        if proximal_mu:
+            objective = loss + proximal_mu / 2 * _squared_distance(parameters, start)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        objective.backward()
         if config.clip_norm:
             nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         optimiser.step()
@@ -90,6 +99,12 @@ def train_adapter(
     if mean != mean or abs(mean) == float("inf"):
         raise FedPFTError(f"local loss is {mean}; lower train.lr = {config.lr}")
     return TrainReport(mean, len(rows), len(losses), time.monotonic() - began)
+
+
+def _squared_distance(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Return the squared L2 distance of two lists of tensors of equal shapes."""
+    pairs = zip(ones, others, strict=True)
+    return torch.stack([(one - other).square().sum() for one, other in pairs]).sum()
 
 
 def _train_mode(model: PeftModel, frozen_dropout: bool) -> None:
