@@ -86,14 +86,15 @@ def run_experiment(
             return _run(home, app, nodes, environment, verbose)
 
 
-def read_config(conf: Path, pairs: Sequence[str]) -> Config:
-    """Read a TOML file and lay `key=value` pairs over it.
+def read_config(conf: Path | None, pairs: Sequence[str]) -> Config:
+    """Read a TOML file, or none, and lay `key=value` pairs over it.
 
     Raises:
         FedPFTError: the file or a pair cannot be read, or a value makes no sense.
     """
     try:
-        flat = flatten(tomllib.loads(conf.read_text(encoding="utf-8")))
+        text = conf.read_text(encoding="utf-8") if conf else ""
+        flat = flatten(tomllib.loads(text))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FedPFTError(f"cannot read {conf}: {error}; give a TOML file") from error
     for pair in pairs:

@@ -99,7 +99,7 @@ def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
             f"data-path = {config.path!r} is not used by data.task = {config.task!r}; "
             "set data.task to 'text' or 'image'"
         )
-    source = _read(config.path, "data-path", config.subset)
+    source = read_splits(config.path, "data-path", config.subset)
     rows = _split(source, config.train_split, "train-split")
     columns = {**task.inputs(config), "label": config.label_column}
     rows = _typed(_columns(rows, columns, _SETTINGS), config.train_split)
@@ -126,7 +126,9 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     """
     task = task_of(config.task)
     if config.public_path:
-        source = _read(config.public_path, "data.public-path", config.public_subset)
+        source = read_splits(
+            config.public_path, "data.public-path", config.public_subset
+        )
         split = _split(source, config.public_split, "data.public-split")
         kind = "image" if task.modality == "image" else "text"
         column = config.public_column or kind
@@ -257,7 +259,7 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
     row = task_of(config.task)
     assert row.inputs is not None
     columns = {**row.inputs(config), "label": config.label_column}
-    source = _read(config.path, "data.path", config.subset)
+    source = read_splits(config.path, "data.path", config.subset)
     parts: dict[str, Dataset] = {}
     notes: dict[str, str] = {}
     for role, split in (
@@ -325,8 +327,17 @@ _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 Splits = Mapping[str, Dataset]
 
 
-def _read(path: str, key: str, subset: str) -> Splits:
-    """Return the splits of a file, a directory or a hub data set by name."""
+def read_splits(path: str, key: str, subset: str) -> Splits:
+    """Return the splits of a file, a directory or a hub data set, by name.
+
+    Args:
+        path: where the rows are.
+        key: the setting that says so, for messages.
+        subset: the configuration of a hub data set, or "".
+
+    Raises:
+        FedPFTError: there is nothing that `datasets` reads.
+    """
     try:
         place = Path(path).expanduser()
         if place.is_file():
