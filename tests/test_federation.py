@@ -15,10 +15,7 @@ from fedpft_flower.app import serve
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
-from fedpft_flower.tasks import (
-    encode,
-    load_task,
-)
+from fedpft_flower.tasks import encode, load_task
 from fedpft_flower.wire import Store, tensors_hash
 
 NODES = 5
