@@ -51,7 +51,7 @@ def _serve(grid: Grid, context: Context) -> None:
     directory = RunDirectory(config, context.run_id)
     logger.info("run directory: %s", directory.path)
     counting = CountingGrid(grid, Ledger())
-    task, public, server = _load(config)
+    task, public, server = load(config)
     federation = Federation(counting, config.timeout_seconds, task.labels)
     federation.meet(config.train.clients_per_round, config.train.min_nodes)
     chosen = server.sample([node.key for node in federation.nodes.values()], 1)
@@ -87,7 +87,12 @@ def _serve(grid: Grid, context: Context) -> None:
     logger.info("results: %s", directory.path)
 
 
-def _load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
+def load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
+    """Load the task, the public corpus where there is one, and the server with its FM.
+
+    Raises:
+        FedPFTError: the configuration, the data or the FM do not fit each other.
+    """
     logger.info("loading task %s", config.data.task)
     task = load_task(config.data, config.seed)
     row, method = task_of(config.data.task), method_of(config.method)
@@ -236,6 +241,11 @@ def _speak() -> None:
         package.addHandler(handler)
         package.propagate = False
     package.setLevel(logging.INFO)
+    quiet()
+
+
+def quiet() -> None:
+    """Turn off the reports and progress bars of the libraries that load."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -1,7 +1,7 @@
 """Own the FM: plan, cut, align, plug in, evaluate. No federation framework here.
 
-`ProxyServer` can be driven by a plain loop (see tests/test_federation.py), which
-gives the same adapter as the same run through Flower.
+`ProxyServer` can be driven by a plain loop (benchmarks/plain_loop.py), which gives
+the same adapter as the same run through Flower.
 """
 
 import json
@@ -125,10 +125,10 @@ class ProxyServer:
         self.adapter: Adapter = get_adapter(self.sub_fm)
         plug_in(self.fm, self.adapter, self.plan)
         self._splits = {
-            "validation": self._encode(task.validation),
-            "test": self._encode(task.test),
+            "validation": self.encode(task.validation),
+            "test": self.encode(task.test),
         }
-        self._public = self._encode(public) if public is not None else None
+        self._public = self.encode(public) if public is not None else None
         self._limits: list[Tensor] = []
         # Rises whenever what `package` returns changes.
         self.version = 0
@@ -165,6 +165,11 @@ class ProxyServer:
             activity_limits=self._limits,
             processor_files=files,
         )
+
+    def encode(self, rows: Dataset) -> Rows:
+        """Encode rows as the FM and its sub-FM take them."""
+        length = self.config.data.max_length
+        return encode(rows, self._processor, self._modality, length)
 
     def sample(self, keys: Sequence[str], current: int) -> list[str]:
         """Choose the clients of a round, by this run's own seeded generator.
@@ -264,10 +269,6 @@ class ProxyServer:
         return {**_prefixed("fm", fm), **_prefixed("sub-fm", sub_fm)}
 
     # ----------------------------------------------------------------------- its parts
-
-    def _encode(self, rows: Dataset) -> Rows:
-        length = self.config.data.max_length
-        return encode(rows, self._processor, self._modality, length)
 
     def _snapshot(self) -> dict[str, Tensor]:
         """Return the frozen weights; only what alignment may change is copied."""

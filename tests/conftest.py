@@ -54,6 +54,28 @@ def bert_directory(tmp_path_factory):
     return place
 
 
+@pytest.fixture
+def settings(vit_directory, tmp_path, monkeypatch):
+    """Return the flat configuration of a small federation on digits."""
+    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))  # an empty store
+    return {
+        "method": "fedpft",
+        "rounds": 3,
+        "out-dir": str(tmp_path / "runs"),
+        "fm.name": str(vit_directory),
+        "data.task": "digits",
+        "data.max-train-rows": 200,
+        "partition.alpha": 5.0,
+        "train.clients-per-round": 3,
+        "train.local-steps": 3,
+        "sub-fm.keep-fraction": 0.5,
+        "align.steps": 6,
+        "align.every": 1,
+        "align.during-steps": 4,
+        "data.public-rows": 64,
+    }
+
+
 class LocalGrid(Grid):
     """Run a ClientApp in this process for every message; nodes have random ids.
 

@@ -8,45 +8,19 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 
+from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
 from fedpft_flower import client, federation
-from fedpft_flower.activity import inactive_rates
-from fedpft_flower.adapters import base_model, get_adapter, load_adapter
+from fedpft_flower.adapters import get_adapter
 from fedpft_flower.app import serve
-from fedpft_flower.architectures import ffns_of
-from fedpft_flower.client import build_from_package
-from fedpft_flower.config import Config, FedPFTError, derive_seed
-from fedpft_flower.encoding import encode, shuffled_batches
+from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
-from fedpft_flower.partitions import load_partition
-from fedpft_flower.server import ProxyServer, average_rates
-from fedpft_flower.tasks import load_public, load_task, task_of
-from fedpft_flower.training import train_adapter
+from fedpft_flower.tasks import load_task
 from fedpft_flower.wire import Store, tensors_hash
 
 NODES = 5
-
-
-@pytest.fixture
-def settings(vit_directory, tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))  # an empty store
-    return {
-        "method": "fedpft",
-        "rounds": 3,
-        "out-dir": str(tmp_path / "runs"),
-        "fm.name": str(vit_directory),
-        "data.task": "digits",
-        "data.max-train-rows": 200,
-        "partition.alpha": 5.0,
-        "train.clients-per-round": 3,
-        "train.local-steps": 3,
-        "sub-fm.keep-fraction": 0.5,
-        "align.steps": 6,
-        "align.every": 1,
-        "align.during-steps": 4,
-        "data.public-rows": 64,
-    }
 
 
 def run(local_grid, settings, faults=None, order=1, nodes=NODES, configs=()):
@@ -75,57 +49,13 @@ def results(settings):
     return place, rounds, summary, manifest
 
 
-def reference_loop(settings, nodes=NODES):
-    """Federate by a plain loop over ProxyServer: no Flower, no wire."""
-    config = Config.from_run_config(settings)
-    task = load_task(config.data, config.seed)
-    row = task_of(config.data.task)
-    fm = load_fm(config.fm.name, task.labels, row.modality, config.seed)
-    public = load_public(config.data, config.seed)
-    server = ProxyServer(config, fm, task, public)
-    server.prepare()
-    keys = [f"partition-{i:06d}" for i in range(nodes)]
-    for current in range(1, config.rounds + 1):
-        package = server.package()
-        adapters, rates, weights = [], [], []
-        for key in server.sample(keys, current):
-            model = build_from_package(package, config.lora, config.seed)
-            load_adapter(model, server.adapter)
-            index = int(key.removeprefix("partition-"))
-            part = load_partition(
-                config.data, config.partition, index, nodes, config.seed
-            )
-            rows = encode(part, fm.processor, row.modality, config.data.max_length)
-            if server.wants_activity(current):
-                ffns = ffns_of(base_model(model))
-                thinned = [
-                    ffns[package.plan.layers.index(i)] for i in package.plan.compressed
-                ]
-                batches = shuffled_batches(rows, config.train.batch_size, 0)
-                rates.append(
-                    inactive_rates(model, thinned, batches, package.activity_limits)
-                )
-            seed = derive_seed(config.seed, "client", current, key)
-            train_adapter(model, rows, config.train, server.lr(current), seed)
-            adapters.append(get_adapter(model))
-            weights.append(len(part))
-        averaged = {
-            name: torch.from_numpy(
-                np.average([a[name].numpy() for a in adapters], axis=0, weights=weights)
-            ).float()
-            for name in server.adapter
-        }
-        server.end_round(
-            current, averaged, average_rates(rates, weights) if rates else None
-        )
-    return server
-
-
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_plain_loop_gives_the_same_adapter_as_flower(local_grid, settings, method):
     settings["method"] = method
-    run(local_grid, settings)
-    server = reference_loop(settings)
+    _, config = run(local_grid, settings)
+    loop = PlainLoop(config, NODES)
+    *_, last = loop.run()
+    server = loop.server
     place, rounds, _, manifest = results(settings)
     from safetensors.torch import load_file
 
@@ -134,7 +64,6 @@ def test_a_plain_loop_gives_the_same_adapter_as_flower(local_grid, settings, met
     assert set(exported) == set(plugged_in)
     for name, tensor in plugged_in.items():
         torch.testing.assert_close(exported[name], tensor, atol=2e-6, rtol=1e-4)
-    last = server.evaluate("validation")
     assert rounds[-1]["fm-accuracy"] == pytest.approx(last["fm-accuracy"])
     assert manifest["plan"] == server.plan.to_json()
     due = METHODS[method].align_during

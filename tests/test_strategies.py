@@ -26,7 +26,7 @@ from fedpft_flower.strategies import (
 from fedpft_flower.tasks import load_task
 from fedpft_flower.training import train_adapter
 from tests.families import CLASSES, tiny_model
-from tests.test_federation import broken, results, run, settings  # noqa: F401
+from tests.test_federation import broken, results, run
 
 ROOT = Path(__file__).parent.parent
 NODES = 7  # what Bulyan needs against one malicious node
@@ -49,7 +49,7 @@ ARGUMENTS = {
 
 
 @pytest.fixture
-def short(settings, monkeypatch):  # noqa: F811
+def short(settings, monkeypatch):
     monkeypatch.setattr(report, "draw_curves", lambda *a: a[-1].touch())
     # QFedAvg and Bulyan collect garbage at every reply: spare them what lives anyway.
     gc.freeze()

@@ -1,0 +1,248 @@
+"""Compare the seconds of a run through Flower with those of the plain loop.
+
+Both sides do the same work: the same clients, rows, steps, alignment and evaluation.
+The plain loop (`benchmarks/plain_loop.py`) is one PyTorch process at its best number of
+threads; the other side is `fedpft-run`, that is `flwr run` under Ray. They take turns,
+each repetition with a seed and processes of its own, and must end alike:
+    python -m benchmarks.overhead --rounds 6 --repeats 3 key=value ...
+
+A steady round is one after the first and without alignment; a side's figure is the
+median over them. The ratio is taken within a repetition. Every cell of the table is a
+median over repetitions, with the smallest and the largest behind it.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.plain_loop import PlainLoop
+from fedpft_flower.adapters import Adapter, export_adapter
+from fedpft_flower.commands import read_config, run_experiment
+from fedpft_flower.config import Config
+from fedpft_flower.report import RunDirectory
+from fedpft_flower.server import Metrics
+from fedpft_flower.tasks import load_task
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Relative L2 distance of the final adapters. With one thread everywhere it is 0; other
+# thread counts add floats in another order, and training makes that grow.
+TOLERANCE = 0.002
+
+
+@dataclass(frozen=True)
+class Side:
+    """Hold what one side of a repetition measured."""
+
+    # Seconds from the start of the side's first process until round 1 begins.
+    start_up: float
+    rounds: list[Metrics]
+    adapter: Adapter
+
+    @property
+    def prepare(self) -> float:
+        """Return the seconds of alignment before training and of first evaluations."""
+        return float(self.rounds[0]["seconds"])
+
+    @property
+    def steady(self) -> float:
+        """Return the median seconds of rounds after the first, without alignment."""
+        return _median([r for r in self.rounds[2:] if "alignment" not in r])
+
+    @property
+    def aligned(self) -> float:
+        """Return the median seconds of rounds after the first, with alignment."""
+        return _median([r for r in self.rounds[2:] if "alignment" in r])
+
+
+def _median(rounds: list[Metrics]) -> float:
+    return float(statistics.median([r["seconds"] for r in rounds] or [math.nan]))
+
+
+def main() -> None:
+    """Run both sides in turn and print the table."""
+    options = _options()
+    pairs = [f"rounds={options.rounds}", *options.set]
+    with TemporaryDirectory() as place:
+        # No sub-FM of an earlier run may spare Flower an install.
+        os.environ["FEDPFT_CACHE"] = f"{place}/cache"
+        config = read_config(options.conf, pairs)
+        if config.rounds < 2:
+            sys.exit(f"rounds = {config.rounds}; give 2 or more, one must be steady")
+        in_fresh_process(load_task, config.data, config.seed)  # extracts, if it must
+        threads = options.threads or in_fresh_process(
+            best_threads, config, options.nodes
+        )
+        repetitions = []
+        for repeat in range(options.repeats):
+            out = Path(place) / str(repeat)
+            own = [*pairs, f"seed={config.seed + repeat}"]
+            plain = plain_side(options.conf, own, options.nodes, threads, out / "plain")
+            flower = flower_side(options.conf, own, options.nodes, out / "flower")
+            print(verdict(plain, flower), flush=True)
+            repetitions.append((plain, flower))
+    print(table(repetitions, threads))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("set", nargs="*", metavar="key=value", help="overrides")
+    parser.add_argument("--conf", type=Path, default=ROOT / "conf" / "demo.toml")
+    parser.add_argument("--nodes", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=6, help="2 or more")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--threads", type=int, default=0, help="of the plain loop; 0 finds the best"
+    )
+    return parser.parse_intermixed_args()
+
+
+# ------------------------------------------------------------------------ the two sides
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process of its own, which leaves no memory or threads."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def best_threads(config: Config, nodes: int) -> int:
+    """Return how many threads make a round of the plain loop shortest."""
+    cores = os.cpu_count() or 1
+    loop = PlainLoop(config, nodes)
+    seconds: dict[int, float] = {}
+    for threads in sorted({*(2**i for i in range(cores.bit_length())), cores}):
+        torch.set_num_threads(threads)
+        for _ in range(2):  # the first one only warms up
+            began = time.monotonic()
+            loop.train(config.rounds)  # the last round never measures activity
+            loop.server.evaluate("validation")
+            seconds[threads] = time.monotonic() - began
+        print(f"threads: {threads}, a round: {seconds[threads]:.1f} s", file=sys.stderr)
+    return min(seconds, key=lambda threads: seconds[threads])
+
+
+def plain_side(
+    conf: Path, pairs: Sequence[str], nodes: int, threads: int, out: Path
+) -> Side:
+    """Run the plain loop in a process of its own."""
+    began = time.time()
+    config = read_config(conf, [*pairs, f"out-dir={out}"])
+    in_fresh_process(run_plain_loop, config, nodes, threads)
+    return read_side(out, began)
+
+
+def run_plain_loop(config: Config, nodes: int, threads: int) -> None:
+    """Run the plain loop and write its metrics and adapter as a Flower run does."""
+    torch.set_num_threads(threads)
+    loop, directory = PlainLoop(config, nodes), RunDirectory(config, 0)
+    for entry in loop.run():
+        directory.add_round(entry)
+    export_adapter(loop.server.fm, directory.path / "adapter")
+
+
+def flower_side(conf: Path, pairs: Sequence[str], nodes: int, out: Path) -> Side:
+    """Run the same through Flower, whose progress goes to standard error."""
+    began = time.time()
+    with redirect_stdout(sys.stderr):
+        status = run_experiment(conf, [*pairs, f"out-dir={out}"], nodes, ROOT, False)
+    if status:
+        sys.exit("the Flower run failed")
+    return read_side(out, began)
+
+
+def read_side(out: Path, began: float) -> Side:
+    """Read the only run directory below `out`, of a run that began at this time."""
+    (metrics,) = out.glob("*/metrics.jsonl")
+    rounds = [json.loads(line) for line in metrics.read_text().splitlines()]
+    # It was last written when the last round ended.
+    trained = sum(entry["seconds"] for entry in rounds[1:])
+    return Side(
+        start_up=metrics.stat().st_mtime - trained - began,
+        rounds=rounds,
+        adapter=load_file(metrics.parent / "adapter" / "adapter_model.safetensors"),
+    )
+
+
+# --------------------------------------------------------------------------- the report
+
+
+def verdict(plain: Side, flower: Side) -> str:
+    """Return one line that says how alike both sides ended.
+
+    Raises:
+        SystemExit: they did not do the same work.
+    """
+    accuracies = [side.rounds[-1]["fm-accuracy"] for side in (plain, flower)]
+    apart = distance(plain.adapter, flower.adapter)
+    line = (
+        f"validation accuracy {accuracies[0]:.3f} and {accuracies[1]:.3f}, relative "
+        f"distance of the adapters {apart:.1e}"
+    )
+    if not apart <= TOLERANCE:
+        sys.exit(f"the two sides did NOT do the same work: {line}")
+    return f"same work: {line}"
+
+
+def distance(one: Adapter, other: Adapter) -> float:
+    """Return the relative L2 distance of two adapters."""
+    names = sorted(one.keys() | other.keys())
+    first, second = (torch.cat([a[n].flatten() for n in names]) for a in (one, other))
+    return float((first - second).norm() / first.norm())
+
+
+def table(repetitions: Sequence[tuple[Side, Side]], threads: int) -> str:
+    """Return the comparison as Markdown."""
+    rows: dict[str, Callable[[Side], float]] = {
+        "steady round": lambda side: side.steady,
+        "round with alignment": lambda side: side.aligned,
+        "start-up until round 1": lambda side: side.start_up,
+        "- align, first evaluation": lambda side: side.prepare,
+        "- all before: start, load": lambda side: side.start_up - side.prepare,
+    }
+    lines = [
+        f"| seconds | plain loop (threads: {threads}) | Flower | Flower adds | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for name, seconds in rows.items():
+        both = [(seconds(plain), seconds(flower)) for plain, flower in repetitions]
+        cells = [
+            spread([plain for plain, _ in both], 1),
+            spread([flower for _, flower in both], 1),
+            spread([flower - plain for plain, flower in both], 1),
+            spread([flower / plain for plain, flower in both], 2),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return median, smallest and largest value, or a dash where there is none."""
+    if any(map(math.isnan, values)):
+        return "-"
+    low, middle, high = (
+        f"{value:.{digits}f}"
+        for value in (min(values), statistics.median(values), max(values))
+    )
+    return f"{middle} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    main()

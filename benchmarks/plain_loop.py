@@ -1,0 +1,96 @@
+"""Federate by a plain loop over `ProxyServer`: no Flower, no Ray, no wire.
+
+Clients, rows, seeds, steps, averaging, alignment and evaluation are those of the same
+run through Flower, so both end with the same adapter (tests/test_federation.py).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fedpft_flower.activity import inactive_rates
+from fedpft_flower.adapters import Adapter, base_model, get_adapter, load_adapter
+from fedpft_flower.app import load, quiet
+from fedpft_flower.config import Config, derive_seed
+from fedpft_flower.encoding import Rows, shuffled_batches
+from fedpft_flower.partitions import load_partition
+from fedpft_flower.server import Metrics, average_rates
+from fedpft_flower.sub_fm import compressed_ffns
+from fedpft_flower.training import train_adapter
+
+
+class PlainLoop:
+    """Train all clients in turn, on the server's own sub-FM, which spares a copy."""
+
+    def __init__(self, config: Config, nodes: int) -> None:
+        """Load task and FM for so many clients."""
+        quiet()
+        self.config = config
+        self.task, _, self.server = load(config)
+        self.keys = [f"partition-{index:06d}" for index in range(nodes)]
+        self.rows = cache(self._rows)  # every client's rows are encoded once
+
+    def run(self) -> Iterator[Metrics]:
+        """Yield every round's metrics, named as in `metrics.jsonl`; first round 0."""
+        server, rounds = self.server, self.config.rounds
+        began = time.monotonic()
+        alignment = server.prepare()
+        server.evaluate("test")
+        for current in range(rounds + 1):
+            if current:
+                alignment = server.end_round(current, *self.train(current))
+            entry: Metrics = {"round": current}
+            if alignment or not current:
+                entry["alignment"] = alignment
+            if current % self.config.eval_every == 0 or current == rounds:
+                entry |= server.evaluate("validation")
+            now = time.monotonic()
+            entry["seconds"], began = now - began, now
+            yield entry
+
+    def train(self, current: int) -> tuple[Adapter, list[Tensor] | None]:
+        """Train the clients of a round.
+
+        Returns:
+            The averaged adapter, and the averaged inactive rates where they are due.
+        """
+        server, config = self.server, self.config
+        adapters, rates, weights = [], [], []
+        for key in server.sample(self.keys, current):
+            rows = self.rows(key)
+            load_adapter(server.sub_fm, server.adapter)
+            if server.wants_activity(current):
+                rates.append(self._measure(rows))
+            seed = derive_seed(config.seed, "client", current, key)
+            train_adapter(server.sub_fm, rows, config.train, server.lr(current), seed)
+            adapters.append(get_adapter(server.sub_fm))
+            weights.append(len(rows))
+        averaged = average_rates(rates, weights) if rates else None
+        return average_adapters(adapters, weights), averaged
+
+    def _rows(self, key: str) -> Rows:
+        config, count = self.config, len(self.keys)
+        index = self.keys.index(key)
+        part = load_partition(config.data, config.partition, index, count, config.seed)
+        return self.server.encode(part)
+
+    def _measure(self, rows: Rows) -> list[Tensor]:
+        server = self.server
+        ffns = compressed_ffns(base_model(server.sub_fm), server.plan)
+        batches = shuffled_batches(rows, self.config.train.batch_size, seed=0)
+        limits = server.package().activity_limits
+        return inactive_rates(server.sub_fm, ffns, batches, limits)
+
+
+def average_adapters(adapters: Sequence[Adapter], weights: Sequence[int]) -> Adapter:
+    """Average adapters, weighted by examples."""
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    return {
+        name: torch.einsum(
+            "c,c...->...", shares, torch.stack([a[name] for a in adapters]).double()
+        ).to(first.dtype)
+        for name, first in adapters[0].items()
+    }

@@ -1,0 +1,122 @@
+"""The benchmarks' functions, on the tiny ViT: what is compared, and what is matched."""
+
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import bounds, overhead
+from benchmarks.plain_loop import PlainLoop
+from fedpft_flower.config import Config
+
+NODES = 5
+
+
+@pytest.fixture
+def config(settings):
+    settings |= {"train.local-steps": 0, "train.local-epochs": 2, "align.every": 2}
+    return Config.from_run_config(settings)
+
+
+def side(config, place):
+    overhead.run_plain_loop(replace(config, out_dir=str(place)), NODES, threads=1)
+    return overhead.read_side(place, began=0.0)
+
+
+def test_a_side_is_read_as_it_ran_and_other_work_is_refused(config, tmp_path):
+    one, other = side(config, tmp_path / "one"), side(config, tmp_path / "other")
+    assert [r["round"] for r in one.rounds] == [0, 1, 2, 3]
+    assert one.steady == one.rounds[3]["seconds"]
+    assert one.aligned == one.rounds[2]["seconds"]
+    assert one.prepare == one.rounds[0]["seconds"] < one.start_up
+    assert overhead.distance(one.adapter, other.adapter) == 0.0
+    assert overhead.verdict(one, other).startswith("same work")
+    # Twice as many local epochs are other work, though the result has the same shape.
+    train = replace(config.train, local_epochs=4)
+    longer = side(replace(config, train=train), tmp_path / "longer")
+    with pytest.raises(SystemExit, match="NOT do the same work"):
+        overhead.verdict(one, longer)
+
+
+def test_the_overhead_table_shows_median_and_range_of_paired_repetitions():
+    def timed(seconds, start_up):
+        rounds = [{"seconds": s} for s in (3.0, 9.0, seconds)]
+        return overhead.Side(start_up, rounds, {})
+
+    pairs = [(timed(2.0, 5.0), timed(f, 15.0)) for f in (3.0, 4.0, 5.0)]
+    lines = overhead.table(pairs, threads=2).splitlines()
+    steady = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert steady[2:] == ["4.0 (3.0 to 5.0)", "2.0 (1.0 to 3.0)", "2.00 (1.50 to 2.50)"]
+    assert lines[3].endswith("| - | - | - | - |")  # no round aligned
+    assert "| 10.0 (10.0 to 10.0) | 3.00" in lines[4]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Record rate and steps of every training that a bound does."""
+    reports = []
+
+    def train(model, rows, config, lr, seed):
+        report = real(model, rows, config, lr, seed)
+        reports.append((lr, report.steps))
+        return report
+
+    real = bounds.train_adapter
+    monkeypatch.setattr(bounds, "train_adapter", train)
+    return reports
+
+
+def federated_steps(config, monkeypatch):
+    """Return the steps that the clients take in all rounds of a federation."""
+    from benchmarks import plain_loop
+
+    reports = []
+
+    def train(*arguments):
+        reports.append(real(*arguments))
+        return reports[-1]
+
+    real = plain_loop.train_adapter
+    monkeypatch.setattr(plain_loop, "train_adapter", train)
+    list(PlainLoop(config, NODES).run())
+    return sum(report.steps for report in reports)
+
+
+def test_centralised_takes_the_steps_of_all_clients_at_the_rounds_rates(
+    config, taken, monkeypatch
+):
+    loop = bounds.whole_fm(config, NODES)
+    accuracy = bounds.centralised(loop)
+    assert 0.0 <= accuracy <= 1.0
+    assert sum(steps for _, steps in taken) == federated_steps(config, monkeypatch)
+    assert [lr for lr, _ in taken] == [loop.server.lr(r) for r in (1, 2, 3)]
+
+
+def test_local_takes_the_steps_that_a_client_expects(config, taken):
+    loop = bounds.whole_fm(config, NODES)
+    accuracies = bounds.local(loop, clients=NODES)
+    assert len(accuracies) == NODES
+    # 3 rounds, 3 of 5 clients: each expects to be chosen 1.8 times.
+    expected = []
+    for key in loop.keys:
+        steps = bounds.local_steps(loop, key)
+        once = 2 * -(-len(loop.rows(key)) // config.train.batch_size)
+        assert sum(steps) == round(1.8 * once)
+        assert len(steps) == 2 and max(steps) - min(steps) <= 1
+        lr = config.train.lr
+        expected += [(lr, steps[0]), (lr / 2, steps[1])]
+    assert taken == expected
+    assert len(bounds.local(loop, clients=2)) == 2
+
+
+def test_every_bound_starts_from_the_federations_adapter(config):
+    loop = bounds.whole_fm(config, NODES)
+    assert bounds.local(loop, NODES) == bounds.local(loop, NODES)
+
+
+def test_the_bounds_table_shows_mean_and_spreads():
+    alone = [[0.1, 0.3], [0.2, 0.4]]
+    lines = bounds.table([0, 1], [0.5, 0.7], alone).splitlines()
+    assert lines[2] == "| centralised | 0.500 | 0.700 | 0.600 | 0.141 | - |"
+    spread = statistics.stdev(alone[0])
+    assert lines[3] == f"| local | 0.200 | 0.300 | 0.250 | 0.071 | {spread:.3f} |"
