@@ -76,6 +76,26 @@ def settings(vit_directory, tmp_path, monkeypatch):
     }
 
 
+@pytest.fixture(scope="session")
+def llama_directory(tmp_path_factory):
+    """Write a tiny random Llama whose tokenizer knows no padding, as they come."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    place = tmp_path_factory.mktemp("llama")
+    words = ["<unk>", "<s>", "</s>", "good", "bad", "film", "very", "fast", *"abcdef"]
+    model = models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(place)
+    fm = tiny_model("llama")
+    fm.config.pad_token_id = None
+    fm.save_pretrained(place)
+    return place
+
+
 class LocalGrid(Grid):
     """Run a ClientApp in this process for every message; nodes have random ids.
 

@@ -366,8 +366,10 @@ def sites(settings, bert_directory, tmp_path):
     ]
 
 
-def test_sites_of_any_shape_train_on_their_own_rows(local_grid, sites):
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_sites_of_any_shape_train_on_their_own_rows(local_grid, sites, family, request):
     settings, configs = sites
+    settings["fm.name"] = str(request.getfixturevalue(f"{family}_directory"))
     run(local_grid, settings, nodes=3, configs=configs)
     _, rounds, summary, manifest = results(settings)
     assert manifest["nodes"] == {"north": 200, "south": 40, "west": 3}
