@@ -151,8 +151,12 @@ def free_port():
 
 
 def test_a_deployment_with_real_processes(tmp_path, vit_directory):
-    """One SuperLink and two SuperNodes, each with its own store, and `flwr run`."""
-    port, nodes = free_port(), 2
+    """One SuperLink, two SuperNodes with rows and a store of their own, `flwr run`."""
+    port, sites = free_port(), {"north": range(100), "south": range(100, 130)}
+    nodes = len(sites)
+    for name, rows in {**sites, "server/test": range(130, 200)}.items():
+        write_digits(tmp_path / name, rows)
+    write_digits(tmp_path / "public", range(200, 264))
     environment = {
         **os.environ,
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -174,11 +178,12 @@ def test_a_deployment_with_real_processes(tmp_path, vit_directory):
         [fm]
         name = "{vit_directory}"
         [data]
-        task = "digits"
-        max-train-rows = 200
-        public-rows = 64
+        task = "image"
+        path = "{tmp_path}/server"
+        public-path = "{tmp_path}/public"
         [train]
-        clients-per-round = 2
+        min-nodes = 2
+        fraction = 1.0
         [align]
         steps = 4
         every = 1
@@ -208,13 +213,14 @@ def test_a_deployment_with_real_processes(tmp_path, vit_directory):
             *("--port", str(port)),
         )
         wait_for(port)
-        for i in range(nodes):
+        for site in sites:
             start(
-                f"node{i}",
+                f"node-{site}",
                 *("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"),
                 *("--port", str(free_port())),
-                *("--node-config", f"partition-id={i} num-partitions={nodes}"),
-                FEDPFT_CACHE=str(tmp_path / f"store{i}"),
+                "--node-config",
+                f'site="{site}" data-path="{tmp_path / site}"',
+                FEDPFT_CACHE=str(tmp_path / f"store-{site}"),
             )
         done = subprocess.run(
             [
@@ -250,9 +256,25 @@ def test_a_deployment_with_real_processes(tmp_path, vit_directory):
     install = rounds[1]["bytes"]["down-install"]
     assert install["sent"] == install["logical"]
     assert rounds[2]["bytes"]["down-delta"]["sent"] < install["sent"]
-    for i in range(nodes):
-        copies = list((tmp_path / f"store{i}" / "sub-fms").glob("?" * 64))
+    assert json.loads((results / "manifest.json").read_text())["nodes"] == {
+        site: len(rows) for site, rows in sites.items()
+    }
+    for site in sites:
+        copies = list((tmp_path / f"store-{site}" / "sub-fms").glob("?" * 64))
         assert len(copies) == 2
+
+
+def write_digits(place, rows):
+    """Write scikit-learn's digits as a folder of images, one folder a class."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for row in rows:
+        folder = place / str(digits.target[row])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (digits.images[row] * 255 / 16).astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{row}.png")
 
 
 def wait_for(port):
