@@ -1,9 +1,12 @@
 """Run the ServerApp: from a configuration to a run directory."""
 
 import logging
+import math
 import platform
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import datasets
 import torch
@@ -12,15 +15,17 @@ from datasets import Dataset
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
+from fedpft_flower import __version__
+from fedpft_flower.checkpoint import Checkpoint, Checkpoints, check_same, identity
 from fedpft_flower.client import peak_memory
 from fedpft_flower.config import MARK, Config, FedPFTError, names_in
 from fedpft_flower.encoding import content_hash
-from fedpft_flower.federation import Federation
+from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import method_of
 from fedpft_flower.report import RunDirectory, versions
 from fedpft_flower.server import Metrics, ProxyServer
-from fedpft_flower.strategies import inner_strategy, strategy_of
+from fedpft_flower.strategies import inner_strategy, memory_of, remember, strategy_of
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
 from fedpft_flower.wire import CountingGrid, Ledger, pack_tensors, tensors_hash
@@ -52,35 +57,47 @@ def _serve(grid: Grid, context: Context) -> None:
     logger.info("run directory: %s", directory.path)
     counting = CountingGrid(grid, Ledger())
     task, public, server = load(config)
-    federation = Federation(counting, config.timeout_seconds, task.labels)
-    federation.meet(config.train.clients_per_round, config.train.min_nodes)
-    chosen = server.sample([node.key for node in federation.nodes.values()], 1)
-    inner = inner_strategy(config.strategy, config.strategy_args, len(chosen))
-    logger.info(
-        "%d nodes, %d training rows",
-        len(federation.nodes),
-        sum(node.examples for node in federation.nodes.values()),
-    )
-    strategy = FedPFT(server, federation, inner)
-    began = time.monotonic()
-    alignment = server.prepare()
-    before = server.evaluate("test")
-    run = _Run(config, directory, strategy, alignment, began)
-    strategy.start(
-        counting,
-        pack_tensors(server.adapter)[0],
-        num_rounds=config.rounds,
-        timeout=config.timeout_seconds,
-        evaluate_fn=run.end_round,
-    )
-    after = server.evaluate("test")
-    summary = _summary(run, before, after, counting.ledger)
     splits = {
         "train": task.train,
         "validation": task.validation,
         "test": task.test,
         "public": public,
     }
+    checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
+    own = _identity(config, splits, server)
+    saved = checkpoints.load() if config.resume else None
+    if saved is not None:
+        check_same(saved.state, own)
+    given = saved.state["installs"] if saved is not None else {}
+    federation = Federation(counting, config.timeout_seconds, task.labels, given)
+    federation.meet(max(config.train.clients_per_round, config.train.min_nodes))
+    clients = server.check_clients(len(federation.nodes))
+    inner = inner_strategy(config.strategy, config.strategy_args, clients)
+    logger.info(
+        "%d nodes, %d training rows",
+        len(federation.nodes),
+        sum(node.examples for node in federation.nodes.values()),
+    )
+    run = _Run(config, directory, checkpoints, FedPFT(server, federation, inner), own)
+    run.resume(saved) if saved is not None else run.prepare()
+    try:
+        run.strategy.start(
+            counting,
+            pack_tensors(server.adapter)[0],
+            num_rounds=config.rounds,
+            timeout=config.timeout_seconds,
+            evaluate_fn=run.end_round,
+        )
+    except RoundError as error:
+        raise FedPFTError(
+            f"{error}; the last checkpoint is of round {run.strategy.done}, go on with "
+            f"resume={directory.path}"
+        ) from error
+    if config.select == "best":
+        server.restore(checkpoints.load(run.best_round).tensors)
+    after = server.evaluate("test")
+    summary = _summary(run, after, counting.ledger)
+    federation.offer(server)  # a run that was over when it was resumed has not yet
     manifest = _manifest(config, task, splits, server, federation)
     directory.finish(server, summary, manifest)
     _show(summary, config.data.metric)
@@ -105,19 +122,64 @@ def load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
     return task, public, ProxyServer(config, fm, task, public)
 
 
+def _identity(
+    config: Config, splits: Mapping[str, Dataset | None], server: ProxyServer
+) -> dict[str, Any]:
+    """Return what must be the same for a run to be continued."""
+    hashes = {
+        f"data ({name})": content_hash(rows)
+        for name, rows in splits.items()
+        if rows is not None
+    }
+    return identity(
+        config.flat(),
+        {
+            **hashes,
+            "FM": tensors_hash(server.fm_weights),
+            "plan": tensors_hash({}, server.plan.to_json().encode()),
+            "fedpft-flower": __version__,
+        },
+    )
+
+
 class _Run:
-    """Close every round: evaluate, write metrics, say one line."""
+    """Close every round: evaluate, write metrics and a checkpoint, say one line."""
 
     def __init__(
         self,
         config: Config,
         directory: RunDirectory,
+        checkpoints: Checkpoints,
         strategy: FedPFT,
-        alignment: Metrics,
-        began: float,
+        own: Mapping[str, Any],
     ) -> None:
         self.config, self.directory, self.strategy = config, directory, strategy
-        self._alignment, self._began = alignment, began
+        self._checkpoints, self._own = checkpoints, own
+        self.before: Metrics = {}  # test metrics before training
+        self.best_round, self._best_score, self._misses = 0, -math.inf, 0
+        self._alignment: Metrics = {}
+        self._began = time.monotonic()
+
+    def prepare(self) -> None:
+        """Align before the first round, and evaluate what training will start from."""
+        server = self.strategy.server
+        self._alignment = server.prepare()
+        self.before = server.evaluate("test")
+
+    def resume(self, saved: Checkpoint) -> None:
+        """Become the run that a checkpoint was made of."""
+        state, strategy = saved.state, self.strategy
+        strategy.server.restore(saved.tensors)
+        remember(strategy.inner, saved.tensors, state["strategy"])
+        strategy.federation.grid.ledger.restore(state["ledger"])
+        strategy.done = saved.round
+        self.directory.go_back(saved.round)
+        self.before = state["before"]
+        best = state["best"]
+        self.best_round, self._best_score = best["round"], best["score"]
+        self._misses = best["misses"]
+        self._stop_early()
+        logger.info("resumed after round %d", saved.round)
 
     def end_round(self, current: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate after a round (0: before training) and report it."""
@@ -134,8 +196,47 @@ class _Run:
         now = time.monotonic()
         entry["seconds"], self._began = now - self._began, now
         self.directory.add_round(entry)
+        if accuracies:
+            self._judge(current, accuracies[f"fm-{self.config.data.metric}"])
+        self._save(current)
         logger.info("%s", self._line(current, entry))
         return MetricRecord(accuracies) if accuracies else None
+
+    def _judge(self, current: int, score: float) -> None:
+        if score > self._best_score:
+            self.best_round, self._best_score, self._misses = current, score, 0
+        else:
+            self._misses += 1
+        self._stop_early()
+
+    def _stop_early(self) -> None:
+        patience = self.config.early_stop
+        self.strategy.stopped = bool(patience) and self._misses >= patience
+        if self.strategy.stopped:
+            logger.info(
+                "early stop: %d evaluations without a better one than round %d's",
+                self._misses,
+                self.best_round,
+            )
+
+    def _save(self, current: int) -> None:
+        strategy = self.strategy
+        memory, form = memory_of(strategy.inner)
+        state = {
+            **self._own,
+            "installs": strategy.federation.installs(),
+            "ledger": strategy.federation.grid.ledger.state(),
+            "strategy": form,
+            "before": self.before,
+            "best": {
+                "round": self.best_round,
+                "score": self._best_score,
+                "misses": self._misses,
+            },
+        }
+        tensors = {**strategy.server.state(), **memory}
+        checkpoint = Checkpoint(current, tensors, state)
+        self._checkpoints.save(checkpoint, self.best_round)
 
     def _line(self, current: int, entry: Metrics) -> str:
         parts = [f"round {current}/{self.config.rounds}"]
@@ -151,14 +252,17 @@ class _Run:
         return "  ".join(parts)
 
 
-def _summary(run: _Run, before: Metrics, after: Metrics, ledger: Ledger) -> Metrics:
+def _summary(run: _Run, after: Metrics, ledger: Ledger) -> Metrics:
     rounds, strategy = run.directory.rounds, run.strategy
     taken = max(1, sum(len(entry.get("clients", ())) for entry in rounds))
     both = [ledger.total(way) for way in ("down", "up")]
     install = ledger.of_kind("install")
     return {
         "method": run.config.method,
-        "test-before": before,
+        "rounds": strategy.done,
+        "best-round": run.best_round,
+        "select": run.config.select,
+        "test-before": run.before,
         "test-after": after,
         "share-withheld": strategy.server.share_withheld,
         "bytes-down": both[0],

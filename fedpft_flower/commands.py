@@ -104,9 +104,10 @@ def read_config(conf: Path | None, pairs: Sequence[str]) -> Config:
         value = flat.get(key)
         if isinstance(value, str) and value and _exists(value):
             flat[key] = str(Path(value).expanduser().absolute())
-    out = flat.get("out-dir")
-    if isinstance(out, str) and out:
-        flat["out-dir"] = os.path.abspath(os.path.expanduser(out))  # noqa: PTH100, PTH111
+    for key in ("out-dir", "resume"):
+        place = flat.get(key)
+        if isinstance(place, str) and place:
+            flat[key] = os.path.abspath(os.path.expanduser(place))  # noqa: PTH100, PTH111
     return Config.from_run_config(flat)
 
 

@@ -97,6 +97,12 @@ class TrainConfig:
     # Wait for so many nodes before the first round; 0 for what the nodes themselves say
     # (num-partitions), or `clients-per-round`.
     min_nodes: int = 0
+    # A round needs so many usable replies; with fewer it is tried again, `max-retries`
+    # times, before the run ends.
+    min_replies: int = 1
+    max_retries: int = 1
+    # A reply whose adapter moved by more (L2 norm) is left out; 0 sets no bound.
+    max_update_norm: float = 1000.0
     local_epochs: int = 1
     # When positive, this many optimiser steps take the place of `local_epochs`.
     local_steps: int = 0
@@ -176,6 +182,14 @@ class AlignConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Say which checkpoints stay on the server's disk."""
+
+    # The newest so many, and the best round's.
+    keep: int = 2
+
+
+@dataclass(frozen=True)
 class Config:
     """Hold everything a run depends on."""
 
@@ -193,8 +207,14 @@ class Config:
     eval_every: int = 1
     # Threads of the server's process; 0 leaves PyTorch's default.
     server_threads: int = 0
-    # How long the server waits for replies.
+    # How long the server waits for replies: the deadline of every exchange.
     timeout_seconds: float = 3600.0
+    # A run directory to continue; it needs that run's configuration.
+    resume: str = ""
+    # End after so many evaluations without a better one on validation; 0 never does.
+    early_stop: int = 0
+    # Which round's adapter is the result: "last", or "best" on validation.
+    select: str = "last"
     fm: FMConfig = field(default_factory=FMConfig)
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
@@ -202,6 +222,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     sub_fm: SubFMConfig = field(default_factory=SubFMConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without model and data.
@@ -333,6 +354,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "eval-every": (1, 1e6, True),
     "server-threads": (0, 4096, True),
     "timeout-seconds": (0, 1e9, False),
+    "early-stop": (0, 1e6, True),
+    "checkpoint.keep": (1, 1e6, True),
     "data.max-train-rows": (0, 1e12, True),
     "data.max-validation-rows": (0, 1e12, True),
     "data.max-test-rows": (0, 1e12, True),
@@ -343,6 +366,9 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "partition.alpha": (0, 1e9, False),
     "train.clients-per-round": (0, 1e9, True),
     "train.min-nodes": (0, 1e9, True),
+    "train.min-replies": (1, 1e9, True),
+    "train.max-retries": (0, 1e6, True),
+    "train.max-update-norm": (0, 1e30, True),
     "train.fraction": (0, 1, False),
     "train.local-epochs": (1, 1e6, True),
     "train.local-steps": (0, 1e9, True),
@@ -373,6 +399,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "select": ("last", "best"),
     "data.metric": ("accuracy", "macro-f1", "matthews"),
     "partition.kind": ("iid", "dirichlet", "pathological", "natural", "sizes"),
     "train.lr-decay": ("linear", "none"),

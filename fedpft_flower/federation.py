@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 NODE_WAIT_SECONDS = 60.0
 
 
+class RoundError(FedPFTError):
+    """Report that a round had too few nodes or replies; it may be tried again."""
+
+
 @dataclass
 class Node:
     """Remember what a node said of itself, and which sub-FM it was given."""
@@ -53,15 +57,23 @@ class Federation:
     """Know the nodes and bring the current sub-FM to them."""
 
     def __init__(
-        self, grid: CountingGrid, timeout: float, labels: Sequence[str]
+        self,
+        grid: CountingGrid,
+        timeout: float,
+        labels: Sequence[str],
+        given: Mapping[str, str] | None = None,
     ) -> None:
         self.grid, self._timeout, self._labels = grid, timeout, labels
         self.nodes: dict[int, Node] = {}
         # Before training a node that cannot take part ends the run; later, such a node
         # is left out instead.
         self.training = False
-        self.refused: dict[int, str] = {}  # nodes left out, and why
+        self.refused: dict[int, str] = {}  # nodes left out this time, and why
+        # Old ids of nodes that came back under new ones; Flower lists them for a while.
+        self._replaced: set[int] = set()
         self._held: dict[str, set[str]] = {}  # store -> hashes of its sub-FMs
+        # What nodes were given before they went away, or before the run was resumed.
+        self._given: dict[str, str] = dict(given or {})
         self._version = -1
         self._current = ""  # hash of the sub-FM to install
         self._previous: tuple[str, dict[str, Tensor]] = ("", {})
@@ -78,37 +90,39 @@ class Federation:
         """Return the size of a whole sub-FM: tensors, plan and processor, in bytes."""
         return sum(t.nbytes for t in self._tensors.values()) + len(self._text)
 
-    def meet(self, wanted: int, least: int = 0) -> None:
+    def meet(self, wanted: int) -> None:
         """Wait for nodes and let every new one introduce itself.
 
         Args:
             wanted: wait for so many nodes, at least one; before training, for as many
                 as the nodes say that there are partitions.
-            least: before training, wait for so many nodes at least.
 
         Raises:
             FedPFTError: too few nodes came; before training, also when one refuses,
                 runs other code, or names a partition that does not fit.
         """
+        self.refused.clear()  # whatever it was may be mended: each may try again
         deadline = time.monotonic() + NODE_WAIT_SECONDS
         while True:
             online = set(self.grid.get_node_ids())
-            self._greet(sorted(online - self.nodes.keys() - self.refused.keys()))
-            self.nodes = {n: self.nodes[n] for n in self.nodes if n in online}
-            self._check(wanted)
-            expected = max((node.partitions for node in self.nodes.values()), default=0)
-            expected, enough = max(expected, least), max(1, wanted)
-            if len(self.nodes) >= (enough if self.training else max(enough, expected)):
+            self._forget_offline(online)
+            known = self.nodes.keys() | self.refused.keys() | self._replaced
+            self._greet(sorted(online - known))
+            enough = expected = max(1, wanted)
+            if not self.training:
+                self._check(wanted)
+                shares = [node.partitions for node in self.nodes.values()]
+                expected = max(enough, *shares, 0)
+            if len(self.nodes) >= expected:
                 return
             if time.monotonic() > deadline:
                 break
             time.sleep(1.0)
-        enough = enough if self.training else max(enough, least)
         if len(self.nodes) < enough:
-            raise FedPFTError(
+            raise RoundError(
                 f"{len(self.nodes)} nodes are online after {NODE_WAIT_SECONDS:.0f} s, "
                 f"{enough} are needed; start more SuperNodes or lower "
-                "train.clients-per-round or train.min-nodes"
+                "train.clients-per-round, train.min-nodes or train.min-replies"
             )
         logger.warning("%d of %d nodes are online", len(self.nodes), expected)
 
@@ -159,6 +173,10 @@ class Federation:
             self.grid.ledger.count("down", message, sent=False)
             self.nodes[node].installed = self._current
         return [node for node in asked if node in self.nodes]
+
+    def installs(self) -> dict[str, str]:
+        """Return which sub-FM every node was given last, by sampling key."""
+        return {**self._given, **{n.key: n.installed for n in self.nodes.values()}}
 
     def forget(self, node: int) -> None:
         """Note that a node has lost its copy of the current sub-FM."""
@@ -215,7 +233,9 @@ class Federation:
             raise FedPFTError(line)
         logger.warning("left out: %s", line)
         self.refused[node] = line
-        self.nodes.pop(node, None)
+        gone = self.nodes.pop(node, None)
+        if gone is not None:
+            self._given[gone.key] = gone.installed
 
     def _check(self, wanted: int) -> None:
         keys: dict[str, int] = {}
@@ -259,12 +279,14 @@ class Federation:
                     f"server ({mine[:12]}); upgrade it, or stop the local SuperLink",
                 )
                 continue
+            self._replace_twin(said["key"], node)
             self.nodes[node] = Node(
                 key=said["key"],
                 named=said["named"],
                 store=said["store"],
                 partitions=sizes["num-partitions"],
                 examples=sizes["num-examples"],
+                installed=self._given.get(said["key"], ""),
             )
             held = self._held.setdefault(said["store"], set())
             held |= set(json.loads(said["held"]))
@@ -274,6 +296,19 @@ class Federation:
                     "is not repeatable",
                     said["key"],
                 )
+
+    def _forget_offline(self, online: set[int]) -> None:
+        """Drop who is gone, but remember what it was given."""
+        self._given = self.installs()
+        self.nodes = {n: node for n, node in self.nodes.items() if n in online}
+
+    def _replace_twin(self, key: str, newcomer: int) -> None:
+        """Let a node that restarted under a new id take the place of its old self."""
+        twins = [number for number, node in self.nodes.items() if node.key == key]
+        for twin in twins if self.training else []:
+            logger.warning("%s came back as node %d", key, newcomer)
+            self._replaced.add(twin)
+            self._given[key] = self.nodes.pop(twin).installed
 
 
 def last_line(reason: str | None) -> str:

@@ -1,5 +1,6 @@
 """Write the run directory: metrics, curves, summary, adapter, manifest."""
 
+import fcntl
 import json
 import os
 import platform
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 
@@ -18,6 +19,7 @@ import tomli_w
 from matplotlib import pyplot as plt
 
 from fedpft_flower.adapters import export_adapter
+from fedpft_flower.checkpoint import flush
 from fedpft_flower.config import Config, FedPFTError, nest
 from fedpft_flower.server import Metrics, ProxyServer
 
@@ -40,8 +42,10 @@ class RunDirectory:
     def __init__(self, config: Config, run_id: int) -> None:
         """Create the directory and write the effective configuration.
 
+        With `resume`, the directory is that of the run to continue.
+
         Raises:
-            FedPFTError: the directory cannot be written.
+            FedPFTError: the directory cannot be written, or another run writes there.
         """
         chosen = config.out_dir
         if chosen == Config().out_dir:
@@ -50,12 +54,25 @@ class RunDirectory:
         root = Path.home() / os.path.expanduser(chosen)  # noqa: PTH111
         config = replace(config, out_dir=str(root))
         self.path = root / str(run_id)
+        if config.resume:
+            self.path = Path.home() / os.path.expanduser(config.resume)  # noqa: PTH111
+            if not (self.path / "config.toml").is_file():
+                raise FedPFTError(
+                    f"resume = {config.resume!r} is not a run directory; give the one "
+                    "that the run printed"
+                )
         self._rounds: list[Metrics] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path / ".lock")
+        except BlockingIOError as error:
+            raise FedPFTError(
+                f"{self.path} is in use by another run; wait for it or stop it"
+            ) from error
         except OSError as error:
             raise self._refused(error) from error
-        self._write("config.toml", tomli_w.dumps(nest(config.flat())))
+        if not config.resume:
+            self._write("config.toml", tomli_w.dumps(nest(config.flat())))
 
     @property
     def rounds(self) -> list[Metrics]:
@@ -67,6 +84,21 @@ class RunDirectory:
         self._rounds.append(metrics)
         lines = [json.dumps(entry, sort_keys=True) for entry in self._rounds]
         self._write("metrics.jsonl", "\n".join(lines) + "\n")
+
+    def go_back(self, current: int) -> None:
+        """Keep the metrics of the rounds up to this one, as a resumed run begins.
+
+        Raises:
+            FedPFTError: the metrics of these rounds are not all there.
+        """
+        place = self.path / "metrics.jsonl"
+        try:
+            lines = place.read_text(encoding="utf-8").splitlines()
+            self._rounds = [json.loads(line) for line in lines[: current + 1]]
+        except (OSError, ValueError) as error:
+            raise FedPFTError(f"cannot read {place}: {error}") from error
+        if [entry["round"] for entry in self._rounds] != list(range(current + 1)):
+            raise FedPFTError(f"{place} lacks rounds before {current}; start anew")
 
     def finish(self, server: ProxyServer, summary: Metrics, manifest: Metrics) -> None:
         """Write everything that a finished run has."""
@@ -83,9 +115,12 @@ class RunDirectory:
         draft = self.path / f".{Path(name).stem}.partial{Path(name).suffix}"
         try:
             write(draft)
+            for path in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
+                flush(path)
             if (self.path / name).is_dir():  # a rename replaces files only
                 _remove(self.path / name)
             draft.replace(self.path / name)
+            flush(self.path)
         except OSError as error:
             raise self._refused(error) from error
         finally:
@@ -95,6 +130,17 @@ class RunDirectory:
         return FedPFTError(
             f"cannot write {self.path} ({error}); make room or choose another out-dir"
         )
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Lock a file for as long as it stays open; a killed process lets go of it."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _remove(path: Path) -> None:

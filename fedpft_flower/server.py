@@ -7,7 +7,7 @@ the same adapter as the same run through Flower.
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -57,6 +57,9 @@ ACTIVITY_BATCHES = 16
 PROGRESS_SECONDS = 10.0
 
 Metrics = dict[str, Any]
+
+# Beginnings of the names in a saved state.
+_ADAPTER, _WEIGHT, _LIMIT = "adapter/", "sub-fm/", "activity-limit/"
 
 
 @dataclass(frozen=True)
@@ -171,23 +174,43 @@ class ProxyServer:
         length = self.config.data.max_length
         return encode(rows, self._processor, self._modality, length)
 
-    def sample(self, keys: Sequence[str], current: int) -> list[str]:
-        """Choose the clients of a round, by this run's own seeded generator.
+    def check_clients(self, nodes: int) -> int:
+        """Return how many of so many nodes train in a round.
 
         Raises:
-            FedPFTError: more clients per round are asked for than there are.
+            FedPFTError: more clients per round, or replies, are asked for than that.
         """
-        train, ordered = self.config.train, sorted(keys)
-        count = train.clients_per_round or max(1, int(train.fraction * len(ordered)))
-        if count > len(ordered):
-            raise FedPFTError(
-                f"train.clients-per-round = {count}, but there are {len(ordered)} "
-                "nodes; lower it or add nodes"
-            )
-        generator = np.random.default_rng(
-            derive_seed(self.config.seed, "sample", current)
-        )
-        return sorted(generator.choice(ordered, size=count, replace=False).tolist())
+        count, train = self._clients(nodes), self.config.train
+        for key, wanted, there, what in (
+            ("clients-per-round", count, nodes, "nodes"),
+            ("min-replies", train.min_replies, count, "clients a round"),
+        ):
+            if wanted > there:
+                raise FedPFTError(
+                    f"train.{key} = {wanted}, but there are {there} {what}; lower it "
+                    "or add nodes"
+                )
+        return count
+
+    def _clients(self, nodes: int) -> int:
+        train = self.config.train
+        return train.clients_per_round or max(1, int(train.fraction * nodes))
+
+    def sample(self, keys: Sequence[str], current: int) -> list[str]:
+        """Choose the clients of a round; all nodes where fewer than due are there."""
+        return self._draw(keys, self._clients(len(keys)), "sample", current)
+
+    def stand_ins(
+        self, keys: Sequence[str], count: int, current: int, attempt: int
+    ) -> list[str]:
+        """Choose up to `count` clients for those that went away during a round."""
+        return self._draw(keys, count, "stand-in", current, attempt)
+
+    def _draw(self, keys: Sequence[str], count: int, *purpose: str | int) -> list[str]:
+        """Draw without replacement, by a generator of this run's own; sorted."""
+        generator = np.random.default_rng(derive_seed(self.config.seed, *purpose))
+        size = min(count, len(keys))
+        return sorted(generator.choice(sorted(keys), size=size, replace=False).tolist())
 
     def lr(self, current: int) -> float:
         """Return the learning rate of a round."""
@@ -196,6 +219,24 @@ class ProxyServer:
     def wants_activity(self, current: int) -> bool:
         """Tell whether the clients of this round should measure activity."""
         return self._realigns_after(current) and self.config.align.activity == "clients"
+
+    def check_update(self, adapter: Mapping[str, Tensor]) -> None:
+        """Check a client's adapter: names, shapes, finite values, how far it moved.
+
+        Raises:
+            FedPFTError: it does not fit, or moved by more than `max-update-norm`.
+        """
+        check_adapter(adapter, self.adapter)
+        most = self.config.train.max_update_norm
+        moved = sum(
+            float((adapter[name].double() - own.double()).square().sum())
+            for name, own in self.adapter.items()
+        )
+        if most and moved**0.5 > most:
+            raise FedPFTError(
+                f"the adapter moved by {moved**0.5:.4g} (L2 norm), more than "
+                f"train.max-update-norm = {most:g}"
+            )
 
     def check_rates(self, rates: Sequence[Tensor], current: int) -> None:
         """Check a client's inactive rates: all that were asked for, each in [0, 1].
@@ -208,6 +249,42 @@ class ProxyServer:
             raise FedPFTError("activity statistics have another shape")
         if not all(bool(((rate >= 0) & (rate <= 1)).all()) for rate in rates):
             raise FedPFTError("activity statistics are outside [0, 1]")
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that a run changes: adapter, aligned weights, activity limits.
+
+        Generators are not among it: every seed derives from the run's and the round.
+        """
+        changing = {p.data_ptr() for p, _ in self._alignable()}
+        weights = {n: w for n, w in self._weights.items() if w.data_ptr() in changing}
+        return {
+            **{f"{_ADAPTER}{name}": tensor for name, tensor in self.adapter.items()},
+            **{f"{_WEIGHT}{name}": tensor.clone() for name, tensor in weights.items()},
+            **{f"{_LIMIT}{i:06d}": limit for i, limit in enumerate(self._limits)},
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state` returned; both models then hold that adapter.
+
+        Raises:
+            FedPFTError: the state is of another model or plan.
+        """
+        parts = {
+            kind: {
+                n.removeprefix(kind): t for n, t in state.items() if n.startswith(kind)
+            }
+            for kind in (_ADAPTER, _WEIGHT, _LIMIT)
+        }
+        own = {n.removeprefix(_WEIGHT) for n in self.state() if n.startswith(_WEIGHT)}
+        if parts[_WEIGHT].keys() != own:
+            raise FedPFTError(
+                "the saved sub-FM has other aligned weights than this one"
+            )
+        for name, tensor in parts[_WEIGHT].items():
+            self._weights[name].copy_(tensor)
+        self._limits = [limit for _, limit in sorted(parts[_LIMIT].items())]
+        self._plug_in(parts[_ADAPTER])
+        self.version += 1
 
     # --------------------------------------------------------------------- the method
 
@@ -244,10 +321,7 @@ class ProxyServer:
         Raises:
             FedPFTError: the adapter does not fit or is not finite.
         """
-        check_adapter(adapter, self.adapter)
-        self.adapter = {name: adapter[name].detach().clone() for name in self.adapter}
-        plug_in(self.fm, self.adapter, self.plan)
-        load_adapter(self.sub_fm, self.adapter)
+        self._plug_in(adapter)
         if not self._realigns_after(current):
             return {}
         metrics: Metrics = {"gradient-before": self._gradient_error()}
@@ -269,6 +343,12 @@ class ProxyServer:
         return {**_prefixed("fm", fm), **_prefixed("sub-fm", sub_fm)}
 
     # ----------------------------------------------------------------------- its parts
+
+    def _plug_in(self, adapter: Adapter) -> None:
+        check_adapter(adapter, self.adapter)
+        self.adapter = {name: adapter[name].detach().clone() for name in self.adapter}
+        plug_in(self.fm, self.adapter, self.plan)
+        load_adapter(self.sub_fm, self.adapter)
 
     def _snapshot(self) -> dict[str, Tensor]:
         """Return the frozen weights; only what alignment may change is copied."""

@@ -3,11 +3,15 @@
 import difflib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
 
 from fedpft_flower.config import FedPFTError
 
@@ -162,6 +166,49 @@ def shortage(strategy: FedAvg, replies: int) -> str:
         f"{a} = {getattr(strategy, a)}" for a in _arguments(type(strategy))
     )
     return f"{name} with {given} needs {rule}, and n = {replies}"
+
+
+# The attributes in which Flower's strategies remember earlier rounds.
+MEMORY = ("current_arrays", "m_t", "v_t", "momentum_vector")
+
+
+def memory_of(strategy: FedAvg) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a strategy remembers of earlier rounds.
+
+    Returns:
+        Tensors by name, and JSON that says how `remember` puts them together again.
+    """
+    tensors: dict[str, Tensor] = {}
+    form: dict[str, Any] = {}
+    for attribute in MEMORY:
+        value = getattr(strategy, attribute, None)
+        if value is None:
+            continue
+        if isinstance(value, ArrayRecord):
+            kind, arrays = "record", {n: a.numpy() for n, a in value.items()}
+        elif isinstance(value, dict):
+            kind, arrays = "dict", value
+        else:
+            kind, arrays = "list", {str(i): array for i, array in enumerate(value)}
+        form[attribute] = {"kind": kind, "names": list(arrays)}
+        for name, array in arrays.items():
+            tensors[f"{attribute}/{name}"] = torch.from_numpy(np.array(array))
+    return tensors, form
+
+
+def remember(
+    strategy: FedAvg, tensors: Mapping[str, Tensor], form: Mapping[str, Any]
+) -> None:
+    """Give a strategy back what `memory_of` returned."""
+    for attribute, parts in form.items():
+        names = parts["names"]
+        arrays = {name: tensors[f"{attribute}/{name}"].numpy() for name in names}
+        whole: Any = arrays
+        if parts["kind"] == "record":
+            whole = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        elif parts["kind"] == "list":
+            whole = [arrays[name] for name in names]
+        setattr(strategy, attribute, whole)
 
 
 def _why_not(name: str) -> str:

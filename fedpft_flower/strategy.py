@@ -2,15 +2,14 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from fedpft_flower.adapters import check_adapter
 from fedpft_flower.config import FedPFTError
-from fedpft_flower.federation import Federation, last_line
+from fedpft_flower.federation import Federation, RoundError, last_line
 from fedpft_flower.server import Metrics, ProxyServer, average_rates
 from fedpft_flower.strategies import shortage
 from fedpft_flower.wire import (
@@ -42,8 +41,16 @@ class FedPFT(Strategy):
     ) -> None:
         self.server, self.federation, self.inner = server, federation, inner
         self.rounds: dict[int, Metrics] = {}
+        # The last round that is over (0: evaluated before training); a resumed run
+        # begins behind it.
+        self.done = -1
+        # Set to end after the round that is over now.
+        self.stopped = False
         self._sent: list[Message] = []
-        self._current = 0
+        # Of the round: whom it asked, which replies are good, how often it was tried.
+        self._asked: list[str] = []
+        self._good: dict[str, Message] = {}
+        self._attempt = 0
 
     def summary(self) -> None:
         """Log the method and the plan."""
@@ -57,20 +64,90 @@ class FedPFT(Strategy):
             100 * self.server.share_withheld,
         )
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds behind `done`, until the last one or `stopped`.
+
+        Takes the place of Flower's loop, which can neither resume, try a round again,
+        nor stop early; the arguments and hooks are the same.
+
+        Raises:
+            RoundError: a round failed as often as `train.max-retries` allows.
+        """
+        result, arrays = Result(), initial_arrays
+        self.summary()
+        if self.done < 0:
+            if evaluate_fn is not None:
+                _note(result.evaluate_metrics_serverapp, 0, evaluate_fn(0, arrays))
+            self.done = 0
+        while self.done < num_rounds and not self.stopped:
+            current = self.done + 1
+            request = train_config or ConfigRecord()
+            arrays, metrics = self._round(current, arrays, request, grid, timeout)
+            result.arrays, self.done = arrays, current
+            _note(result.train_metrics_clientapp, current, metrics)
+            if evaluate_fn is not None:
+                told = evaluate_fn(current, arrays)
+                _note(result.evaluate_metrics_serverapp, current, told)
+        return result
+
+    def _round(
+        self,
+        current: int,
+        arrays: ArrayRecord,
+        request: ConfigRecord,
+        grid: Grid,
+        timeout: float,
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Train and aggregate, again if too few usable replies came."""
+        self._asked, self._good = [], {}
+        self.rounds[current] = {
+            "round": current,
+            "lr": self.server.lr(current),
+            "failures": {},
+        }
+        tries = self.server.config.train.max_retries + 1
+        for attempt in range(tries):
+            self._attempt = attempt
+            try:
+                messages = self.configure_train(current, arrays, request, grid)
+                replies = grid.send_and_receive(messages, timeout=timeout)
+                return self.aggregate_train(current, replies)
+            except RoundError as error:
+                problem = error
+                logger.warning("try %d of %d failed: %s", attempt + 1, tries, error)
+        raise RoundError(f"{problem} (tried {tries} times: train.max-retries)")
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Choose nodes, install the sub-FM where it is missing, ask them to train."""
+        """Choose nodes, install the sub-FM where it is missing, ask them to train.
+
+        Raises:
+            RoundError: no chosen node holds the sub-FM.
+        """
         server, federation = self.server, self.federation
-        self._current = federation.grid.ledger.round = server_round
-        federation.meet(server.config.train.clients_per_round)
-        by_key = {node.key: number for number, node in federation.nodes.items()}
-        chosen = [by_key[key] for key in server.sample(list(by_key), server_round)]
+        record = self.rounds[server_round]
+        federation.grid.ledger.round = server_round
+        train = server.config.train
+        federation.meet(train.min_replies if federation.training else self._wanted())
+        chosen = self._choose(server_round)
         federation.offer(server)
-        before = dict(federation.refused)
         chosen = federation.install(chosen)
         federation.training = True
-        left_out = federation.refused.items() - before.items()
+        left_out = federation.refused
+        record["failures"] |= {f"node {node}": why for node, why in left_out.items()}
+        record["clients"] = sorted(
+            {*self._good, *(federation.name(node) for node in chosen)}
+        )
         request = ConfigRecord(
             {
                 "lr": server.lr(server_round),
@@ -78,53 +155,62 @@ class FedPFT(Strategy):
                 "sub-fm": federation.sub_fm,
             }
         )
-        self.rounds[server_round] = {
-            "round": server_round,
-            "lr": server.lr(server_round),
-            "clients": [federation.name(node) for node in chosen],
-            "failures": {f"node {node}": reason for node, reason in left_out},
-        }
         if not chosen:
-            raise FedPFTError(
+            raise RoundError(
                 f"round {server_round}: no chosen node holds the sub-FM; "
-                f"{'; '.join(reason for _, reason in left_out)}"
+                f"{'; '.join(left_out.values())}"
             )
         view = ChosenNodes(federation.grid, chosen)
         messages = self.inner.configure_train(server_round, arrays, request, view)
         self._sent = list(messages)
         return self._sent
 
+    def _wanted(self) -> int:
+        train = self.server.config.train
+        return max(train.clients_per_round, train.min_nodes)
+
+    def _choose(self, current: int) -> list[int]:
+        """Return the nodes to ask: at a new try those that failed, or stand-ins."""
+        nodes = {n.key: number for number, n in self.federation.nodes.items()}
+        if not self._asked:
+            self._asked = self.server.sample(list(nodes), current)
+        lacking = [key for key in self._asked if key not in self._good]
+        there = [key for key in lacking if key in nodes]
+        others = sorted(nodes.keys() - {*self._asked})
+        gone = len(lacking) - len(there)
+        stand_ins = self.server.stand_ins(others, gone, current, self._attempt)
+        self._asked += stand_ins
+        return [nodes[key] for key in sorted([*there, *stand_ins])]
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    ) -> tuple[ArrayRecord, MetricRecord]:
         """Check the replies, let the inner strategy average, and end the round.
 
         Raises:
-            FedPFTError: fewer replies can be used than the inner strategy needs.
+            RoundError: fewer replies can be used than there must be.
+            FedPFTError: the aggregated adapter is of no use.
         """
-        federation, record = self.federation, self.rounds[server_round]
+        record = self.rounds[server_round]
         good, bad = self._sorted_out([*replies])
-        record["failures"] |= bad
-        if not good:
-            raise FedPFTError(
-                f"round {server_round}: no client trained; {'; '.join(bad.values())}"
-            )
-        lacking = shortage(self.inner, len(good))
-        if lacking:
-            reasons = "; ".join([f"{lacking} usable replies", *bad.values()])
-            raise FedPFTError(f"round {server_round}: {reasons}")
-        good.sort(key=lambda reply: federation.sender(reply))
+        self._good |= {self.federation.sender(reply): reply for reply in good}
+        record["failures"] = {
+            name: reason
+            for name, reason in {**record["failures"], **bad}.items()
+            if name not in self._good
+        }
+        self._check_enough(server_round, bad)
+        # In the order of the keys: the order of arrival must not matter.
+        kept = [self._good[name] for name in sorted(self._good)]
         rates, weights = [], []
-        for reply in good:
+        for reply in kept:
             statistics, others = split_rates(metrics_of(reply))
             reply.content[METRICS] = others
             if statistics:
                 rates.append(unpack_rates(statistics))
                 weights.append(metrics_of(reply)["num-examples"])
-        clients = {federation.sender(reply): metrics_of(reply) for reply in good}
-        record["per-client"] = clients
-        record["peak-memory-client"] = max(c["peak-memory"] for c in clients.values())
-        arrays, metrics = self.inner.aggregate_train(server_round, good)
+        self._describe(server_round)
+        arrays, metrics = self.inner.aggregate_train(server_round, kept)
         if arrays is None or metrics is None:
             raise FedPFTError(f"round {server_round}: the strategy aggregated nothing")
         adapter = {
@@ -137,6 +223,36 @@ class FedPFT(Strategy):
         if alignment:
             record["alignment"] = alignment
         return pack_tensors(self.server.adapter)[0], metrics
+
+    def _check_enough(self, current: int, bad: Mapping[str, str]) -> None:
+        wanted, count = self.server.config.train.min_replies, len(self._good)
+        lacking = shortage(self.inner, count)
+        if not count:
+            lacking = "no client trained"
+        elif count < wanted:
+            lacking = f"train.min-replies = {wanted}, and n = {count}"
+        if lacking:
+            usable = f"{lacking} usable replies" if count else lacking
+            reasons = "; ".join([usable, *bad.values()])
+            raise RoundError(f"round {current}: {reasons}")
+
+    def _describe(self, current: int) -> None:
+        """Note what every client of a round did, and what it cost."""
+        record, federation = self.rounds[current], self.federation
+        table: dict[str, Metrics] = {
+            name: {"outcome": reason} for name, reason in record["failures"].items()
+        }
+        for name, reply in self._good.items():
+            table[name] = {"outcome": "ok", **metrics_of(reply)}
+        for number, node in federation.nodes.items():
+            if node.key in table:
+                for way in ("down", "up"):
+                    size = federation.grid.node_bytes[current, number, way]
+                    table[node.key][f"bytes-{way}"] = size
+        record["per-client"] = table
+        record["peak-memory-client"] = max(
+            one["peak-memory"] for one in table.values() if one["outcome"] == "ok"
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -210,8 +326,16 @@ class FedPFT(Strategy):
             raise FedPFTError("a metric is not finite")
         if not metrics_of(reply)["num-examples"] > 0:
             raise FedPFTError("num-examples is not positive")
-        self.server.check_rates(unpack_rates(statistics), self._current)
+        current = self.federation.grid.ledger.round
+        self.server.check_rates(unpack_rates(statistics), current)
         adapter = unpack_tensors(arrays_of(reply))
         if list(adapter) != list(self.server.adapter):
             raise FedPFTError("the adapter has other names or another order")
-        check_adapter(adapter, self.server.adapter)
+        self.server.check_update(adapter)
+
+
+def _note(
+    history: dict[int, MetricRecord], current: int, metrics: MetricRecord | None
+) -> None:
+    if metrics is not None:
+        history[current] = metrics

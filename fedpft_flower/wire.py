@@ -342,6 +342,16 @@ class Ledger:
             self.logical[self.round, direction, kind] += size if logical else 0
             self.sent[self.round, direction, kind] += size if sent else 0
 
+    def state(self) -> list[list[Any]]:
+        """Return all counts, as JSON can hold them."""
+        return [[*key, self.logical[key], self.sent[key]] for key in self.logical]
+
+    def restore(self, state: Sequence[Sequence[Any]]) -> None:
+        """Become what `state` returned."""
+        for current, way, kind, logical, sent in state:
+            self.logical[current, way, kind] = logical
+            self.sent[current, way, kind] = sent
+
     def total(self, direction: str, current: int | None = None) -> int:
         """Return all bytes of a direction, in one round or in the whole run."""
         return sum(
@@ -420,6 +430,8 @@ class CountingGrid(Grid):
     def __init__(self, grid: Grid, ledger: Ledger) -> None:
         self._grid, self.ledger = grid, ledger
         self._recipient: dict[str, int] = {}
+        # (round, node, direction) -> bytes that really went there.
+        self.node_bytes: dict[tuple[int, int, str], int] = defaultdict(int)
 
     def node_of(self, reply: Message) -> int:
         """Return the node that a reply is about.
@@ -456,6 +468,7 @@ class CountingGrid(Grid):
             # Installs go to machines, but count for each node: `Federation` does that.
             own = message.metadata.message_type != INSTALL
             self.ledger.count("down", message, logical=own)
+            self._count_node(message.metadata.dst_node_id, "down", message)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -463,12 +476,24 @@ class CountingGrid(Grid):
         replies = list(self._grid.pull_messages(message_ids))
         for reply in replies:
             self.ledger.count("up", reply)
+            self._count_node(self.node_of(reply), "up", reply)
         return replies
+
+    def _count_node(self, node: int, direction: str, message: Message) -> None:
+        size = sum(message_bytes(message).values())
+        self.node_bytes[self.ledger.round, node, direction] += size
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send messages and return the replies that come before the timeout."""
+        """Send messages and return the replies that come before the timeout.
+
+        Messages live as long: who is late need not begin any more.
+        """
+        messages = list(messages)
+        for message in messages:
+            if timeout is not None:
+                message.metadata.ttl = min(message.metadata.ttl, timeout)
         waiting = set(self.push_messages(messages))
         replies: list[Message] = []
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -1,6 +1,8 @@
 """Whole runs through the Flower strategy on an in-process grid, on tiny models."""
 
+import copy
 import json
+import shutil
 import tomllib
 
 import numpy as np
@@ -136,8 +138,6 @@ def test_ledger_is_the_sum_of_record_payloads(local_grid, settings):
 
 def test_a_node_that_lost_its_copy_gets_it_again(local_grid, settings):
     settings["method"] = "fedpft-b"
-    import shutil
-
     lost = []
 
     def lose(message, reply):
@@ -213,13 +213,144 @@ def test_a_bad_reply_is_left_out_named_and_counted(local_grid, settings, change,
     failures = rounds[1]["failures"]
     assert list(failures) == ["partition-000001"]
     assert said in failures["partition-000001"]
-    assert len(rounds[1]["per-client"]) == NODES - 1
+    table = rounds[1]["per-client"]
+    assert [one["outcome"] == "ok" for _, one in sorted(table.items())] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert table["partition-000001"]["outcome"] == failures["partition-000001"]
     assert summary["failures"] == 1
+
+
+def once(code_or_change, when):
+    """Fail the first train message that a node gets in the round `when`."""
+    seen = []
+
+    def fault(message, reply):
+        config = message.content.config_records.get("config", {})
+        if message.metadata.message_type != "train" or config["server-round"] != when:
+            return reply
+        seen.append(1)
+        return code_or_change(message, reply) if len(seen) == 1 else reply
+
+    return fault
+
+
+def test_a_round_is_tried_again_with_those_that_failed_only(local_grid, settings):
+    settings |= {
+        "train.clients-per-round": NODES,
+        "train.min-replies": NODES,
+        "timeout-seconds": 1.0,
+    }
+    run(local_grid, settings)
+    expected = results(settings)[3]["adapter-sha256"]
+    failing = once(lambda m, r: Message(Error(5, "node offline"), reply_to=m), when=2)
+    grid, _ = run(local_grid, settings, {1: failing, 3: once(lambda m, r: None, 2)})
+    _, rounds, summary, manifest = results(settings)
+    assert manifest["adapter-sha256"] == expected
+    assert summary["failures"] == 0
+    asked = [m for m in grid.seen if m.metadata.message_type == "train"]
+    assert len(asked) == 3 * NODES + 2
+    assert all(one["outcome"] == "ok" for one in rounds[2]["per-client"].values())
+
+
+def test_others_stand_in_for_nodes_that_are_gone(local_grid, settings):
+    settings |= {"train.min-replies": 3, "timeout-seconds": 1.0}
+    gone = []
+
+    def die(message, reply):
+        if message.metadata.message_type == "train" and not gone:
+            gone.append(message.metadata.dst_node_id)
+            return None
+        return reply
+
+    real = local_grid.get_node_ids
+    local_grid.get_node_ids = lambda self: [n for n in real(self) if n not in gone]
+    try:
+        run(local_grid, settings, dict.fromkeys(range(NODES), die))
+    finally:
+        local_grid.get_node_ids = real
+    _, rounds, _, _ = results(settings)
+    for entry in rounds[1:]:
+        good = [c for c in entry["per-client"].values() if c["outcome"] == "ok"]
+        assert len(good) == 3
+    assert (
+        sum("no reply in time" in x for r in rounds[1:] for x in r["failures"].values())
+        == 1
+    )
+
+
+def test_too_few_replies_end_the_run_and_name_the_checkpoint(local_grid, settings):
+    settings |= {
+        "train.clients-per-round": NODES,
+        "train.min-replies": NODES,
+        "train.max-retries": 3,
+        "timeout-seconds": 0.5,
+    }
+    never = broken(lambda m, r: None)
+    with pytest.raises(FedPFTError) as caught:
+        run(local_grid, settings, {2: never})
+    said = str(caught.value)
+    for part in (
+        f"round 1: train.min-replies = {NODES}, and n = {NODES - 1} usable replies",
+        "partition-000002: no reply in time",
+        "(tried 4 times: train.max-retries)",
+        "the last checkpoint is of round 0, go on with resume=",
+    ):
+        assert part in said
+    assert "\n" not in said
+
+
+def test_an_update_that_is_too_large_is_left_out(local_grid, settings):
+    settings |= {"rounds": 1, "train.clients-per-round": NODES}
+
+    def huge(arrays):
+        return {name: array * 0 + 1e4 for name, array in arrays.items()}
+
+    run(local_grid, settings, {1: broken(with_arrays(huge))})
+    _, rounds, _, _ = results(settings)
+    (reason,) = rounds[1]["failures"].values()
+    assert "L2 norm), more than train.max-update-norm = 1000" in reason
+
+
+def test_a_node_that_comes_back_under_a_new_id_takes_its_old_place(
+    local_grid, settings
+):
+    settings |= {"train.clients-per-round": NODES, "method": "fedpft-b"}
+    run(local_grid, settings)
+    expected = results(settings)[3]["adapter-sha256"]
+    grid = local_grid(client_app, NODES, settings)
+    first = next(iter(grid.contexts))
+
+    def restart(message, reply):
+        current = message.content["config"].get("server-round", 0)
+        if current == 1 and 77 not in grid.contexts:
+            twin = copy.copy(grid.contexts[first])
+            twin.node_id = 77
+            grid.contexts[77] = twin  # the old id stays listed for a while
+        return reply
+
+    grid.faults = dict.fromkeys(range(NODES), restart)
+    serve(grid, Context(7, 0, {}, RecordDict(), settings))
+    _, _, summary, manifest = results(settings)
+    assert manifest["adapter-sha256"] == expected
+    assert summary["failures"] == 0
+    asked = [
+        m.metadata.dst_node_id
+        for m in grid.seen
+        if m.metadata.message_type == "train"
+        and m.content["config"]["server-round"] > 1
+    ]
+    assert 77 in asked and first not in asked
 
 
 def test_a_run_without_any_usable_reply_fails_in_one_line(local_grid, settings):
     fault = broken(lambda m, r: Message(Error(2, "no memory"), reply_to=m))
-    with pytest.raises(FedPFTError, match=r"round 1: no client trained.*no memory"):
+    said = r"round 1: no client trained.*no memory.*tried 2 times.*of round 0, go on"
+    with pytest.raises(FedPFTError, match=said):
         run(local_grid, settings, dict.fromkeys(range(NODES), fault))
 
 
@@ -231,6 +362,7 @@ def test_a_node_that_cannot_install_later_is_left_out_and_the_run_goes_on(
     def full_disk(message, reply):
         config = message.content.config_records.get("config", {})
         if message.metadata.message_type == "query.install" and config["base"]:
+            shutil.rmtree(Store().directory(config["sub-fm"]))
             return Message(Error(2, "no space left"), reply_to=message)
         return reply
 
@@ -299,6 +431,8 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
         "manifest.json",
         "curves.png",
         "adapter",
+        "checkpoints",
+        ".lock",
     }
     text = (place / "config.toml").read_text()
     from fedpft_flower.config import flatten

@@ -1,0 +1,180 @@
+"""Keep the state of a run on disk after every round, so that it can be resumed.
+
+A checkpoint is a directory `checkpoints/round-000003` with `tensors.safetensors` and
+`state.json`. It is written under a temporary name, flushed and renamed: it is there
+whole, or not at all.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedpft_flower.config import FedPFTError, Scalar
+
+FORMAT = 1  # of the files; rises when older ones can no longer be read
+
+# Settings that may differ between a run and its continuation: they say where things
+# are and how long to wait. What stands there is compared by content.
+FREE_KEYS = {
+    "resume",
+    "out-dir",
+    "server-threads",
+    "timeout-seconds",
+    "checkpoint.keep",
+    "fm.name",
+    "data.path",
+    "data.public-path",
+    "train.min-nodes",
+    "train.max-retries",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Hold a run as it was after a round."""
+
+    round: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """Write and read the checkpoints of one run directory."""
+
+    def __init__(self, run_directory: Path, keep: int) -> None:
+        self._root, self._keep = run_directory / "checkpoints", keep
+
+    def save(self, checkpoint: Checkpoint, best: int) -> None:
+        """Add a checkpoint; keep it, the newest ones and that of the best round.
+
+        Raises:
+            FedPFTError: the disk refuses; earlier checkpoints are as they were.
+        """
+        draft = self._root / ".partial"
+        try:
+            shutil.rmtree(draft, ignore_errors=True)  # what a killed run has left
+            draft.mkdir(parents=True)
+            tensors = draft / "tensors.safetensors"
+            save_file(
+                {n: t.contiguous() for n, t in checkpoint.tensors.items()}, tensors
+            )
+            state = {
+                "format": FORMAT,
+                "round": checkpoint.round,
+                "tensors-sha256": _hash(tensors),
+                **checkpoint.state,
+            }
+            (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            for path in (tensors, draft / "state.json", draft):
+                flush(path)
+            place = self._place(checkpoint.round)
+            shutil.rmtree(place, ignore_errors=True)  # a damaged one of this round
+            draft.rename(place)
+            flush(self._root)
+        except Exception as error:  # safetensors has no public class for a full disk
+            raise FedPFTError(
+                f"cannot write a checkpoint in {self._root} ({error}); make room and "
+                f"resume with resume={self._root.parent}"
+            ) from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        for old in self._rounds()[: -self._keep]:
+            if old != best:
+                shutil.rmtree(self._place(old), ignore_errors=True)
+
+    def load(self, wanted: int | None = None) -> Checkpoint:
+        """Read the checkpoint of a round, or the newest sound one.
+
+        Raises:
+            FedPFTError: there is none that is whole.
+        """
+        problems = []
+        rounds = reversed(self._rounds()) if wanted is None else [wanted]
+        for current in rounds:
+            place = self._place(current)
+            try:
+                state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+                tensors = place / "tensors.safetensors"
+                if _hash(tensors) != state["tensors-sha256"]:
+                    raise ValueError("its tensors have another hash")
+                return Checkpoint(current, load_file(tensors), state)
+            except (OSError, ValueError, KeyError) as error:
+                problems.append(f"{place.name} ({error})")
+        found = f"; damaged: {', '.join(problems)}" if problems else ""
+        raise FedPFTError(
+            f"{self._root} has no checkpoint to resume from{found}; name the run "
+            "directory of a run that ended its round 0"
+        )
+
+    def _place(self, current: int) -> Path:
+        return self._root / f"round-{current:06d}"
+
+    def _rounds(self) -> list[int]:
+        names = [path.name for path in self._root.glob("round-*")]
+        return sorted(int(name.removeprefix("round-")) for name in names)
+
+
+def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to continue a run that was another one, and name the difference.
+
+    Args:
+        saved: the identity in a checkpoint: `config` and hashes by name.
+        now: that of this run.
+
+    Raises:
+        FedPFTError: they differ.
+    """
+    if saved.get("format") != now["format"]:
+        raise FedPFTError(
+            f"the checkpoint has format {saved.get('format')}, this version reads "
+            f"{now['format']}; resume with the version that wrote it"
+        )
+    before, after = saved["identity"], now["identity"]
+    for name in sorted(before.keys() | after.keys()):
+        if name != "config" and before.get(name) != after.get(name):
+            raise FedPFTError(
+                f"resume: {name} is {_short(after.get(name))}, the checkpoint has "
+                f"{_short(before.get(name))}; give what that run had"
+            )
+    differ = {
+        key: (before["config"].get(key), value)
+        for key, value in after["config"].items()
+        if key not in FREE_KEYS and before["config"].get(key) != value
+    }
+    for key, (old, new) in sorted(differ.items()):
+        raise FedPFTError(
+            f"resume: {key} = {new!r}, the checkpoint has {old!r}; run with the "
+            "config.toml of that run directory"
+        )
+
+
+def identity(config: Mapping[str, Scalar], hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Return what must be the same for a run to be continued."""
+    return {"format": FORMAT, "identity": {"config": dict(config), **hashes}}
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) > 40 else repr(value)

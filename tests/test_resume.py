@@ -1,0 +1,314 @@
+"""A run that was cut anywhere goes on and ends as if it had not been."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedpft_flower import checkpoint, report, strategy
+from fedpft_flower.checkpoint import Checkpoint, Checkpoints
+from fedpft_flower.config import FedPFTError
+from fedpft_flower.server import ProxyServer
+from tests.test_federation import NODES, results, run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def short(settings, monkeypatch):
+    monkeypatch.setattr(report, "draw_curves", lambda *a: a[-1].touch())
+    return settings | {
+        "data.max-validation-rows": 60,
+        "data.max-test-rows": 20,
+        "train.local-steps": 2,
+        "align.steps": 3,
+        "align.during-steps": 2,
+        "strategy": "FedAdam",
+        "strategy-args": '{"eta": 0.01}',
+    }
+
+
+class Cut(BaseException):
+    """Stand for a power cut: nobody catches it."""
+
+
+def directory(settings):
+    return Path(settings["out-dir"]) / "7"
+
+
+def outcome(settings):
+    """Return all that must be the same: adapter, sub-FM, metrics without times."""
+    _, rounds, summary, manifest = results(settings)
+    kept = ("round", "fm-accuracy", "fm-loss", "sub-fm-loss", "train-loss", "lr")
+    return [
+        manifest["adapter-sha256"],
+        manifest["sub-fm-sha256"],
+        [[entry.get(key) for key in kept] for entry in rounds],
+        summary["test-before"],
+        summary["test-after"],
+        summary["best-round"],
+    ]
+
+
+def cut(monkeypatch, owner, name, call, after):
+    """Cut the power at this call of a function, before or after it worked."""
+    real, calls = getattr(owner, name), []
+
+    def counted(*arguments, **named):
+        calls.append(1)
+        if len(calls) == call and not after:
+            raise Cut
+        value = real(*arguments, **named)
+        if len(calls) == call:
+            raise Cut
+        return value
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+CUTS = [
+    (ProxyServer, "end_round", 1, False),
+    (ProxyServer, "end_round", 2, True),  # realigned, nothing written yet
+    (ProxyServer, "_distil", 3, False),  # in the alignment of round 2
+    (ProxyServer, "evaluate", 3, False),  # round 1's validation
+    (strategy.FedPFT, "configure_train", 3, True),
+    (report.RunDirectory, "add_round", 3, True),  # metrics are ahead of the checkpoint
+    (checkpoint, "flush", 5, False),  # while a checkpoint is written
+    (checkpoint, "flush", 7, False),  # renamed, older ones not removed yet
+    (Checkpoints, "save", 3, True),
+    (report.RunDirectory, "finish", 1, False),  # all rounds are over
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "call", "after"), CUTS)
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    local_grid, short, monkeypatch, tmp_path, owner, name, call, after
+):
+    run(local_grid, short)
+    expected = json.dumps(outcome(short))
+    short["out-dir"] = str(tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        cut(patch, owner, name, call, after)
+        with pytest.raises(Cut):
+            run(local_grid, short)
+    gc.collect()  # a dead process holds no lock
+    assert not (directory(short) / "summary.json").exists()
+    run(local_grid, {**short, "resume": str(directory(short))})
+    assert outcome(short) == json.loads(expected)
+    assert not list(directory(short).rglob("*.partial*"))
+
+
+CHILD = """
+import json, os, signal, sys
+from tests import conftest
+from flwr.supercore.task_identity import TaskIdentity
+from fedpft_flower import checkpoint, report
+from tests.test_federation import run
+
+for name in ("run_id", "node_id", "task_id"):
+    setattr(TaskIdentity, f"_{name}", 1)
+report.draw_curves = lambda *a: a[-1].touch()
+flushes, real = [], os.fsync
+def fsync(handle):
+    flushes.append(1)
+    if len(flushes) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(handle)
+os.fsync = fsync
+run(conftest.LocalGrid, json.loads(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("flush", [16, 21])
+def test_kill_9_loses_nothing(local_grid, short, tmp_path, flush):
+    run(local_grid, short)
+    expected = json.dumps(outcome(short))
+    short["out-dir"] = str(tmp_path / "killed")
+    killed = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(short), str(flush)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run(local_grid, {**short, "resume": str(directory(short))})
+    assert outcome(short) == json.loads(expected)
+
+
+@pytest.fixture
+def finished(local_grid, short):
+    """Return the settings that continue a run of two rounds."""
+    short |= {"rounds": 2, "method": "fedpft-b"}
+    run(local_grid, short)
+    gc.collect()
+    return {**short, "resume": str(directory(short))}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train.lr": 0.5}, "resume: train.lr = 0.5, the checkpoint has 0.002"),
+        ({"rounds": 9}, "resume: rounds = 9, the checkpoint has 2; run with the"),
+        ({"seed": 1}, "resume: data (public) is"),
+        ({"data.max-train-rows": 190}, "resume: data (train) is"),
+        ({"sub-fm.keep-fraction": 0.4}, "resume: plan is"),
+        ({"resume": "/no/such/run"}, "is not a run directory"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
+    local_grid, finished, change, said
+):
+    with pytest.raises(FedPFTError) as caught:
+        run(local_grid, finished | change)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_fm_is_refused(local_grid, finished, tmp_path):
+    from transformers.models.vit import ViTImageProcessor
+
+    from tests.families import tiny_model
+
+    tiny_model("vit", seed=1, layers=4).save_pretrained(tmp_path / "vit")
+    size = {"height": 8, "width": 8}
+    ViTImageProcessor(size=size).save_pretrained(tmp_path / "vit")
+    with pytest.raises(FedPFTError, match="resume: FM is"):
+        run(local_grid, finished | {"fm.name": str(tmp_path / "vit")})
+
+
+def test_files_of_another_format_are_refused(local_grid, finished):
+    state = directory(finished) / "checkpoints" / "round-000002" / "state.json"
+    text = state.read_text().replace('"format": 1', '"format": 99')
+    state.write_text(text)
+    with pytest.raises(FedPFTError, match="has format 99, this version reads 1"):
+        run(local_grid, finished)
+
+
+def test_settings_that_only_say_where_and_how_long_may_change(local_grid, finished):
+    run(local_grid, finished | {"timeout-seconds": 9.0, "checkpoint.keep": 5})
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(local_grid, finished):
+    expected = outcome(finished)
+    place = directory(finished) / "checkpoints"
+    tensors = place / "round-000002" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
+    run(local_grid, finished)
+    assert outcome(finished) == expected
+    for path in place.rglob("state.json"):
+        path.write_text("{")
+    gc.collect()
+    with pytest.raises(FedPFTError, match=r"no checkpoint.*damaged: round-000002"):
+        run(local_grid, finished)
+
+
+def test_two_runs_do_not_share_a_directory(finished, local_grid):
+    from fedpft_flower.config import Config
+
+    held = report.RunDirectory(Config.from_run_config(finished), 7)
+    with pytest.raises(FedPFTError, match="is in use by another run"):
+        run(local_grid, finished)
+    del held
+
+
+# --------------------------------------------------------------------- the files alone
+
+
+def kept(place):
+    return sorted(path.name for path in (place / "checkpoints").iterdir())
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    store = Checkpoints(tmp_path, keep=2)
+    for current in range(6):
+        tensors = {"x": torch.full((2,), float(current))}
+        store.save(Checkpoint(current, tensors, {}), best=1)
+    assert kept(tmp_path) == ["round-000001", "round-000004", "round-000005"]
+    assert store.load().round == 5
+    assert store.load(1).tensors["x"].tolist() == [1.0, 1.0]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path, keep=2)
+    store.save(Checkpoint(0, {"x": torch.ones(3)}, {}), best=0)
+
+    def full(*arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    for name in ("save_file", "flush"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, full)
+            with pytest.raises(FedPFTError, match=r"No space left.*make room"):
+                store.save(Checkpoint(1, {"x": torch.ones(3)}, {}), best=1)
+        assert kept(tmp_path) == ["round-000000"]
+    assert store.load().round == 0
+
+
+# --------------------------------------------------------- best round, early stop
+
+
+def test_the_best_round_is_chosen_and_the_run_stops_early(
+    local_grid, short, monkeypatch
+):
+    scores = iter([0.1, 0.5, 0.9, 0.3, 0.2, 0.1])
+    real = ProxyServer.evaluate
+
+    def evaluate(self, split):
+        told = real(self, split)
+        return {**told, "fm-accuracy": next(scores)} if split == "validation" else told
+
+    adapters = []
+    monkeypatch.setattr(ProxyServer, "evaluate", evaluate)
+    ended = ProxyServer.end_round
+    monkeypatch.setattr(
+        ProxyServer,
+        "end_round",
+        lambda self, current, adapter, rates: (
+            adapters.append(adapter) or ended(self, current, adapter, rates)
+        ),
+    )
+    short |= {"rounds": 9, "early-stop": 2, "select": "best", "method": "fedpft-n"}
+    run(local_grid, short)
+    from safetensors.torch import load_file
+
+    place, rounds, summary, _ = results(short)
+    assert [entry["round"] for entry in rounds] == [0, 1, 2, 3, 4]
+    assert (summary["rounds"], summary["best-round"]) == (4, 2)
+    exported = load_file(place / "adapter" / "adapter_model.safetensors")
+    for name, tensor in adapters[1].items():
+        torch.testing.assert_close(exported[name], tensor, atol=0, rtol=0)
+
+
+def test_every_strategy_can_remember(local_grid, short):
+    """What a strategy holds after a round is found again in a fresh one."""
+    from flwr.app import Array, ArrayRecord
+
+    from fedpft_flower.strategies import STRATEGIES, inner_strategy, memory_of, remember
+    from tests.test_strategies import ARGUMENTS
+
+    for name in STRATEGIES:
+        first = inner_strategy(name, ARGUMENTS[name], NODES + 2)
+        fresh = inner_strategy(name, ARGUMENTS[name], NODES + 2)
+        names = [k for k in vars(fresh) if vars(fresh)[k] is None]
+        record = ArrayRecord({"a": Array(torch.ones(2, 3).numpy())})
+        for attribute in names:
+            form = {
+                "momentum_vector": [torch.ones(2).numpy()],
+                "current_arrays": record,
+            }
+            plain = {"a": torch.ones(2).double().numpy()}
+            setattr(first, attribute, form.get(attribute, plain))
+        tensors, form = memory_of(first)
+        assert set(form) == set(names)  # nothing that is None at first is forgotten
+        remember(fresh, tensors, json.loads(json.dumps(form)))
+        again, form_again = memory_of(fresh)
+        assert form == form_again and tensors.keys() == again.keys()
+        assert all(torch.equal(tensors[k], again[k]) for k in tensors)
