@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import run_main
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import load_adapter
 from fedpft_flower.commands import read_config
-from fedpft_flower.config import Config, TrainConfig, derive_seed
+from fedpft_flower.config import Config, FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import Rows
 from fedpft_flower.training import round_lr, train_adapter
 
@@ -47,11 +48,15 @@ def main() -> None:
     )
     options = parser.parse_intermixed_args()
     config = read_config(options.conf, options.set)
+    clients = options.clients or options.nodes
+    if not 0 < clients <= options.nodes:
+        raise FedPFTError(f"--clients {clients} of --nodes {options.nodes}; give fewer")
     central, alone = [], []
     for seed in options.seeds:
         loop = whole_fm(replace(config, seed=seed), options.nodes)
         central.append(centralised(loop))
-        alone.append(local(loop, options.clients or options.nodes))
+        alone.append(local(loop, clients))
+    print(f"test {config.data.metric}\n")
     print(table(options.seeds, central, alone))
 
 
@@ -61,17 +66,18 @@ def whole_fm(config: Config, nodes: int) -> PlainLoop:
 
 
 def centralised(loop: PlainLoop) -> float:
-    """Train on all rows in one place and return the test accuracy."""
+    """Train on all rows in one place and return the test metric."""
+    assert loop.task.train is not None  # PlainLoop has refused such a task
     rows = loop.server.encode(loop.task.train)
-    return trained_accuracy(loop, rows, centralised_steps(loop), "centralised")
+    return trained_metric(loop, rows, centralised_steps(loop), "centralised")
 
 
 def local(loop: PlainLoop, clients: int) -> list[float]:
-    """Train so many clients alone and return the test accuracy of each."""
+    """Train so many clients alone and return the test metric of each."""
     generator = np.random.default_rng(derive_seed(loop.config.seed, "local"))
     chosen = sorted(generator.choice(loop.keys, size=clients, replace=False).tolist())
     return [
-        trained_accuracy(loop, loop.rows(key), local_steps(loop, key), key)
+        trained_metric(loop, loop.rows(key), local_steps(loop, key), key)
         for key in chosen
     ]
 
@@ -101,10 +107,10 @@ def client_steps(rows: int, train: TrainConfig) -> int:
     return train.local_steps or train.local_epochs * math.ceil(rows / train.batch_size)
 
 
-def trained_accuracy(
+def trained_metric(
     loop: PlainLoop, rows: Rows, stages: Sequence[int], purpose: str
 ) -> float:
-    """Train the FM from the federation's start and return its test accuracy."""
+    """Train the FM from the federation's start; return `data.metric` on the test."""
     server, config = loop.server, loop.config
     load_adapter(server.fm, server.adapter)
     for stage, steps in enumerate(stages, start=1):
@@ -115,13 +121,13 @@ def trained_accuracy(
             round_lr(config.train, stage, len(stages)),
             derive_seed(config.seed, "bound", purpose, stage),
         )
-    return float(server.evaluate("test")["fm-accuracy"])
+    return float(server.evaluate("test")[f"fm-{config.data.metric}"])
 
 
 def table(
     seeds: Sequence[int], central: Sequence[float], alone: Sequence[Sequence[float]]
 ) -> str:
-    """Return test accuracies as Markdown; spreads are sample deviations."""
+    """Return test metrics as Markdown; spreads are sample deviations."""
     header = " | ".join(f"seed {seed}" for seed in seeds)
     lines = [
         f"| bound | {header} | mean | spread | spread over clients |",
@@ -145,4 +151,4 @@ def deviation(values: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,6 +1,6 @@
 """Compare methods over seeds through `fedpft-run`, and print mean and spread.
 
-python benchmarks/methods.py conf/sst2-minilm.toml --nodes 100 \
+python -m benchmarks.methods conf/sst2-minilm.toml --nodes 100 \
     --methods fedpetuning fedpft fedpft-n --seeds 0 1 2 --out DIR key=value ...
 """
 
@@ -10,6 +10,7 @@ import statistics
 import time
 from pathlib import Path
 
+from benchmarks import run_main
 from fedpft_flower.commands import run_experiment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--nodes", type=int, default=20)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--metric", default="accuracy", help="or macro-f1, matthews")
     options = parser.parse_intermixed_args()
     cells = [(method, seed) for seed in options.seeds for method in options.methods]
     for method, seed in cells:
@@ -39,7 +41,7 @@ def main() -> None:
             status = run_experiment(options.conf, pairs, options.nodes, ROOT, False)
             print(f"{method} seed {seed}: status {status}, ", end="")
             print(f"{time.monotonic() - began:.0f} s", flush=True)
-    print(table(options.methods, options.seeds, options.out))
+    print(table(options.methods, options.seeds, options.out, options.metric))
 
 
 def summary_of(place: Path) -> dict[str, dict[str, float]] | None:
@@ -48,8 +50,8 @@ def summary_of(place: Path) -> dict[str, dict[str, float]] | None:
     return json.loads(found[-1].read_text()) if found else None
 
 
-def table(methods: list[str], seeds: list[int], out: Path) -> str:
-    """Return test accuracies as Markdown: each seed, mean, sample deviation."""
+def table(methods: list[str], seeds: list[int], out: Path, metric: str) -> str:
+    """Return a test metric as Markdown: each seed, mean, sample deviation."""
     header = " | ".join(f"seed {seed}" for seed in seeds)
     lines = [
         f"| method | model | {header} | mean | spread |",
@@ -57,7 +59,7 @@ def table(methods: list[str], seeds: list[int], out: Path) -> str:
     ]
     for method in methods:
         results = [summary_of(out / f"{method}-{seed}") for seed in seeds]
-        for name, key in (("FM", "fm-accuracy"), ("sub-FM", "sub-fm-accuracy")):
+        for name, key in (("FM", f"fm-{metric}"), ("sub-FM", f"sub-fm-{metric}")):
             values = [r["test-after"][key] for r in results if r]
             cells = [f"{r['test-after'][key]:.3f}" if r else "failed" for r in results]
             mean = f"{statistics.mean(values):.3f}" if values else "-"
@@ -69,4 +71,4 @@ def table(methods: list[str], seeds: list[int], out: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

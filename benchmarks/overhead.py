@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import run_main
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import Adapter, export_adapter
 from fedpft_flower.commands import read_config, run_experiment
@@ -245,4 +246,4 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

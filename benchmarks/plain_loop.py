@@ -14,7 +14,7 @@ from torch import Tensor
 from fedpft_flower.activity import inactive_rates
 from fedpft_flower.adapters import Adapter, base_model, get_adapter, load_adapter
 from fedpft_flower.app import load, quiet
-from fedpft_flower.config import Config, derive_seed
+from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.encoding import Rows, shuffled_batches
 from fedpft_flower.partitions import load_partition
 from fedpft_flower.server import Metrics, average_rates
@@ -26,10 +26,21 @@ class PlainLoop:
     """Train all clients in turn, on the server's own sub-FM, which spares a copy."""
 
     def __init__(self, config: Config, nodes: int) -> None:
-        """Load task and FM for so many clients."""
+        """Load task and FM for so many clients.
+
+        Raises:
+            FedPFTError: another strategy than FedAvg is asked for, or no training rows.
+        """
         quiet()
+        if config.strategy != "FedAvg":
+            raise FedPFTError(
+                f"strategy = {config.strategy!r}: the plain loop only averages; give "
+                "strategy=FedAvg"
+            )
         self.config = config
         self.task, _, self.server = load(config)
+        if self.task.train is None:
+            raise FedPFTError(f"data.path = {config.data.path!r} has no training rows")
         self.keys = [f"partition-{index:06d}" for index in range(nodes)]
         self.rows = cache(self._rows)  # every client's rows are encoded once
 

@@ -1,7 +1,7 @@
 """Compare heads on MiniLM: frozen pooler, trained pooler, mean pooling.
 
 Central LoRA training on the embedded task, the same steps for each:
-    python benchmarks/pooling.py --steps 150 --seeds 0 1 2
+    python -m benchmarks.pooling --steps 150 --seeds 0 1 2
 """
 
 import argparse
@@ -13,6 +13,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from benchmarks import run_main
 from fedpft_flower.adapters import attach_adapter
 from fedpft_flower.config import Config, derive_seed
 from fedpft_flower.encoding import TextRows, endless_batches
@@ -122,4 +123,4 @@ def accuracy(model: nn.Module, rows: TextRows) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

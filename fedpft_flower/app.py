@@ -19,7 +19,7 @@ from fedpft_flower import __version__
 from fedpft_flower.checkpoint import Checkpoint, Checkpoints, check_same, identity
 from fedpft_flower.client import peak_memory
 from fedpft_flower.config import MARK, Config, FedPFTError, names_in
-from fedpft_flower.encoding import content_hash
+from fedpft_flower.encoding import check_images, content_hash
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import method_of
@@ -69,15 +69,13 @@ def _serve(grid: Grid, context: Context) -> None:
     if saved is not None:
         check_same(saved.state, own)
     given = saved.state["installs"] if saved is not None else {}
-    federation = Federation(counting, config.timeout_seconds, task.labels, given)
+    federation = Federation(
+        counting, config.timeout_seconds, config.wait_seconds, task.labels, given
+    )
     federation.meet(max(config.train.clients_per_round, config.train.min_nodes))
     clients = server.check_clients(len(federation.nodes))
     inner = inner_strategy(config.strategy, config.strategy_args, clients)
-    logger.info(
-        "%d nodes, %d training rows",
-        len(federation.nodes),
-        sum(node.examples for node in federation.nodes.values()),
-    )
+    _tell_rows(federation, task)
     run = _Run(config, directory, checkpoints, FedPFT(server, federation, inner), own)
     run.resume(saved) if saved is not None else run.prepare()
     try:
@@ -116,10 +114,30 @@ def load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
     aligns = method.align_before or method.align_during
     has_public = bool(config.data.public_path or row.public)
     public = load_public(config.data, config.seed) if aligns or has_public else None
+    for split, rows in (
+        ("validation", task.validation),
+        ("test", task.test),
+        ("public", public),
+    ):
+        if rows is not None:
+            check_images(rows, split)
     logger.info("loading FM %s", config.fm.name)
     head = names_in(config.lora.head)
     fm = load_fm(config.fm.name, task.labels, row.modality, config.seed, head)
     return task, public, ProxyServer(config, fm, task, public)
+
+
+def _tell_rows(federation: Federation, task: TaskData) -> None:
+    nodes = federation.nodes.values()
+    rows = sum(node.examples for node in nodes)
+    logger.info("%d nodes, %d training rows", len(nodes), rows)
+    everybody = all(node.partitions == len(nodes) for node in nodes)
+    if task.train is not None and everybody and rows < len(task.train):
+        logger.warning(
+            "%d of %d training rows are in no partition",
+            len(task.train) - rows,
+            len(task.train),
+        )
 
 
 def _identity(

@@ -28,6 +28,7 @@ FREE_KEYS = {
     "out-dir",
     "server-threads",
     "timeout-seconds",
+    "wait-seconds",
     "checkpoint.keep",
     "fm.name",
     "data.path",

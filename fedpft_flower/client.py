@@ -45,6 +45,7 @@ from fedpft_flower.wire import (
     CONFIG,
     METRICS,
     PACKAGE,
+    REFUSED,
     Store,
     apply_delta,
     arrays_of,
@@ -57,8 +58,6 @@ from fedpft_flower.wire import (
 )
 
 logger = logging.getLogger(__name__)
-
-_REFUSED = 2  # Flower's code for a ClientApp that raised; the reason says more
 
 Handler = Callable[[Message, Context], Message]
 
@@ -91,6 +90,7 @@ class Identity:
 # What a node with rows of its own may say otherwise than the run's `data.*`.
 OWN_KEYS = {
     "data-path": "path",
+    "separator": "separator",
     "train-split": "train_split",
     "text-columns": "text_columns",
     "image-column": "image_column",
@@ -106,8 +106,19 @@ def identify(context: Context) -> Identity:
     """
     node = context.node_config
     own = {field: str(node[key]) for key, field in OWN_KEYS.items() if key in node}
-    index, count = int(node.get("partition-id", 0)), int(node.get("num-partitions", 0))
-    if "path" in own:
+    try:
+        index = int(node.get("partition-id", 0))
+        count = int(node.get("num-partitions", 0))
+    except ValueError as error:
+        raise FedPFTError(
+            f"partition-id and num-partitions of a node are numbers: {error}"
+        ) from error
+    if own and not own.get("path"):
+        raise FedPFTError(
+            f"this node's config has {', '.join(k for k in OWN_KEYS if k in node)} but "
+            "no data-path to read; give one"
+        )
+    if own:
         count = 0
     elif "partition-id" not in node or "num-partitions" not in node:
         raise FedPFTError(
@@ -136,7 +147,7 @@ def local_rows(node: Identity, config: Config, labels: Sequence[str]) -> Dataset
     Raises:
         FedPFTError: the rows cannot be read, or a label is outside the set.
     """
-    if node.own.get("path"):
+    if node.own:
         data: DataConfig = replace(config.data, **node.own)
         return load_site(data, labels, config.seed)
     return load_partition(
@@ -155,7 +166,7 @@ def one_line_errors(handler: Handler) -> Handler:
             site = context.node_config.get("site")
             reason = f"{site}: {error}" if site else str(error)
             logger.error("%s", reason)
-            return Message(Error(_REFUSED, reason), reply_to=message)
+            return Message(Error(REFUSED, reason), reply_to=message)
 
     return handle
 
@@ -166,7 +177,7 @@ def hello(message: Message, context: Context) -> Message:
     config = Config.from_run_config(context.run_config)
     node = identify(context)
     rows = local_rows(node, config, json.loads(config_of(message)["labels"]))
-    check_images(rows)
+    check_images(rows, "training rows")
     store = Store()
     introduction = ConfigRecord(
         {

@@ -28,6 +28,7 @@ from fedpft_flower.config import (
     flatten,
     nest,
 )
+from fedpft_flower.methods import method_of
 from fedpft_flower.strategies import strategy_of
 
 START_SECONDS = 60.0
@@ -68,6 +69,7 @@ def run_experiment(
         FedPFTError: the configuration or the app is wrong; nothing was started.
     """
     config = read_config(conf, pairs)
+    method_of(config.method)
     strategy_of(config.strategy, config.strategy_args)
     if not (app / "pyproject.toml").is_file() or not (app / "client_app.py").is_file():
         raise FedPFTError(f"--app {app} is not this Flower app; give its checkout")
@@ -281,22 +283,29 @@ def _status(lines: Sequence[str], environment: Mapping[str, str], place: Path) -
         return "not started"
     status = "unknown"
     for _ in range(60):
+        status = _status_now(started[0], environment, place)
+        if status.startswith("finished:"):
+            return status
+        time.sleep(0.5)
+    return status
+
+
+def _status_now(run_id: str, environment: Mapping[str, str], place: Path) -> str:
+    """Return a run's status as `flwr list` has it; "unknown" if that fails."""
+    command = ["flwr", "list", "own", "--run-id", run_id, "--format", "json"]
+    try:
         listed = subprocess.run(
-            ["flwr", "list", "own", "--run-id", started[0], "--format", "json"],
+            command,
             cwd=place,
             env=environment,
             capture_output=True,
             text=True,
-            check=False,
+            check=True,
             timeout=60,
         )
-        runs = json.loads(listed.stdout)["runs"] if listed.returncode == 0 else []
-        if runs:
-            status = str(runs[0]["status"])
-            if status.startswith("finished:"):
-                return status
-        time.sleep(0.5)
-    return status
+        return str(json.loads(listed.stdout)["runs"][0]["status"])
+    except (subprocess.SubprocessError, ValueError, LookupError):
+        return "unknown"
 
 
 def _free_port() -> int:

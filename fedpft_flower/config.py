@@ -45,6 +45,8 @@ class DataConfig:
     path: str = ""
     # Which configuration of a hub data set ("sst2" of "nyu-mll/glue"), if it has many.
     subset: str = ""
+    # What parts the columns of a CSV file.
+    separator: str = ","
     # One column, or two for sentence pairs: "question,sentence".
     text_columns: str = "text"
     image_column: str = "image"
@@ -207,6 +209,8 @@ class Config:
     eval_every: int = 1
     # Threads of the server's process; 0 leaves PyTorch's default.
     server_threads: int = 0
+    # How long the server waits for nodes to come online.
+    wait_seconds: float = 60.0
     # How long the server waits for replies: the deadline of every exchange.
     timeout_seconds: float = 3600.0
     # A run directory to continue; it needs that run's configuration.
@@ -302,6 +306,23 @@ def cache_dir() -> Path:
     return Path(chosen or "~/.cache/fedpft-flower").expanduser().absolute()
 
 
+def private_cache(name: str) -> Path:
+    """Return a folder of the cache that only this user can read, and make it.
+
+    Raises:
+        FedPFTError: it cannot be made.
+    """
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FedPFTError(
+            f"cannot write in {folder} ({error}); set FEDPFT_CACHE to a directory that "
+            "can be written"
+        ) from error
+    return folder
+
+
 def is_directory(name: str) -> bool:
     """Tell whether a name, which a user typed, is a directory."""
     try:
@@ -356,6 +377,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "timeout-seconds": (0, 1e9, False),
     "early-stop": (0, 1e6, True),
     "checkpoint.keep": (1, 1e6, True),
+    "wait-seconds": (0, 1e9, True),
     "data.max-train-rows": (0, 1e12, True),
     "data.max-validation-rows": (0, 1e12, True),
     "data.max-test-rows": (0, 1e12, True),

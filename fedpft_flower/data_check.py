@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import DataConfig, FedPFTError, names_in
 from fedpft_flower.encoding import check_images
-from fedpft_flower.tasks import load_site, read_splits, task_of
+from fedpft_flower.reading import labels_of, read_splits
+from fedpft_flower.tasks import load_site, task_of
 
 FEW = 10  # rows of a class from which on it is mentioned
 
@@ -54,7 +54,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
             print(f"{kind}: {text}")
     if found.errors:
         sys.exit(1)
-    print("a run with these settings would take these rows")
+    print("a run with these settings would take these rows to train on")
 
 
 def check(config: DataConfig, batch_size: int, seed: int) -> Findings:
@@ -69,7 +69,10 @@ def check(config: DataConfig, batch_size: int, seed: int) -> Findings:
         FedPFTError: the files cannot be read at all.
     """
     found = Findings()
-    source = read_splits(config.path, "data.path", config.subset)
+    task = task_of(config.task)
+    source = read_splits(
+        config.path, "data.path", task.modality, config.subset, config.separator
+    )
     others = [name for name in source if name != config.train_split]
     found.lines.append(f"path     {Path(config.path).expanduser().absolute()}")
     found.lines.append(f"split    {config.train_split}{_unused(others)}")
@@ -83,14 +86,14 @@ def check(config: DataConfig, batch_size: int, seed: int) -> Findings:
     used = _used_columns(config)
     unused = [name for name in part.column_names if name not in used]
     found.lines.append(f"columns  {', '.join(used)}{_unused(unused)}")
-    labels = names_in(config.labels) or _labels_of(part, config.label_column)
     if not config.labels:
         found.warnings.append(
             "data.labels is not given, so labels are not compared with the server's"
         )
     try:
+        labels = names_in(config.labels) or _own_labels(part, config.label_column)
         rows = load_site(config, labels, seed)
-        check_images(rows)
+        check_images(rows, config.train_split)
     except FedPFTError as error:
         found.errors.append(str(error))
         return found
@@ -109,6 +112,10 @@ def _describe(
     found.lines.append(f"labels   {shown}")
     found.lines += _text_lengths(rows) if "text" in rows.column_names else _sizes(rows)
     found.warnings += _odd_classes(counts, labels)
+    if len(labels) > max(10, len(rows) / 5):
+        found.warnings.append(
+            f"{len(labels)} labels for {len(rows)} rows; is it the label column?"
+        )
     if len(rows) < size:
         found.warnings.append(
             f"{len(rows)} rows are fewer than a batch (train.batch-size = {size})"
@@ -168,14 +175,9 @@ def _used_columns(config: DataConfig) -> list[str]:
     return [*inputs(config).values(), config.label_column]
 
 
-def _labels_of(part: Dataset, column: str) -> tuple[str, ...]:
-    """Return the labels that a column has, in their order."""
-    feature: Any = part.features.get(column)
-    if isinstance(feature, ClassLabel):
-        return tuple(feature.names)
-    if feature is None:
-        return ()
-    return tuple(sorted(str(v) for v in part.unique(column) if v is not None))
+def _own_labels(part: Dataset, column: str) -> tuple[str, ...]:
+    # A column that is not there is then named by `load_site`.
+    return labels_of(part, column) if column in part.column_names else ()
 
 
 def _unused(names: Sequence[str]) -> str:

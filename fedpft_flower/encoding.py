@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpft_flower.activity import Batch
 from fedpft_flower.architectures import Modality
-from fedpft_flower.config import FedPFTError, cache_dir, derive_seed
+from fedpft_flower.config import FedPFTError, derive_seed, private_cache
 
 # So many batches are shuffled together, sorted by length, and cut: rows of a batch are
 # then of similar length, and little of it is padding.
@@ -145,15 +145,17 @@ def content_hash(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def check_images(rows: Dataset) -> None:
+def check_images(rows: Dataset, split: str) -> None:
     """Decode every image of a data set once, so that a broken one is found early.
 
     Raises:
         FedPFTError: an image cannot be decoded.
     """
-    if "image" in rows.column_names:
-        for i in range(len(rows)):
+    for i in range(len(rows)) if "image" in rows.column_names else ():
+        try:
             _images(rows, [i])
+        except FedPFTError as error:
+            raise FedPFTError(f"{split}: {error}") from error
 
 
 def _labels(rows: Dataset) -> Tensor | None:
@@ -162,11 +164,24 @@ def _labels(rows: Dataset) -> Tensor | None:
 
 def _images(rows: Dataset, indices: Sequence[int]) -> list[Any]:
     try:
-        return [image.convert("RGB") for image in rows[list(indices)]["image"]]
-    except (OSError, ValueError, AttributeError) as error:  # not an image, or cut
-        raise FedPFTError(
-            f"an image of rows {list(indices)[:3]} cannot be decoded: {error}"
-        ) from error
+        return _decoded(rows, indices)
+    except _UNDECODABLE:
+        for i in indices:  # which one was it?
+            try:
+                _decoded(rows, [i])
+            except _UNDECODABLE as error:
+                raise FedPFTError(
+                    f"the image of row {i} (counted from 0) cannot be decoded ({error})"
+                    "; mend it or leave it out"
+                ) from error
+        raise
+
+
+_UNDECODABLE = (OSError, ValueError, AttributeError)  # not an image, or cut
+
+
+def _decoded(rows: Dataset, indices: Sequence[int]) -> list[Any]:
+    return [image.convert("RGB") for image in rows[list(indices)]["image"]]
 
 
 # ------------------------------------------------------------- tokens, kept on disk
@@ -177,7 +192,10 @@ def _tokens(rows: Dataset, tokenizer: Any, max_length: int) -> dict[str, Tensor]
     texts = rows.select_columns([c for c in rows.column_names if c.startswith("text")])
     longest = min(max_length, tokenizer.model_max_length)
     key = f"{content_hash(texts)}/{_fingerprint(tokenizer)}/{longest}"
-    place = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    place = (
+        private_cache("encoded")
+        / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    )
     try:
         kept = load_file(place)
         os.utime(place)
@@ -190,6 +208,12 @@ def _tokens(rows: Dataset, tokenizer: Any, max_length: int) -> dict[str, Tensor]
 def _tokenise(texts: Dataset, tokenizer: Any, longest: int) -> dict[str, Tensor]:
     columns = [list(texts[name]) for name in sorted(texts.column_names)]
     encoded = tokenizer(*columns, truncation=True, max_length=longest)
+    # A model needs one token at least, and not every tokenizer adds some.
+    filler = {"input_ids": tokenizer.pad_token_id, "attention_mask": 1}
+    encoded = {
+        name: [row or [filler.get(name, 0)] for row in values]
+        for name, values in encoded.items()
+    }
     features = {
         name: torch.tensor([v for row in values for v in row], dtype=torch.int32)
         for name, values in encoded.items()
@@ -207,19 +231,6 @@ def _fingerprint(tokenizer: Any) -> str:
         for path in sorted(Path(directory).iterdir()):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _folder() -> Path:
-    folder = cache_dir() / "encoded"
-    try:
-        # Private texts are in there: for this user's eyes only.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise FedPFTError(
-            f"cannot keep encoded texts in {folder} ({error}); set FEDPFT_CACHE to a "
-            "directory that can be written"
-        ) from error
-    return folder
 
 
 def _keep(features: dict[str, Tensor], place: Path) -> None:

@@ -18,6 +18,7 @@ from fedpft_flower.wire import (
     HELLO,
     INSTALL,
     PACKAGE,
+    REFUSED,
     CountingGrid,
     config_of,
     make_delta,
@@ -30,8 +31,6 @@ from fedpft_flower.wire import (
 )
 
 logger = logging.getLogger(__name__)
-
-NODE_WAIT_SECONDS = 60.0
 
 
 class RoundError(FedPFTError):
@@ -60,10 +59,12 @@ class Federation:
         self,
         grid: CountingGrid,
         timeout: float,
+        wait: float,
         labels: Sequence[str],
         given: Mapping[str, str] | None = None,
     ) -> None:
-        self.grid, self._timeout, self._labels = grid, timeout, labels
+        self.grid, self._labels = grid, labels
+        self._timeout, self._wait = timeout, wait
         self.nodes: dict[int, Node] = {}
         # Before training a node that cannot take part ends the run; later, such a node
         # is left out instead.
@@ -102,7 +103,7 @@ class Federation:
                 runs other code, or names a partition that does not fit.
         """
         self.refused.clear()  # whatever it was may be mended: each may try again
-        deadline = time.monotonic() + NODE_WAIT_SECONDS
+        deadline = time.monotonic() + self._wait
         while True:
             online = set(self.grid.get_node_ids())
             self._forget_offline(online)
@@ -120,8 +121,8 @@ class Federation:
             time.sleep(1.0)
         if len(self.nodes) < enough:
             raise RoundError(
-                f"{len(self.nodes)} nodes are online after {NODE_WAIT_SECONDS:.0f} s, "
-                f"{enough} are needed; start more SuperNodes or lower "
+                f"{len(self.nodes)} nodes are online after wait-seconds = "
+                f"{self._wait:g}, {enough} are needed; start more SuperNodes, or lower "
                 "train.clients-per-round, train.min-nodes or train.min-replies"
             )
         logger.warning("%d of %d nodes are online", len(self.nodes), expected)
@@ -268,6 +269,10 @@ class Federation:
         mine = source_hash()
         for reply in self.grid.send_and_receive(messages, timeout=self._timeout):
             node = self.grid.node_of(reply)
+            if reply.has_error() and reply.error.code != REFUSED:
+                # It went offline, or its process died: it may come back.
+                logger.info("no greeting: %s", last_line(reply.error.reason))
+                continue
             if reply.has_error():
                 self._leave_out(node, last_line(reply.error.reason))
                 continue

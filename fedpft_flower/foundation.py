@@ -80,7 +80,7 @@ def load_fm(
             raise FedPFTError(_unreadable(name, error)) from error
     if modality == "text":
         _check_vocabulary(processor, model, name)
-        _agree_on_padding(processor, model)
+        _agree_on_padding(processor, model, name)
     modules = _named(model, head or row.head)
     other_shape = {key[0] for key in report["mismatched_keys"]}
     _check_complete(row, modules, other_shape, report["unexpected_keys"], name)
@@ -146,9 +146,14 @@ def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, name: str) -> None
         )
 
 
-def _agree_on_padding(tokenizer: Any, model: PreTrainedModel) -> None:
+def _agree_on_padding(tokenizer: Any, model: PreTrainedModel, name: str) -> None:
     """Let tokenizer and model mean the same padding; decoders often come without."""
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise FedPFTError(
+                f"fm.name = {name!r}: its tokenizer has no padding and no end token; "
+                "set pad_token in its tokenizer_config.json"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

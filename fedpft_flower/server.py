@@ -116,6 +116,12 @@ class ProxyServer:
                 f"method = {config.method!r} aligns on a public corpus and there is "
                 "none; set data.public-path"
             )
+        if self.method.align_before and self.plan.adapters and not self.plan.aligned:
+            raise FedPFTError(
+                f"method = {config.method!r} has nothing to align: only layers with "
+                "adapters are kept; raise sub-fm.layer-budget or sub-fm.keep-fraction, "
+                "or choose method = 'fedot'"
+            )
         self.fm_weights = frozen_weights(fm.model, self._head)
         sub_fm = build_sub_fm(fm.model, self.plan)
         self._weights = frozen_weights(sub_fm, self._head)

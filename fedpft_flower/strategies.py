@@ -67,6 +67,9 @@ DECIDED: dict[str, str] = {
     "eta_l": "Flower never uses it; train.lr is the clients' rate",
 }
 
+# Arguments without which a strategy is FedAvg by another name.
+_NEEDED = {"FedProx": "proximal_mu", "FedAvgM": "server_momentum"}
+
 # How many replies (n) keep a strategy's promise. Flower itself checks Bulyan's only:
 # with fewer, Krum scores by one neighbour and the trimmed mean trims nothing.
 _ENOUGH: dict[str, tuple[str, Callable[[Any, int], bool]]] = {
@@ -119,7 +122,8 @@ def strategy_of(name: str, args_json: str) -> tuple[type[FedAvg], dict[str, Any]
         if problem:
             raise FedPFTError(f"strategy-args: {problem}")
     for argument, parameter in known.items():
-        if parameter.default is parameter.empty and argument not in given:
+        needed = parameter.default is parameter.empty or _NEEDED.get(name) == argument
+        if needed and argument not in given:
             raise FedPFTError(
                 f"strategy-args: {name} needs {argument}; give "
                 f"'{json.dumps({argument: 0.1})}' or another value"

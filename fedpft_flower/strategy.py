@@ -56,11 +56,13 @@ class FedPFT(Strategy):
         """Log the method and the plan."""
         plan = self.server.plan
         logger.info(
-            "method %s: %d of %d layers compressed, %.1f %% of the FM's weights stay "
-            "at the server",
+            "method %s: %d of %d layers kept, %d of them compressed, adapters in %d; "
+            "%.1f %% of the FM's weights stay at the server",
             self.server.config.method,
-            len(plan.compressed),
             len(plan.layers),
+            len(plan.widths),
+            len(plan.compressed),
+            len(plan.layers if plan.adapters is None else plan.adapters),
             100 * self.server.share_withheld,
         )
 

@@ -5,30 +5,27 @@ A task is a row of `TASKS`. Loaded rows have the columns `text` (and `text_pair`
 they are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    Value,
-    get_dataset_split_names,
-    load_dataset,
-    load_from_disk,
-)
-from flwr_datasets import FederatedDataset
+from datasets import ClassLabel, Dataset, Features, Image
 
 from fedpft_flower.architectures import Modality
 from fedpft_flower.config import DataConfig, FedPFTError, derive_seed, names_in
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
+from fedpft_flower.reading import (
+    Splits,
+    cast_input,
+    choose_columns,
+    complete_rows,
+    has_labels,
+    label_texts,
+    labels_of,
+    read_splits,
+)
 
 HELD_OUT = 0.1  # share of the training rows that replaces a missing split
 
@@ -99,10 +96,11 @@ def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
             f"data-path = {config.path!r} is not used by data.task = {config.task!r}; "
             "set data.task to 'text' or 'image'"
         )
-    source = read_splits(config.path, "data-path", config.subset)
+    source = _source(config, "data-path", hub=False)
     rows = _split(source, config.train_split, "train-split")
     columns = {**task.inputs(config), "label": config.label_column}
-    rows = _typed(_columns(rows, columns, _SETTINGS), config.train_split)
+    rows = choose_columns(rows, columns, _SETTINGS)
+    rows = complete_rows(rows, config.train_split)
     return _for_training(_labelled(rows, labels, config.train_split), config, seed)
 
 
@@ -127,13 +125,17 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     task = task_of(config.task)
     if config.public_path:
         source = read_splits(
-            config.public_path, "data.public-path", config.public_subset
+            config.public_path,
+            "data.public-path",
+            task.modality,
+            config.public_subset,
+            config.separator,
         )
         split = _split(source, config.public_split, "data.public-split")
         kind = "image" if task.modality == "image" else "text"
-        column = config.public_column or kind
-        key = {kind: "data.public-column"}
-        public = _cast(_columns(split, {kind: column}, key), kind)
+        wanted = {kind: config.public_column or kind}
+        settings = {kind: "data.public-column"}
+        public = cast_input(choose_columns(split, wanted, settings), kind)
         if kind == "text":
             public = public.filter(lambda row: bool((row["text"] or "").strip()))
     elif task.public is not None:
@@ -141,7 +143,7 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     else:
         raise FedPFTError(
             "alignment needs a public corpus and data.public-path is empty; give one "
-            "(a directory, file or hub name), or choose method = 'fedpft-n'"
+            "(a directory, file or hub name), or a method that does not align"
         )
     if not len(public):
         raise FedPFTError("data.public-path has no usable row; give another corpus")
@@ -259,30 +261,21 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
     row = task_of(config.task)
     assert row.inputs is not None
     columns = {**row.inputs(config), "label": config.label_column}
-    source = read_splits(config.path, "data.path", config.subset)
+    source = _source(config, "data.path")
     parts: dict[str, Dataset] = {}
     notes: dict[str, str] = {}
-    for role, split in (
-        ("train", config.train_split),
-        ("test", config.test_split),
-        ("validation", config.validation_split),
-    ):
-        if split != role:  # asked for by name: it must be there
-            _split(source, split, f"data.{role}-split")
-        if split not in source:
-            continue
-        if role == "train" or _has_labels(source[split], config.label_column):
-            wanted = dict(columns)
-            if role == "train" and config.client_column:
-                wanted["client"] = config.client_column
-            parts[role] = _typed(_columns(source[split], wanted, _SETTINGS), split)
-            notes[role] = split
+    for role, split in _roles(config, source).items():
+        wanted = dict(columns)
+        if role == "train" and config.client_column:
+            wanted["client"] = config.client_column
+        part = choose_columns(source[split], wanted, _SETTINGS)
+        parts[role], notes[role] = complete_rows(part, split), split
     if not parts:
         raise FedPFTError(
             f"data.path = {config.path!r} has the splits {', '.join(source)}; say what "
             "they are: data.train-split, data.validation-split, data.test-split"
         )
-    names = _label_names([*parts.values()], config)
+    names = _label_names(next(iter(parts.values())), config)
     _complete(parts, notes, seed)
     ready = {r: _labelled(part, names, notes[r]) for r, part in parts.items()}
     return TaskData(
@@ -292,6 +285,43 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
         labels=names,
         notes=notes,
     )
+
+
+def _source(config: DataConfig, key: str, hub: bool = True) -> Splits:
+    modality = task_of(config.task).modality
+    return read_splits(config.path, key, modality, config.subset, config.separator, hub)
+
+
+def _roles(config: DataConfig, source: Splits) -> dict[str, str]:
+    """Return role -> split: those asked for by name, and where free, of that name.
+
+    A split without labels is nothing to evaluate on.
+    """
+    named = {
+        "train": config.train_split,
+        "test": config.test_split,
+        "validation": config.validation_split,
+    }
+    asked = {role: split for role, split in named.items() if role != split}
+    for role, split in asked.items():
+        part = _split(source, split, f"data.{role}-split")
+        if role != "train" and not has_labels(part, config.label_column):
+            raise FedPFTError(
+                f"data.{role}-split = {split!r} has no labels in column "
+                f"{config.label_column!r}; name another split or column"
+            )
+        if list(asked.values()).count(split) > 1:
+            raise FedPFTError(
+                f"data.{role}-split = {split!r}, and another split too; no row may be "
+                "both trained and tested on"
+            )
+    return asked | {
+        role: role
+        for role in named.keys() - asked.keys()
+        if role in source
+        and role not in asked.values()
+        and (role == "train" or has_labels(source[role], config.label_column))
+    }
 
 
 def _complete(parts: dict[str, Dataset], notes: dict[str, str], seed: int) -> None:
@@ -321,71 +351,6 @@ TASKS: dict[str, Task] = {
     "image": Task("image", _load_own, inputs=_image_inputs),
 }
 
-_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-Splits = Mapping[str, Dataset]
-
-
-def read_splits(path: str, key: str, subset: str) -> Splits:
-    """Return the splits of a file, a directory or a hub data set, by name.
-
-    Args:
-        path: where the rows are.
-        key: the setting that says so, for messages.
-        subset: the configuration of a hub data set, or "".
-
-    Raises:
-        FedPFTError: there is nothing that `datasets` reads.
-    """
-    try:
-        place = Path(path).expanduser()
-        if place.is_file():
-            if place.suffix not in _FORMATS:
-                raise FedPFTError(
-                    f"{key} = {path!r}: unknown file type {place.suffix!r}; give one "
-                    f"of {', '.join(_FORMATS)}"
-                )
-            files = {"train": str(place)}
-            whole: Splits = load_dataset(_FORMATS[place.suffix], data_files=files)
-            return whole
-        if not place.is_dir() and (place.is_absolute() or path.startswith((".", "~"))):
-            raise FedPFTError(
-                f"{key} = {path!r} does not exist; give a path or hub name"
-            )
-        return _read_directory(place, subset) if place.is_dir() else _hub(path, subset)
-    except FedPFTError:
-        raise
-    except Exception as error:  # datasets raises many kinds, all about this one path
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise FedPFTError(
-            f"{key} = {path!r} cannot be read by `datasets` ({reason}); give a "
-            "directory, file or hub name that load_dataset reads"
-        ) from error
-
-
-def _read_directory(place: Path, subset: str) -> Splits:
-    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
-        saved: Dataset | DatasetDict = load_from_disk(str(place))
-        return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-    loaded: Splits = load_dataset(str(place), subset or None)
-    return loaded
-
-
-def _hub(name: str, subset: str) -> Splits:
-    hub = FederatedDataset(
-        dataset=name, subset=subset or None, partitioners={}, shuffle=False
-    )
-    splits = get_dataset_split_names(name, subset or None)
-    return {split: hub.load_split(split) for split in splits}
-
-
-def _split(source: Splits, name: str, key: str) -> Dataset:
-    if name not in source:
-        raise FedPFTError(f"{key} = {name!r}; this data has {', '.join(source)}")
-    return source[name]
-
-
 _SETTINGS = {
     "text": "data.text-columns",
     "text_pair": "data.text-columns",
@@ -395,86 +360,24 @@ _SETTINGS = {
 }
 
 
-def _columns(
-    part: Dataset, wanted: Mapping[str, str], settings: Mapping[str, str]
-) -> Dataset:
-    """Return the wanted columns under the names of their roles."""
-    for role, column in wanted.items():
-        if column not in part.column_names:
-            raise FedPFTError(
-                f"{settings[role]}: no column {column!r}; this data has "
-                f"{', '.join(part.column_names)}"
-            )
-    names = list(wanted.values())
-    if len(set(names)) < len(names):
-        keys = sorted({settings[role] for role in wanted})
-        raise FedPFTError(f"{' and '.join(keys)} name one column twice: {names}")
-    chosen = part.select_columns(names)
-    return chosen.rename_columns({c: r for r, c in wanted.items() if c != r})
+def _split(source: Splits, name: str, key: str) -> Dataset:
+    if name not in source:
+        raise FedPFTError(f"{key} = {name!r}; this data has {', '.join(source)}")
+    return source[name]
 
 
-def _label_names(parts: Sequence[Dataset], config: DataConfig) -> tuple[str, ...]:
-    """Return the label set: the configured one, or what the first part tells of it."""
-    feature = parts[0].features["label"]
-    if config.labels:
-        names = names_in(config.labels)
-    elif isinstance(feature, ClassLabel):
-        names = tuple(feature.names)
-    else:
-        try:
-            names = tuple(str(value) for value in sorted(parts[0].unique("label")))
-        except (TypeError, pa.ArrowException) as error:
-            raise FedPFTError(
-                f"data.label-column = {config.label_column!r} holds {feature}; name a "
-                "column of texts or numbers"
-            ) from error
+def _label_names(part: Dataset, config: DataConfig) -> tuple[str, ...]:
+    """Return the label set: the configured one, or what the rows tell of it."""
+    names = names_in(config.labels) or labels_of(part, "label")
     if len(set(names)) < max(2, len(names)):
         raise FedPFTError(f"data.labels: {names} needs two or more different labels")
     return names
 
 
-def _has_labels(part: Dataset, column: str) -> bool:
-    """Tell a labelled split from one whose labels are withheld (all -1 or null)."""
-    return column in part.column_names and bool(set(part.unique(column)) - {-1, None})
-
-
-def _typed(part: Dataset, split: str) -> Dataset:
-    """Give inputs the type that encoding needs, and refuse missing values."""
-    for column in part.column_names:
-        missing = part.data.column(column).is_null().to_numpy().nonzero()[0]
-        if len(missing):
-            raise FedPFTError(
-                f"row {missing[0]} of {split} has no {column} ({len(missing)} such "
-                "rows); fill it or leave it out"
-            )
-        part = _cast(part, column)
-    return part
-
-
-_INPUTS = {"text": Value("string"), "text_pair": Value("string"), "image": Image()}
-
-
-def _cast(part: Dataset, column: str) -> Dataset:
-    wanted = _INPUTS.get(column)
-    if wanted is None or part.features[column] == wanted:
-        return part
-    try:
-        return part.cast_column(column, wanted)
-    except (TypeError, ValueError, pa.ArrowException) as error:
-        raise FedPFTError(
-            f"column for {column} holds {part.features[column]}, which is no {column}; "
-            "name another column"
-        ) from error
-
-
 def _labelled(part: Dataset, names: Sequence[str], split: str) -> Dataset:
     """Turn the label column into indices of `names`."""
-    feature, values = part.features["label"], part["label"]
+    texts = label_texts(part, "label")
     places = {name: i for i, name in enumerate(names)}
-    if isinstance(feature, ClassLabel):
-        texts = [feature.names[v] if v >= 0 else str(v) for v in values]
-    else:
-        texts = [str(value) for value in values]
     outside = sorted(set(texts) - places.keys())
     if outside:
         raise FedPFTError(

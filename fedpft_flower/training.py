@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
 from peft import PeftModel
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -31,8 +32,8 @@ class TrainReport:
 class Evaluation:
     """Hold how well a model classifies `examples` rows.
 
-    Accuracy and macro F1 (the mean over classes) are in [0, 1], Matthews' correlation
-    coefficient is in [-1, 1], the loss is the mean cross-entropy.
+    Accuracy and macro F1 (the mean over the classes that the rows have) are in [0, 1],
+    Matthews' correlation coefficient is in [-1, 1], the loss is the mean cross-entropy.
     """
 
     accuracy: float
@@ -148,7 +149,7 @@ def evaluate(model: nn.Module, rows: Rows) -> Evaluation:
     truth, said = torch.cat(wanted).numpy(), torch.cat(found).numpy()
     return Evaluation(
         accuracy=float(accuracy_score(truth, said)),
-        macro_f1=float(f1_score(truth, said, average="macro")),
+        macro_f1=float(f1_score(truth, said, average="macro", labels=np.unique(truth))),
         matthews=float(matthews_corrcoef(truth, said)),
         loss=loss / len(order),
         examples=len(order),

@@ -29,6 +29,7 @@ from fedpft_flower.server import Package
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
+REFUSED = 2  # Flower's error code for a ClientApp that raised; its reason says more
 PACKAGE = "package"  # key of a package's JSON in an install
 TRAIN_METRICS = {"num-examples", "train_loss", "steps", "seconds", "peak-memory"}
 RATES = "inactive-rates."  # prefix of activity statistics among the metrics
@@ -161,7 +162,8 @@ class Store:
     renamed, and verified by hash whenever it is loaded.
     """
 
-    KEEP = 4  # the newest copies; older ones are removed
+    # Copies beyond the newest so many are removed, if no run used them for so long.
+    KEEP, UNUSED_SECONDS = 4, 3600.0
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root or cache_dir() / "sub-fms"
@@ -249,6 +251,8 @@ class Store:
     def _prune(self) -> None:
         copies = [self.directory(content) for content in self.hashes()]
         for old in sorted(copies, key=_last_used)[: -self.KEEP]:
+            if time.time() - _last_used(old) < self.UNUSED_SECONDS:
+                continue
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -109,3 +109,22 @@ def test_a_cache_that_cannot_be_written_is_named(counted, monkeypatch, tmp_path)
     monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "file"))
     with pytest.raises(FedPFTError, match="set FEDPFT_CACHE"):
         TextRows(pairs("good", "bad"), tokenizer, 16)
+
+
+def test_a_text_without_tokens_is_one_masked_in_padding(bert_directory):
+    tokenizer = AutoTokenizer.from_pretrained(bert_directory)
+    real = tokenizer.__class__.__call__
+
+    class Bare:
+        """Add no special tokens, as some tokenizers do not."""
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, *texts, **settings):
+            return real(tokenizer, *texts, add_special_tokens=False, **settings)
+
+    rows = TextRows(Dataset.from_dict({"text": ["", "", "good"]}), Bare(), 8)
+    batch = rows.batch([0, 1])
+    assert batch["input_ids"].tolist() == [[tokenizer.pad_token_id]] * 2
+    assert batch["attention_mask"].tolist() == [[1], [1]]

@@ -581,3 +581,40 @@ def test_a_node_without_rows_says_how_to_start_it(local_grid, sites):
     configs[1] = {"site": "south"}
     with pytest.raises(FedPFTError, match=r"this node has no rows; start it with"):
         run(local_grid, settings, nodes=3, configs=configs)
+
+
+def test_a_node_that_is_gone_when_greeted_is_waited_for(local_grid, settings):
+    calls = []
+
+    def flicker(message, reply):
+        if message.metadata.message_type == "query.hello":
+            calls.append(1)
+            if len(calls) == 1:
+                return Message(Error(5, "Node Unavailable"), reply_to=message)
+        return reply
+
+    run(local_grid, settings, {2: flicker})
+    assert len(calls) == 2
+    assert len(results(settings)[3]["nodes"]) == NODES
+
+
+def test_layer_dropping_without_anything_to_align_is_refused(local_grid, settings):
+    settings |= {"method": "fedot-b", "sub-fm.layer-budget": 0.5}
+    with pytest.raises(FedPFTError, match=r"'fedot-b' has nothing to align.*'fedot'"):
+        run(local_grid, settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"partition-id": "a"}, "are numbers: invalid literal"),
+        ({"text-columns": "note"}, "has text-columns but no data-path"),
+        ({"data-path": ""}, "has data-path but no data-path to read"),
+    ],
+)
+def test_a_node_config_without_sense_is_refused(local_grid, settings, change, said):
+    shares = {"partition-id": 0, "num-partitions": 2}
+    configs = [shares | change, {"partition-id": 1, "num-partitions": 2}]
+    settings["train.clients-per-round"] = 0
+    with pytest.raises(FedPFTError, match=said):
+        run(local_grid, settings, nodes=2, configs=configs)

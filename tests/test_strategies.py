@@ -279,6 +279,8 @@ def test_too_few_clients_a_round_are_refused_before_training(local_grid, short):
         ("FedYogi", '{"tau": 0}', "tau = 0 is outside (0"),
         ("FedAdam", '{"eta_l": 0.1}', "Flower never uses it; train.lr"),
         ("FedTrimmedAvg", '{"beta": 0.5}', "beta = 0.5 is outside [0, 0.5)"),
+        ("FedProx", "", "FedProx needs proximal_mu; give"),
+        ("FedAvgM", '{"server_learning_rate": 0.5}', "FedAvgM needs server_momentum"),
         ("FedProx", '{"proximal_mu": -1}', "proximal_mu = -1 is outside [0"),
         ("FedAvgM", '{"server_learning_rate": 0}', "server_learning_rate = 0 is"),
         ("FedAvgM", '{"server_momentum": 1}', "server_momentum = 1 is outside [0, 1)"),

@@ -1,17 +1,26 @@
 import json
+import stat
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Value,
+    load_dataset,
+)
 from transformers import AutoTokenizer
 
 from fedpft_flower.config import DataConfig, FedPFTError, PartitionConfig
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.encoding import content_hash, encode
 from fedpft_flower.partitions import load_partition
-from fedpft_flower.tasks import _hub, load_public, load_site, load_task
+from fedpft_flower.reading import _read_hub
+from fedpft_flower.tasks import load_public, load_site, load_task
 
 DIGITS = DataConfig(task="digits")
 
@@ -143,6 +152,12 @@ def test_label_order_from_the_config(tmp_path):
         ({"labels": "bad"}, "two or more"),
         ({"text_columns": "a,b,c"}, "name one column, or two"),
         ({"train_split": "training"}, "data.train-split = 'training'"),
+        (
+            {"test_split": "train", "validation_split": "train"},
+            "both trained and tested",
+        ),
+        ({"path": "missing.csv"}, "does not exist"),
+        ({"path": "some/where/else"}, "does not exist"),
         ({"min_words": 99}, "no training row is left"),
         ({"path": "/no/such/file.csv"}, "does not exist"),
         ({"path": ""}, "needs data.path"),
@@ -159,8 +174,10 @@ def test_bad_data_is_refused_in_one_line(tmp_path, settings, said):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (["good,1", ",0"], "row 1 of train has no text"),
-        (["good,1", "bad,"], "row 1 of train has no label"),
+        (["good,1", "bad,"], "row 1 .counted from 0. of train has no label"),
+        (["good,0.5", "bad,0.25"], "holds fractions such as 0.[25]"),
+        (["good, film,1", "bad, film,0"], "more fields than the header"),
+        ([], "cannot be read"),
         (["good,1", "bad,1"], "two or more"),
         (["good,0", "bad,1"], "too few to hold out"),
     ],
@@ -259,7 +276,7 @@ def test_pair_of_directories_that_datasets_saved(tmp_path):
 def test_hub_data_is_read_split_by_split(tmp_path):
     """A directory stands for the hub, which flwr-datasets reads in the same way."""
     path = write_splits(tmp_path, train=[0, 1] * 4, test=[1, 0])
-    found = _hub(path, "")
+    found = _read_hub(path, "")
     assert {name: len(rows) for name, rows in found.items()} == {"train": 8, "test": 2}
 
 
@@ -303,3 +320,116 @@ def test_a_site_reads_its_own_rows_with_the_labels_of_the_server(tmp_path):
         load_site(replace(config, path=str(tmp_path / "b.csv")), ("bad", "good"), 0)
     with pytest.raises(FedPFTError, match="no training row is left"):
         load_site(replace(config, min_words=3), ("bad", "good"), 0)
+
+
+# ---------------------------------------------------------------- files as they come
+
+
+def test_a_split_plays_one_role_only(tmp_path):
+    """What is asked for as train is not found again as test under its own name."""
+    path = write_splits(tmp_path, validation=[0, 1] * 40, test=[1, 0] * 50)
+    task = load_task(DataConfig(path=path, train_split="test", **COLUMNS), 0)
+    assert task.notes == {
+        "train": "test",
+        "test": "validation",
+        "validation": "10% of test, seeded",
+    }
+    assert not set(task.train["text"]) & {*task.test["text"], *task.validation["text"]}
+    task = load_task(DataConfig(path=path, validation_split="test", **COLUMNS), 0)
+    assert not set(task.validation["text"]) & set(task.test["text"])
+
+
+def test_a_split_asked_for_by_name_must_have_labels(tmp_path):
+    path = write_splits(tmp_path, train=[0, 1] * 30, extra=[-1] * 9)
+    rows = load_dataset(
+        path, data_files={"train": "train.parquet", "x": "extra.parquet"}
+    )
+    rows.save_to_disk(tmp_path / "both")
+    config = DataConfig(path=str(tmp_path / "both"), test_split="x", **COLUMNS)
+    with pytest.raises(FedPFTError, match=r"data.test-split = 'x' has no labels"):
+        load_task(config, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "settings"),
+    [
+        ("a.CSV", [f"None {i},{('NA', 'None')[i % 2]}" for i in range(60)], {}),
+        (
+            "a.csv",
+            [f"a, b {i};{('x', 'y')[i % 2]}" for i in range(60)],
+            {"separator": ";"},
+        ),
+        ("a.tsv", [f"a, b {i}\t{('x', 'y')[i % 2]}" for i in range(60)], {}),
+        ("a.csv", [f",{('x', 'y')[i % 2]}" for i in range(60)], {}),
+    ],
+)
+def test_csv_files_of_many_kinds(tmp_path, name, rows, settings):
+    between = settings.get("separator", "\t" if name.endswith("tsv") else ",")
+    path = write_csv(tmp_path / name, rows, f"text{between}label")
+    task = load_task(DataConfig(task="text", path=path, **settings), 0)
+    assert len(task.train) + len(task.validation) + len(task.test) == 60
+    assert len(task.labels) == 2
+    assert {text.split(between)[0] for text in task.train["text"]} <= {
+        row.split(between)[0] for row in rows
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text,label\nfilm äöü,1\n".encode("latin-1"), "save it as UTF-8"),
+        (b"", "it has no rows"),
+        (b"text;label\na, b;1\na, b, c;0\n", "quote texts, or set data.separator"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(tmp_path, content, said):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(FedPFTError) as caught:
+        load_task(DataConfig(task="text", path=str(tmp_path / "a.csv")), 0)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_are_the_same_labels_however_they_were_read(tmp_path):
+    integers = write_csv(tmp_path / "a.csv", ["x,0", "y,1", "z,1"])
+    floats = write_csv(tmp_path / "b.csv", ["x,0.0", "y,1.0", "z,1.0"])
+    for path in (integers, floats):
+        rows = load_site(DataConfig(task="text", path=path), ("0", "1"), 0)
+        assert rows["label"][:] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [([0.0, float("nan")] * 9, "row 1 .* has no label"), ([["a"], ["b"]] * 9, "holds")],
+)
+def test_labels_that_are_none_are_refused(tmp_path, labels, said):
+    texts = [f"text {i}" for i in range(len(labels))]
+    Dataset.from_dict({"text": texts, "label": labels}).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    with pytest.raises(FedPFTError, match=said):
+        load_task(DataConfig(task="text", path=str(tmp_path / "a.parquet")), 0)
+
+
+def test_a_node_never_asks_a_hub(monkeypatch):
+    monkeypatch.setattr("fedpft_flower.reading._read_hub", None)
+    with pytest.raises(FedPFTError, match=r"data-path = 'owner/name' does not exist"):
+        load_site(DataConfig(task="text", path="owner/name"), ("a", "b"), 0)
+
+
+def test_copies_of_rows_are_for_this_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))
+    path = write_csv(tmp_path / "a.csv", ROWS)
+    load_task.__wrapped__(DataConfig(task="text", path=path), 0)
+    assert stat.S_IMODE((tmp_path / "cache" / "rows").stat().st_mode) == 0o700
+    assert list((tmp_path / "cache" / "rows").rglob("*.arrow"))
+
+
+def test_a_folder_of_images_of_one_class_is_a_site(tmp_path):
+    from PIL import Image as Picture
+
+    (tmp_path / "dog").mkdir()
+    for i in range(3):
+        Picture.new("L", (9, 9)).save(tmp_path / "dog" / f"{i}.png")
+    config = DataConfig(task="image", path=str(tmp_path))
+    assert load_site(config, ("cat", "dog"), 0)["label"][:] == [1, 1, 1]

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -100,3 +102,49 @@ def test_a_starts_as_asked_and_b_at_zero():
     assert float(starts("gaussian", "lora_A").std()) == pytest.approx(0.5, rel=0.1)
     assert float(starts("kaiming", "lora_A").abs().max()) <= 16**-0.5
     assert not bool(starts("gaussian", "lora_B").any())
+
+
+class Said:
+    """Rows of a model that says what they tell it to."""
+
+    def __init__(self, truth, said):
+        self.truth, self.said = torch.tensor(truth), torch.tensor(said)
+
+    def __len__(self):
+        return len(self.truth)
+
+    def lengths(self):
+        return [1] * len(self)
+
+    def batch(self, indices):
+        rows = list(indices)
+        return {"said": self.said[rows], "labels": self.truth[rows]}
+
+
+class Parrot(torch.nn.Module):
+    def forward(self, said):
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(said, 5).float())
+
+
+@pytest.mark.parametrize(
+    ("truth", "said"),
+    [
+        ([0, 0, 1, 1, 3, 3, 3], [0, 1, 1, 1, 3, 0, 3]),
+        ([0, 0, 1, 1], [0, 0, 1, 2]),  # class 2 is said, but no row has it
+        ([0, 1] * 50, [0] * 99 + [1]),
+    ],
+)
+def test_metrics_are_those_of_their_definitions(truth, said):
+    """Macro F1 over the classes that the rows have; Matthews as R_K (Gorodkin 2004)."""
+    found = evaluate(Parrot(), Said(truth, said))
+    n, right = len(truth), sum(t == s for t, s in zip(truth, said, strict=True))
+    f1 = []
+    for c in set(truth):
+        hits = sum(t == s == c for t, s in zip(truth, said, strict=True))
+        f1.append(2 * hits / (truth.count(c) + said.count(c)))
+    assert found.accuracy == pytest.approx(right / n)
+    assert found.macro_f1 == pytest.approx(sum(f1) / len(f1))
+    t_k, s_k = ([values.count(c) for c in range(5)] for values in (truth, said))
+    top = right * n - sum(t * s for t, s in zip(t_k, s_k, strict=True))
+    bottom = (n**2 - sum(s * s for s in s_k)) * (n**2 - sum(t * t for t in t_k))
+    assert found.matthews == pytest.approx(top / bottom**0.5)

@@ -189,9 +189,10 @@ def test_store_refuses_a_file_name_that_leaves_its_folder(store):
     assert store.hashes() == []
 
 
-def test_store_keeps_the_newest_copies_only(store):
+def test_store_keeps_the_newest_copies_only(store, monkeypatch):
     text = parcel()[2]
     contents = []
+    monkeypatch.setattr(Store, "UNUSED_SECONDS", 0.0)
     for i in range(Store.KEEP + 2):
         tensors = {"w": torch.full((2,), float(i))}
         contents.append(package_hash(tensors, text))

@@ -1,0 +1,296 @@
+"""Read rows from files, directories and hubs, and the labels in their columns."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    Value,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
+from flwr_datasets import FederatedDataset
+
+from fedpft_flower.architectures import Modality
+from fedpft_flower.config import FedPFTError, private_cache
+
+Splits = Mapping[str, Dataset]
+
+_FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
+_TABLES = {*_FORMATS, ".arrow"}
+_SHIFTED = "__index_level_0__"  # pandas' column where rows have a field too many
+
+
+def read_splits(
+    path: str,
+    key: str,
+    modality: Modality = "text",
+    subset: str = "",
+    separator: str = ",",
+    hub: bool = True,
+) -> Splits:
+    """Return the splits of a file, a directory or a hub data set, by name.
+
+    Args:
+        path: where the rows are.
+        key: the setting that says so, for messages.
+        modality: of the inputs; directories of images have a class per folder.
+        subset: the configuration of a hub data set, or "".
+        separator: of the columns of CSV files.
+        hub: whether a hub may be asked for what is not here.
+
+    Raises:
+        FedPFTError: there is nothing that `datasets` reads.
+    """
+    place = _place(path)
+    try:
+        with _quiet():
+            if place is not None and place.is_file():
+                return _read_file(place, separator)
+            if place is not None:
+                return _read_directory(place, modality, subset)
+            if not hub or _looks_like_path(path):
+                raise FedPFTError(
+                    f"{key} = {path!r} does not exist; give a path or hub name"
+                )
+            return _read_hub(path, subset)
+    except FedPFTError as error:
+        raise FedPFTError(
+            f"{key} = {path!r}: {error}" if place else str(error)
+        ) from None
+    except Exception as error:  # datasets raises many kinds, all about this one path
+        what = "cannot be read" if place else "is no path here, and the hub has it not"
+        raise FedPFTError(f"{key} = {path!r} {what} ({_reason(error)})") from error
+
+
+def _place(path: str) -> Path | None:
+    try:
+        place = Path(path).expanduser()
+        return place if place.exists() else None
+    except (OSError, RuntimeError):  # too long; a home that does not exist
+        return None
+
+
+def _looks_like_path(path: str) -> bool:
+    """Tell a path from a hub name, which is `name` or `owner/name`."""
+    suffix = Path(path).suffix.lower()
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or suffix in _TABLES
+
+
+def _read_file(place: Path, separator: str) -> Splits:
+    suffix = place.suffix.lower()
+    if suffix not in _FORMATS:
+        raise FedPFTError(
+            f"unknown file type {suffix!r}; give one of {', '.join(_FORMATS)}"
+        )
+    options: dict[str, Any] = {}
+    if _FORMATS[suffix] == "csv":
+        # Words such as NA and None are texts and labels like others.
+        options = {"na_filter": False, "sep": "\t" if suffix == ".tsv" else separator}
+    rows: Splits = load_dataset(
+        _FORMATS[suffix],
+        data_files={"train": str(place)},
+        cache_dir=str(private_cache("rows")),
+        **options,
+    )
+    if _SHIFTED in rows["train"].column_names:
+        raise FedPFTError(
+            "rows have more fields than the header; put texts that hold the separator "
+            "in quotes"
+        )
+    return rows
+
+
+def _read_directory(place: Path, modality: Modality, subset: str) -> Splits:
+    if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
+        saved: Dataset | DatasetDict = load_from_disk(str(place))
+        return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    cache = str(private_cache("rows"))
+    tables = any(path.suffix.lower() in _TABLES for path in place.rglob("*"))
+    if modality == "image" and not tables:
+        # Also a folder of one class only is labelled: it is a site's, perhaps.
+        images: Splits = load_dataset(
+            "imagefolder", data_dir=str(place), drop_labels=False, cache_dir=cache
+        )
+        return images
+    rows: Splits = load_dataset(str(place), subset or None, cache_dir=cache)
+    return rows
+
+
+def _read_hub(name: str, subset: str) -> Splits:
+    hub = FederatedDataset(
+        dataset=name, subset=subset or None, partitioners={}, shuffle=False
+    )
+    splits = get_dataset_split_names(name, subset or None)
+    return {split: hub.load_split(split) for split in splits}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep `datasets` from logging what is then raised."""
+    logger = logging.getLogger("datasets")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of the error at the bottom, and what may help."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = (str(error).strip() or repr(error)).splitlines()[0]
+    if isinstance(error, UnicodeDecodeError):
+        return f"{line}; save it as UTF-8"
+    if "Error tokenizing" in line:
+        return f"{line}; quote texts, or set data.separator"
+    if "no data" in line or "EmptyData" in type(error).__name__:
+        return f"{line}; it has no rows"
+    return f"{line}; give a directory, file or hub name that `datasets` reads"
+
+
+# ------------------------------------------------------------------- columns, labels
+
+
+def choose_columns(
+    part: Dataset, wanted: Mapping[str, str], settings: Mapping[str, str]
+) -> Dataset:
+    """Return the wanted columns under the names of their roles.
+
+    Args:
+        part: rows.
+        wanted: role -> column.
+        settings: role -> the setting that names it, for messages.
+
+    Raises:
+        FedPFTError: a column is not there, or named twice.
+    """
+    for role, column in wanted.items():
+        if column not in part.column_names:
+            raise FedPFTError(
+                f"{settings[role]}: no column {column!r}; this data has "
+                f"{', '.join(part.column_names)}"
+            )
+    names = list(wanted.values())
+    if len(set(names)) < len(names):
+        keys = sorted({settings[role] for role in wanted})
+        raise FedPFTError(f"{' and '.join(keys)} name one column twice: {names}")
+    chosen = part.select_columns(names)
+    return chosen.rename_columns({c: r for r, c in wanted.items() if c != r})
+
+
+def complete_rows(part: Dataset, split: str) -> Dataset:
+    """Give inputs the type that encoding needs.
+
+    Raises:
+        FedPFTError: a value is missing or of a type that does not fit.
+    """
+    for column in part.column_names:
+        missing = _missing(part, column)
+        if missing:
+            raise FedPFTError(
+                f"row {missing[0]} (counted from 0) of {split} has no {column} "
+                f"({len(missing)} such rows); fill it or leave it out"
+            )
+        part = cast_input(part, column)
+    return part
+
+
+def _missing(part: Dataset, column: str) -> list[int]:
+    values = part.data.column(column)
+    gone = values.is_null(nan_is_null=True).to_numpy()
+    if column == "label" and part.features[column].dtype.endswith("string"):
+        gone |= np.array([not text.strip() for text in part[column]])
+    missing: list[int] = gone.nonzero()[0].tolist()
+    return missing
+
+
+_INPUTS = {"text": Value("string"), "text_pair": Value("string"), "image": Image()}
+
+
+def cast_input(part: Dataset, column: str) -> Dataset:
+    """Give an input column the type that encoding needs; leave others as they are.
+
+    Raises:
+        FedPFTError: its values cannot become that.
+    """
+    wanted = _INPUTS.get(column)
+    if wanted is None or part.features[column] == wanted:
+        return part
+    try:
+        return part.cast_column(column, wanted)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise FedPFTError(
+            f"column for {column} holds {part.features[column]}, which is no {column}; "
+            "name another column"
+        ) from error
+
+
+def labels_of(part: Dataset, column: str) -> tuple[str, ...]:
+    """Return the different labels of a column, numbers in their order, texts in theirs.
+
+    Raises:
+        FedPFTError: the column holds no labels.
+    """
+    feature = part.features[column]
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    values = [v for v in _different(part, column) if v is not None]
+    if any(isinstance(v, float) and not v.is_integer() for v in values):
+        raise FedPFTError(
+            f"data.label-column = {column!r} holds fractions such as "
+            f"{next(v for v in values if not float(v).is_integer())!r}, which are no "
+            "classes; name another column, or list them in data.labels"
+        )
+    texts = {label_text(value) for value in values}
+    numbers = all(text.lstrip("-").isdigit() for text in texts)
+    return tuple(sorted(texts, key=int if numbers else str))
+
+
+def has_labels(part: Dataset, column: str) -> bool:
+    """Tell a labelled split from one whose labels are withheld (all -1 or null)."""
+    if column not in part.column_names:
+        return False
+    return bool(set(_different(part, column)) - {-1, None})
+
+
+def label_texts(part: Dataset, column: str) -> list[str]:
+    """Return the label of every row, as the label set writes it."""
+    feature, values = part.features[column], part[column]
+    if isinstance(feature, ClassLabel):
+        return [feature.names[v] if v >= 0 else str(v) for v in values]
+    return [label_text(value) for value in values]
+
+
+def label_text(value: Any) -> str:
+    """Write a label as text; whole numbers alike, whether read as 1 or as 1.0."""
+    whole = isinstance(value, float) and math.isfinite(value) and value.is_integer()
+    return str(int(value)) if whole else str(value)
+
+
+def _different(part: Dataset, column: str) -> Iterable[Any]:
+    try:
+        return list(part.unique(column))
+    except (TypeError, pa.ArrowException) as error:
+        raise FedPFTError(
+            f"data.label-column = {column!r} holds {part.features[column]}; name a "
+            "column of texts or numbers"
+        ) from error
