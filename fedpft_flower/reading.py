@@ -217,12 +217,13 @@ def complete_rows(part: Dataset, split: str) -> Dataset:
 def _missing(part: Dataset, column: str) -> list[int]:
     values = part.data.column(column)
     gone = values.is_null(nan_is_null=True).to_numpy()
-    if column == "label" and part.features[column].dtype.endswith("string"):
+    if column == "label" and part.features[column] in _TEXTS:
         gone |= np.array([not text.strip() for text in part[column]])
     missing: list[int] = gone.nonzero()[0].tolist()
     return missing
 
 
+_TEXTS = (Value("string"), Value("large_string"))
 _INPUTS = {"text": Value("string"), "text_pair": Value("string"), "image": Image()}
 
 
