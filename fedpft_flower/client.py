@@ -18,7 +18,6 @@ import torch
 from datasets import Dataset
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from peft import PeftModel
-from transformers import AutoConfig
 
 from fedpft_flower.activity import inactive_rates
 from fedpft_flower.adapters import attach_adapter, base_model, get_adapter, load_adapter
@@ -37,7 +36,12 @@ from fedpft_flower.config import (
 from fedpft_flower.encoding import Rows, check_images, encode, shuffled_batches
 from fedpft_flower.partitions import load_partition
 from fedpft_flower.server import Package
-from fedpft_flower.sub_fm import build_skeleton, compressed_ffns, load_weights
+from fedpft_flower.sub_fm import (
+    build_skeleton,
+    compressed_ffns,
+    config_from,
+    load_weights,
+)
 from fedpft_flower.tasks import load_site
 from fedpft_flower.training import train_adapter
 from fedpft_flower.wire import (
@@ -50,6 +54,8 @@ from fedpft_flower.wire import (
     apply_delta,
     arrays_of,
     config_of,
+    last_line,
+    message_bytes,
     pack_rates,
     pack_tensors,
     package_from,
@@ -58,6 +64,8 @@ from fedpft_flower.wire import (
 )
 
 logger = logging.getLogger(__name__)
+
+MAX_INSTALL_MB = 20_000  # of a node that does not say otherwise
 
 Handler = Callable[[Message, Context], Message]
 
@@ -163,10 +171,14 @@ def one_line_errors(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except FedPFTError as error:
-            site = context.node_config.get("site")
-            reason = f"{site}: {error}" if site else str(error)
-            logger.error("%s", reason)
-            return Message(Error(REFUSED, reason), reply_to=message)
+            reason = str(error)
+        except Exception as error:  # a hostile message may raise anything
+            logger.exception("a message could not be handled")
+            reason = f"{type(error).__name__}: {last_line(str(error))}"
+        site = context.node_config.get("site")
+        reason = f"{site}: {reason}" if site else reason
+        logger.error("%s", reason)
+        return Message(Error(REFUSED, reason), reply_to=message)
 
     return handle
 
@@ -195,6 +207,13 @@ def hello(message: Message, context: Context) -> Message:
 @one_line_errors
 def install(message: Message, context: Context) -> Message:
     """Keep a sub-FM on disk: a whole one, or the changes of one that is there."""
+    most = float(context.node_config.get("max-install-mb", MAX_INSTALL_MB))
+    size = sum(message_bytes(message).values())
+    if size > most * 1e6:
+        raise FedPFTError(
+            f"the sub-FM has {size / 1e6:.0f} MB, this node takes max-install-mb = "
+            f"{most:g}; raise it in the node's config, or let the server keep less"
+        )
     request, store = config_of(message), Store()
     wanted, base = request["sub-fm"], request["base"]
     received = unpack_tensors(arrays_of(message), request["bit-cast"])
@@ -253,12 +272,17 @@ def build_from_package(package: Package, lora: LoraConfig, seed: int) -> PeftMod
     """Rebuild the sub-FM with an adapter still to be loaded.
 
     Raises:
-        FedPFTError: the package's family has no row, or its weights do not fit.
+        FedPFTError: the package's family has no row, or it does not fit together.
     """
-    fields = dict(package.model_config)
-    model_type = str(fields.pop("model_type"))
-    architecture_of(model_type)
-    skeleton = build_skeleton(AutoConfig.for_model(model_type, **fields), package.plan)
+    try:
+        skeleton = build_skeleton(config_from(package.model_config), package.plan)
+    except FedPFTError:
+        raise
+    except Exception as error:  # a hostile config raises almost anything
+        raise FedPFTError(
+            f"the received sub-FM cannot be built ({last_line(str(error))}); the "
+            "server sent what does not fit together"
+        ) from error
     head = {
         name: torch.zeros(tensor.shape, dtype=torch.float32)
         for name, tensor in skeleton.state_dict().items()
@@ -282,7 +306,9 @@ def _load_sub_fm_cached(content: str, lora: LoraConfig, seed: int) -> SubFM:
     package = package_from(held[1], held[0])
     architecture = architecture_of(str(package.model_config["model_type"]))
     processor = AUTO_PROCESSORS[architecture.modality].from_pretrained(
-        store.directory(content) / "processor", local_files_only=True
+        store.directory(content) / "processor",
+        local_files_only=True,
+        trust_remote_code=False,
     )
     model = build_from_package(package, lora, seed)
     return SubFM(model, package, processor, architecture)

@@ -21,6 +21,7 @@ from fedpft_flower.wire import (
     REFUSED,
     CountingGrid,
     config_of,
+    last_line,
     make_delta,
     metrics_of,
     pack_tensors,
@@ -314,9 +315,3 @@ class Federation:
             logger.warning("%s came back as node %d", key, newcomer)
             self._replaced.add(twin)
             self._given[key] = self.nodes.pop(twin).installed
-
-
-def last_line(reason: str | None) -> str:
-    """Return the last line of an error's reason, which may be a whole traceback."""
-    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1] if lines else "unknown error"

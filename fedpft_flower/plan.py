@@ -125,6 +125,8 @@ class Plan:
         try:
             data = json.loads(text)
             widths = tuple(int(width) for width in data["widths"])
+            if len(widths) > 1000 or max(widths) > 10_000_000:
+                raise ValueError("it is larger than any model")
             kept = {
                 int(layer): tuple(range(widths[int(layer)]))
                 if neurons == "all"

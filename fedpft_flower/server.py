@@ -4,7 +4,6 @@
 the same adapter as the same run through Flower.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +45,12 @@ from fedpft_flower.encoding import Rows, encode, endless_batches, shuffled_batch
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan, score, size_of
-from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns, frozen_weights
+from fedpft_flower.sub_fm import (
+    build_sub_fm,
+    compressed_ffns,
+    config_fields,
+    frozen_weights,
+)
 from fedpft_flower.tasks import TaskData
 from fedpft_flower.training import Evaluation, evaluate, round_lr
 
@@ -104,7 +108,7 @@ class ProxyServer:
         self._processor = fm.processor
         self._head = fm.head
         self._modality = fm.architecture.modality
-        self._model_config = fm.model.config.to_dict()
+        self._model_config = config_fields(fm.model.config)
         _check_length(config.data.max_length, fm)
         ffns = ffns_of(fm.model)
         saliency = self.method.saliency or config.sub_fm.saliency
@@ -164,10 +168,8 @@ class ProxyServer:
                 for path in sorted(Path(directory).iterdir())
                 if path.is_file()
             }
-        fields = json.loads(json.dumps(self._model_config, default=str))
-        fields.pop("_name_or_path", None)  # the server's own path
         return Package(
-            model_config=fields,
+            model_config=self._model_config,
             plan=self.plan,
             head=self._head,
             weights=self._snapshot(),

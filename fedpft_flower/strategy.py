@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from fedpft_flower.config import FedPFTError
-from fedpft_flower.federation import Federation, RoundError, last_line
+from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.server import Metrics, ProxyServer, average_rates
 from fedpft_flower.strategies import shortage
 from fedpft_flower.wire import (
@@ -19,6 +19,7 @@ from fedpft_flower.wire import (
     ChosenNodes,
     arrays_of,
     config_of,
+    last_line,
     metrics_of,
     pack_tensors,
     split_rates,

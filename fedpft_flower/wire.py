@@ -54,6 +54,12 @@ def metrics_of(message: Message) -> dict[str, Any]:
     return dict(message.content.metric_records.get(METRICS, {}))
 
 
+def last_line(reason: str | None) -> str:
+    """Return the last line of an error's reason, which may be a whole traceback."""
+    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
+    return lines[-1] if lines else "unknown error"
+
+
 # ------------------------------------------------------------------ tensors, packages
 
 
@@ -154,6 +160,9 @@ def source_hash() -> str:
 
 # ------------------------------------------------------------------------- the store
 
+# What tokenizers and image processors are saved as; nothing there runs or is unpickled.
+_PROCESSOR_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+
 
 class Store:
     """Keep installed sub-FMs on a node's disk, each under its content hash.
@@ -217,6 +226,11 @@ class Store:
             for name, body in json.loads(text)["files"].items():
                 if Path(name).name != name:
                     raise FedPFTError(f"processor file name {name!r} leaves its folder")
+                if Path(name).suffix not in _PROCESSOR_SUFFIXES:
+                    raise FedPFTError(
+                        f"processor file {name!r} is none of "
+                        f"{', '.join(_PROCESSOR_SUFFIXES)}, which hold data only"
+                    )
                 (draft / "processor" / name).write_bytes(base64.b64decode(body))
             self._move(draft, content)
         except OSError as error:
