@@ -4,8 +4,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedpft_flower import client
+from fedpft_flower.codec import codec_mod
 
-app = ClientApp()
+app = ClientApp(mods=[codec_mod])
 
 
 @app.query("hello")

@@ -184,6 +184,17 @@ class AlignConfig:
 
 
 @dataclass(frozen=True)
+class WireConfig:
+    """Say in how many bits tensors travel."""
+
+    # Frozen weights of the sub-FM: "fp32", "bf16", "fp16", or "int8" (matrices, with
+    # a scale a row). Clients train on what arrives.
+    frozen: str = "fp32"
+    # Adapters, both ways: "fp32", "bf16" or "fp16". They are averaged in float32.
+    adapter: str = "fp32"
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Say which checkpoints stay on the server's disk."""
 
@@ -226,6 +237,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     sub_fm: SubFMConfig = field(default_factory=SubFMConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -422,6 +434,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "select": ("last", "best"),
+    "wire.frozen": ("fp32", "bf16", "fp16", "int8"),
+    "wire.adapter": ("fp32", "bf16", "fp16"),
     "data.metric": ("accuracy", "macro-f1", "matthews"),
     "partition.kind": ("iid", "dirichlet", "pathological", "natural", "sizes"),
     "train.lr-decay": ("linear", "none"),

@@ -134,7 +134,8 @@ class Federation:
             return
         self._version = server.version
         package = server.package()
-        tensors, text = package_tensors(package), package_json(package)
+        codec = server.config.wire.frozen
+        tensors, text = package_tensors(package, codec), package_json(package)
         content = package_hash(tensors, text)
         if content != self._current:
             self._previous = (self._current, self._tensors)

@@ -156,6 +156,7 @@ class FedPFT(Strategy):
                 "lr": server.lr(server_round),
                 "measure-activity": server.wants_activity(server_round),
                 "sub-fm": federation.sub_fm,
+                "codec": server.config.wire.adapter,
             }
         )
         if not chosen:

@@ -7,6 +7,7 @@ bytes with dtype and shape, structure as JSON text.
 import base64
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -23,9 +24,19 @@ from flwr.serverapp import Grid
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedpft_flower.codec import (
+    codec_of,
+    decode_arrays,
+    decode_weights,
+    encode_arrays,
+    encode_weights,
+    recode,
+)
 from fedpft_flower.config import FedPFTError, cache_dir
 from fedpft_flower.plan import Plan
 from fedpft_flower.server import Package
+
+logger = logging.getLogger(__name__)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
@@ -104,10 +115,10 @@ def tensors_hash(tensors: Mapping[str, Tensor], *more: bytes) -> str:
 _LIMITS = "activity-limits."
 
 
-def package_tensors(package: Package) -> dict[str, Tensor]:
-    """Return all tensors of a package under distinct names."""
+def package_tensors(package: Package, codec: str = "fp32") -> dict[str, Tensor]:
+    """Return all tensors of a package under distinct names, weights encoded."""
     limits = {f"{_LIMITS}{i}": limit for i, limit in enumerate(package.activity_limits)}
-    return {**package.weights, **limits}
+    return {**encode_weights(package.weights, codec), **limits}
 
 
 def package_json(package: Package) -> str:
@@ -128,7 +139,7 @@ def package_json(package: Package) -> str:
 
 
 def package_from(text: str, tensors: Mapping[str, Tensor]) -> Package:
-    """Rebuild a package from its JSON and its tensors."""
+    """Rebuild a package from its JSON and its tensors; weights become float32."""
     data = json.loads(text)
     limits = sorted(
         (name for name in tensors if name.startswith(_LIMITS)),
@@ -138,7 +149,9 @@ def package_from(text: str, tensors: Mapping[str, Tensor]) -> Package:
         model_config=data["model"],
         plan=Plan.from_json(data["plan"]),
         head=tuple(data["head"]),
-        weights={n: t for n, t in tensors.items() if not n.startswith(_LIMITS)},
+        weights=decode_weights(
+            {n: t for n, t in tensors.items() if not n.startswith(_LIMITS)}
+        ),
         activity_limits=[tensors[name] for name in limits],
         processor_files={n: base64.b64decode(b) for n, b in data["files"].items()},
     )
@@ -448,6 +461,7 @@ class CountingGrid(Grid):
     def __init__(self, grid: Grid, ledger: Ledger) -> None:
         self._grid, self.ledger = grid, ledger
         self._recipient: dict[str, int] = {}
+        self._codec: dict[str, str] = {}  # message id -> how its adapter travels
         # (round, node, direction) -> bytes that really went there.
         self.node_bytes: dict[tuple[int, int, str], int] = defaultdict(int)
 
@@ -479,10 +493,12 @@ class CountingGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Count and pass on."""
-        batch = list(messages)
+        batch = [self._encoded(message) for message in messages]
         ids = list(self._grid.push_messages(batch))
         for message in batch:
-            self._recipient[message.metadata.message_id] = message.metadata.dst_node_id
+            number = message.metadata.message_id
+            self._recipient[number] = message.metadata.dst_node_id
+            self._codec[number] = codec_of(message)
             # Installs go to machines, but count for each node: `Federation` does that.
             own = message.metadata.message_type != INSTALL
             self.ledger.count("down", message, logical=own)
@@ -495,7 +511,30 @@ class CountingGrid(Grid):
         for reply in replies:
             self.ledger.count("up", reply)
             self._count_node(self.node_of(reply), "up", reply)
+            self._decode(reply)
         return replies
+
+    def _encoded(self, message: Message) -> Message:
+        codec = codec_of(message)
+        if codec == "fp32":
+            return message
+        content = recode(message.content, codec, encode_arrays)
+        told = message.metadata
+        return Message(
+            content,
+            dst_node_id=told.dst_node_id,
+            message_type=told.message_type,
+            ttl=told.ttl,
+            group_id=told.group_id,
+        )
+
+    def _decode(self, reply: Message) -> None:
+        codec = self._codec.get(reply.metadata.reply_to_message_id, "fp32")
+        if not reply.has_error():
+            try:
+                reply.content = recode(reply.content, codec, decode_arrays)
+            except (TypeError, ValueError) as error:
+                logger.info("an adapter that is not %s: %s", codec, error)
 
     def _count_node(self, node: int, direction: str, message: Message) -> None:
         size = sum(message_bytes(message).values())
