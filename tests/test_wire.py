@@ -159,7 +159,7 @@ def test_store_keeps_by_hash_and_verifies_at_load(store):
     assert held is not None and held[1] == text
     assert equal(dict(sorted(held[0].items())), dict(sorted(tensors.items())))
     assert store.hashes() == [content]
-    assert (store.directory(content) / "processor" / "model.bin").read_bytes()
+    assert (store.directory(content) / "processor" / "spiece.model").read_bytes()
     weights = store.directory(content) / "weights"
     body = bytearray(weights.read_bytes())
     body[-1] ^= 1
