@@ -109,7 +109,7 @@ class TrainConfig:
     # When positive, this many optimiser steps take the place of `local_epochs`.
     local_steps: int = 0
     batch_size: int = 16
-    lr: float = 0.002
+    lr: float = 0.001
     # "linear": lr_r = lr * (1 - (r - 1) / rounds); "none": constant.
     lr_decay: str = "linear"
     weight_decay: float = 0.01

@@ -155,7 +155,7 @@ def finished(local_grid, short):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"train.lr": 0.5}, "resume: train.lr = 0.5, the checkpoint has 0.002"),
+        ({"train.lr": 0.5}, "resume: train.lr = 0.5, the checkpoint has 0.001"),
         ({"rounds": 9}, "resume: rounds = 9, the checkpoint has 2; run with the"),
         ({"seed": 1}, "resume: data (public) is"),
         ({"data.max-train-rows": 190}, "resume: data (train) is"),
