@@ -92,8 +92,7 @@ class PlainLoop:
         server = self.server
         ffns = compressed_ffns(base_model(server.sub_fm), server.plan)
         batches = shuffled_batches(rows, self.config.train.batch_size, seed=0)
-        limits = server.package().activity_limits
-        return inactive_rates(server.sub_fm, ffns, batches, limits)
+        return inactive_rates(server.sub_fm, ffns, batches, server.limits)
 
 
 def average_adapters(adapters: Sequence[Adapter], weights: Sequence[int]) -> Adapter:

@@ -24,6 +24,7 @@ from fedpft_flower.config import (
     MARK,
     Config,
     FedPFTError,
+    existing_path,
     flat_defaults,
     flatten,
     nest,
@@ -104,20 +105,13 @@ def read_config(conf: Path | None, pairs: Sequence[str]) -> Config:
     # Relative paths mean the shell's directory here, not some server process's.
     for key in ("fm.name", "data.path", "data.public-path"):
         value = flat.get(key)
-        if isinstance(value, str) and value and _exists(value):
-            flat[key] = str(Path(value).expanduser().absolute())
+        if isinstance(value, str) and value and (place := existing_path(value)):
+            flat[key] = str(place.absolute())
     for key in ("out-dir", "resume"):
-        place = flat.get(key)
-        if isinstance(place, str) and place:
-            flat[key] = os.path.abspath(os.path.expanduser(place))  # noqa: PTH100, PTH111
+        value = flat.get(key)
+        if isinstance(value, str) and value:
+            flat[key] = os.path.abspath(os.path.expanduser(value))  # noqa: PTH100, PTH111
     return Config.from_run_config(flat)
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).expanduser().exists()
-    except (OSError, RuntimeError):  # too long; a home that does not exist
-        return False
 
 
 def _pair(text: str) -> dict[str, Any]:

@@ -335,12 +335,21 @@ def private_cache(name: str) -> Path:
     return folder
 
 
-def is_directory(name: str) -> bool:
-    """Tell whether a name, which a user typed, is a directory."""
+def last_used(path: Path) -> float:
+    """Return when something in the cache was used last; 0 where it is gone."""
     try:
-        return Path(name).expanduser().is_dir()
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process removed it
+        return 0.0
+
+
+def existing_path(name: str) -> Path | None:
+    """Return the path that a user typed, or None where there is nothing."""
+    try:
+        place = Path(name).expanduser()
+        return place if place.exists() else None
     except (OSError, RuntimeError):  # too long; a home that does not exist
-        return False
+        return None
 
 
 def _kebab(name: str) -> str:

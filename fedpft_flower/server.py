@@ -142,7 +142,8 @@ class ProxyServer:
             "test": self.encode(task.test),
         }
         self._public = self.encode(public) if public is not None else None
-        self._limits: list[Tensor] = []
+        # Of activity, [K] for each compressed layer (see `Package`); none at first.
+        self.limits: list[Tensor] = []
         # Rises whenever what `package` returns changes.
         self.version = 0
 
@@ -173,7 +174,7 @@ class ProxyServer:
             plan=self.plan,
             head=self._head,
             weights=self._snapshot(),
-            activity_limits=self._limits,
+            activity_limits=self.limits,
             processor_files=files,
         )
 
@@ -263,12 +264,11 @@ class ProxyServer:
 
         Generators are not among it: every seed derives from the run's and the round.
         """
-        changing = {p.data_ptr() for p, _ in self._alignable()}
-        weights = {n: w for n, w in self._weights.items() if w.data_ptr() in changing}
+        changing = {name: self._weights[name].clone() for name in self._changing()}
         return {
             **{f"{_ADAPTER}{name}": tensor for name, tensor in self.adapter.items()},
-            **{f"{_WEIGHT}{name}": tensor.clone() for name, tensor in weights.items()},
-            **{f"{_LIMIT}{i:06d}": limit for i, limit in enumerate(self._limits)},
+            **{f"{_WEIGHT}{name}": tensor for name, tensor in changing.items()},
+            **{f"{_LIMIT}{i:06d}": limit for i, limit in enumerate(self.limits)},
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -283,14 +283,13 @@ class ProxyServer:
             }
             for kind in (_ADAPTER, _WEIGHT, _LIMIT)
         }
-        own = {n.removeprefix(_WEIGHT) for n in self.state() if n.startswith(_WEIGHT)}
-        if parts[_WEIGHT].keys() != own:
+        if parts[_WEIGHT].keys() != self._changing():
             raise FedPFTError(
                 "the saved sub-FM has other aligned weights than this one"
             )
         for name, tensor in parts[_WEIGHT].items():
             self._weights[name].copy_(tensor)
-        self._limits = [limit for _, limit in sorted(parts[_LIMIT].items())]
+        self.limits = [limit for _, limit in sorted(parts[_LIMIT].items())]
         self._plug_in(parts[_ADAPTER])
         self.version += 1
 
@@ -360,11 +359,16 @@ class ProxyServer:
 
     def _snapshot(self) -> dict[str, Tensor]:
         """Return the frozen weights; only what alignment may change is copied."""
-        changing = {p.data_ptr() for p, _ in self._alignable()}
+        changing = self._changing()
         return {
-            name: weight.clone() if weight.data_ptr() in changing else weight
+            name: weight.clone() if name in changing else weight
             for name, weight in self._weights.items()
         }
+
+    def _changing(self) -> set[str]:
+        """Return the names of the frozen weights that alignment may ever change."""
+        places = {parameter.data_ptr() for parameter, _ in self._alignable()}
+        return {n for n, w in self._weights.items() if w.data_ptr() in places}
 
     def _compressed(self) -> list[FFN]:
         return compressed_ffns(base_model(self.sub_fm), self.plan)
@@ -384,7 +388,7 @@ class ProxyServer:
         align, ffns = self.config.align, self._compressed()
         if align.activity == "public":
             rates = inactive_rates(
-                self.sub_fm, ffns, self._activity_batches(), self._limits
+                self.sub_fm, ffns, self._activity_batches(), self.limits
             )
         if rates is None or [len(r) for r in rates] != [ffn.width for ffn in ffns]:
             raise FedPFTError(
@@ -438,7 +442,7 @@ class ProxyServer:
         if not (self.method.align_during and self.plan.compressed):
             return
         rms = activation_rms(self.sub_fm, self._compressed(), self._activity_batches())
-        self._limits = [self.config.align.inactive_threshold * r for r in rms]
+        self.limits = [self.config.align.inactive_threshold * r for r in rms]
 
     def _activity_batches(self) -> Any:
         assert self._public is not None

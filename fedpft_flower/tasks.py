@@ -6,7 +6,7 @@ they are.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -96,7 +96,7 @@ def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
             f"data-path = {config.path!r} is not used by data.task = {config.task!r}; "
             "set data.task to 'text' or 'image'"
         )
-    source = _source(config, "data-path", hub=False)
+    source = source_of(config, "data-path", hub=False)
     rows = _split(source, config.train_split, "train-split")
     columns = {**task.inputs(config), "label": config.label_column}
     rows = choose_columns(rows, columns, _SETTINGS)
@@ -124,13 +124,8 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     """
     task = task_of(config.task)
     if config.public_path:
-        source = read_splits(
-            config.public_path,
-            "data.public-path",
-            task.modality,
-            config.public_subset,
-            config.separator,
-        )
+        place = replace(config, path=config.public_path, subset=config.public_subset)
+        source = source_of(place, "data.public-path")
         split = _split(source, config.public_split, "data.public-split")
         kind = "image" if task.modality == "image" else "text"
         wanted = {kind: config.public_column or kind}
@@ -261,7 +256,7 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
     row = task_of(config.task)
     assert row.inputs is not None
     columns = {**row.inputs(config), "label": config.label_column}
-    source = _source(config, "data.path")
+    source = source_of(config, "data.path")
     parts: dict[str, Dataset] = {}
     notes: dict[str, str] = {}
     for role, split in _roles(config, source).items():
@@ -287,7 +282,17 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
     )
 
 
-def _source(config: DataConfig, key: str, hub: bool = True) -> Splits:
+def source_of(config: DataConfig, key: str, hub: bool = True) -> Splits:
+    """Return the splits at `data.path`, as they stand there.
+
+    Args:
+        config: where and how to read.
+        key: the setting that names the path, for messages.
+        hub: whether a hub may be asked for what is not here.
+
+    Raises:
+        FedPFTError: there is nothing that can be read.
+    """
     modality = task_of(config.task).modality
     return read_splits(config.path, key, modality, config.subset, config.separator, hub)
 

@@ -79,7 +79,7 @@ def train_adapter(
         FedPFTError: the loss is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    start = [p.detach().clone() for p in parameters]
+    start = [p.detach().clone() for p in parameters] if proximal_mu else []
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
     began, losses = time.monotonic(), []
     # The process is shared by virtual clients: dropout must not depend on its past.

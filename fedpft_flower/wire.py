@@ -32,7 +32,7 @@ from fedpft_flower.codec import (
     encode_weights,
     recode,
 )
-from fedpft_flower.config import FedPFTError, cache_dir
+from fedpft_flower.config import FedPFTError, cache_dir, last_used
 from fedpft_flower.plan import Plan
 from fedpft_flower.server import Package
 
@@ -277,17 +277,10 @@ class Store:
 
     def _prune(self) -> None:
         copies = [self.directory(content) for content in self.hashes()]
-        for old in sorted(copies, key=_last_used)[: -self.KEEP]:
-            if time.time() - _last_used(old) < self.UNUSED_SECONDS:
+        for old in sorted(copies, key=last_used)[: -self.KEEP]:
+            if time.time() - last_used(old) < self.UNUSED_SECONDS:
                 continue
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _last_used(copy: Path) -> float:
-    try:
-        return copy.stat().st_mtime
-    except FileNotFoundError:  # another process removed it
-        return 0.0
 
 
 # --------------------------------------------------------------- changes of a package
@@ -367,11 +360,17 @@ class Ledger:
 
     def count(
         self, direction: str, message: Message, logical: bool = True, sent: bool = True
-    ) -> None:
-        """Count one message; `direction` is "down" (to clients) or "up"."""
-        for kind, size in message_bytes(message).items():
+    ) -> int:
+        """Count one message; `direction` is "down" (to clients) or "up".
+
+        Returns:
+            Its bytes, all kinds together.
+        """
+        sizes = message_bytes(message)
+        for kind, size in sizes.items():
             self.logical[self.round, direction, kind] += size if logical else 0
             self.sent[self.round, direction, kind] += size if sent else 0
+        return sum(sizes.values())
 
     def state(self) -> list[list[Any]]:
         """Return all counts, as JSON can hold them."""
@@ -501,16 +500,16 @@ class CountingGrid(Grid):
             self._codec[number] = codec_of(message)
             # Installs go to machines, but count for each node: `Federation` does that.
             own = message.metadata.message_type != INSTALL
-            self.ledger.count("down", message, logical=own)
-            self._count_node(message.metadata.dst_node_id, "down", message)
+            size = self.ledger.count("down", message, logical=own)
+            self.node_bytes[self.ledger.round, self._recipient[number], "down"] += size
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pass on and count."""
         replies = list(self._grid.pull_messages(message_ids))
         for reply in replies:
-            self.ledger.count("up", reply)
-            self._count_node(self.node_of(reply), "up", reply)
+            size = self.ledger.count("up", reply)
+            self.node_bytes[self.ledger.round, self.node_of(reply), "up"] += size
             self._decode(reply)
         return replies
 
@@ -535,10 +534,6 @@ class CountingGrid(Grid):
                 reply.content = recode(reply.content, codec, decode_arrays)
             except (TypeError, ValueError) as error:
                 logger.info("an adapter that is not %s: %s", codec, error)
-
-    def _count_node(self, node: int, direction: str, message: Message) -> None:
-        size = sum(message_bytes(message).values())
-        self.node_bytes[self.ledger.round, node, direction] += size
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
