@@ -64,7 +64,8 @@ def _serve(grid: Grid, context: Context) -> None:
         "public": public,
     }
     checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
-    own = _identity(config, splits, server)
+    hashes = _hashes(splits, server)
+    own = identity(config.flat(), {**hashes, "fedpft-flower": __version__})
     saved = checkpoints.load() if config.resume else None
     if saved is not None:
         check_same(saved.state, own)
@@ -77,7 +78,10 @@ def _serve(grid: Grid, context: Context) -> None:
     inner = inner_strategy(config.strategy, config.strategy_args, clients)
     _tell_rows(federation, task)
     run = _Run(config, directory, checkpoints, FedPFT(server, federation, inner), own)
-    run.resume(saved) if saved is not None else run.prepare()
+    if saved is None:
+        run.prepare()
+    else:
+        run.resume(saved)
     try:
         run.strategy.start(
             counting,
@@ -96,7 +100,7 @@ def _serve(grid: Grid, context: Context) -> None:
     after = server.evaluate("test")
     summary = _summary(run, after, counting.ledger)
     federation.offer(server)  # a run that was over when it was resumed has not yet
-    manifest = _manifest(config, task, splits, server, federation)
+    manifest = _manifest(config, task, splits, hashes, server, federation)
     directory.finish(server, summary, manifest)
     _show(summary, config.data.metric)
     logger.info("results: %s", directory.path)
@@ -140,24 +144,18 @@ def _tell_rows(federation: Federation, task: TaskData) -> None:
         )
 
 
-def _identity(
-    config: Config, splits: Mapping[str, Dataset | None], server: ProxyServer
-) -> dict[str, Any]:
-    """Return what must be the same for a run to be continued."""
-    hashes = {
-        f"data ({name})": content_hash(rows)
-        for name, rows in splits.items()
-        if rows is not None
+def _hashes(
+    splits: Mapping[str, Dataset | None], server: ProxyServer
+) -> dict[str, str]:
+    """Return the hashes of what a run starts from."""
+    data = {
+        name: content_hash(rows) for name, rows in splits.items() if rows is not None
     }
-    return identity(
-        config.flat(),
-        {
-            **hashes,
-            "FM": tensors_hash(server.fm_weights),
-            "plan": tensors_hash({}, server.plan.to_json().encode()),
-            "fedpft-flower": __version__,
-        },
-    )
+    return {
+        **{f"data ({name})": content for name, content in data.items()},
+        "FM": tensors_hash(server.fm_weights),
+        "plan": tensors_hash({}, server.plan.to_json().encode()),
+    }
 
 
 class _Run:
@@ -299,7 +297,8 @@ def _summary(run: _Run, after: Metrics, ledger: Ledger) -> Metrics:
 def _manifest(
     config: Config,
     task: TaskData,
-    splits: dict[str, Dataset | None],
+    splits: Mapping[str, Dataset | None],
+    hashes: Mapping[str, str],
     server: ProxyServer,
     federation: Federation,
 ) -> Metrics:
@@ -316,13 +315,13 @@ def _manifest(
             name: {
                 "rows": len(rows),
                 "source": task.notes.get(name, ""),
-                "sha256": content_hash(rows),
+                "sha256": hashes[f"data ({name})"],
             }
             for name, rows in splits.items()
             if rows is not None
         },
         "nodes": {node.key: node.examples for node in federation.nodes.values()},
-        "fm-sha256": tensors_hash(server.fm_weights),
+        "fm-sha256": hashes["FM"],
         "plan": server.plan.to_json(),
         "sub-fm-sha256": federation.sub_fm,
         "adapter-sha256": tensors_hash(server.adapter),

@@ -68,7 +68,6 @@ class Checkpoints:
                 {n: t.contiguous() for n, t in checkpoint.tensors.items()}, tensors
             )
             state = {
-                "format": FORMAT,
                 "round": checkpoint.round,
                 "tensors-sha256": _hash(tensors),
                 **checkpoint.state,
@@ -145,16 +144,13 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"resume: {name} is {_short(after.get(name))}, the checkpoint has "
                 f"{_short(before.get(name))}; give what that run had"
             )
-    differ = {
-        key: (before["config"].get(key), value)
-        for key, value in after["config"].items()
-        if key not in FREE_KEYS and before["config"].get(key) != value
-    }
-    for key, (old, new) in sorted(differ.items()):
-        raise FedPFTError(
-            f"resume: {key} = {new!r}, the checkpoint has {old!r}; run with the "
-            "config.toml of that run directory"
-        )
+    for key, new in sorted(after["config"].items()):
+        old = before["config"].get(key)
+        if key not in FREE_KEYS and old != new:
+            raise FedPFTError(
+                f"resume: {key} = {new!r}, the checkpoint has {old!r}; run with the "
+                "config.toml of that run directory"
+            )
 
 
 def identity(config: Mapping[str, Scalar], hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -230,15 +230,15 @@ class FedPFT(Strategy):
 
     def _check_enough(self, current: int, bad: Mapping[str, str]) -> None:
         wanted, count = self.server.config.train.min_replies, len(self._good)
-        lacking = shortage(self.inner, count)
         if not count:
-            lacking = "no client trained"
+            problem = "no client trained"
         elif count < wanted:
-            lacking = f"train.min-replies = {wanted}, and n = {count}"
-        if lacking:
-            usable = f"{lacking} usable replies" if count else lacking
-            reasons = "; ".join([usable, *bad.values()])
-            raise RoundError(f"round {current}: {reasons}")
+            problem = f"train.min-replies = {wanted}, and n = {count} usable replies"
+        elif lacking := shortage(self.inner, count):
+            problem = f"{lacking} usable replies"
+        else:
+            return
+        raise RoundError(f"round {current}: {'; '.join([problem, *bad.values()])}")
 
     def _describe(self, current: int) -> None:
         """Note what every client of a round did, and what it cost."""
