@@ -23,6 +23,7 @@ from fedpft_flower.encoding import check_images, content_hash
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import method_of
+from fedpft_flower.plan import Plan
 from fedpft_flower.report import RunDirectory, versions
 from fedpft_flower.server import Metrics, ProxyServer
 from fedpft_flower.strategies import inner_strategy, memory_of, remember, strategy_of
@@ -51,22 +52,23 @@ def _serve(grid: Grid, context: Context) -> None:
     config = Config.from_run_config(context.run_config)
     if config.server_threads:
         torch.set_num_threads(config.server_threads)
-    method_of(config.method)
+    method_of(config)
     strategy_of(config.strategy, config.strategy_args)
     directory = RunDirectory(config, context.run_id)
     logger.info("run directory: %s", directory.path)
     counting = CountingGrid(grid, Ledger())
-    task, public, server = load(config)
+    checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
+    saved = checkpoints.load() if config.resume else None
+    plan = Plan.from_json(saved.state["plan"]) if saved is not None else None
+    task, public, server = load(config, plan)
     splits = {
         "train": task.train,
         "validation": task.validation,
         "test": task.test,
         "public": public,
     }
-    checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
     hashes = _hashes(splits, server)
     own = identity(config.flat(), {**hashes, "fedpft-flower": __version__})
-    saved = checkpoints.load() if config.resume else None
     if saved is not None:
         check_same(saved.state, own)
     given = saved.state["installs"] if saved is not None else {}
@@ -106,18 +108,22 @@ def _serve(grid: Grid, context: Context) -> None:
     logger.info("results: %s", directory.path)
 
 
-def load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
+def load(
+    config: Config, plan: Plan | None = None
+) -> tuple[TaskData, Dataset | None, ProxyServer]:
     """Load the task, the public corpus where there is one, and the server with its FM.
+
+    A run that goes on gives its plan.
 
     Raises:
         FedPFTError: the configuration, the data or the FM do not fit each other.
     """
     logger.info("loading task %s", config.data.task)
     task = load_task(config.data, config.seed)
-    row, method = task_of(config.data.task), method_of(config.method)
-    aligns = method.align_before or method.align_during
+    row, needs_public = task_of(config.data.task), method_of(config).needs_public
     has_public = bool(config.data.public_path or row.public)
-    public = load_public(config.data, config.seed) if aligns or has_public else None
+    needed = needs_public or has_public
+    public = load_public(config.data, config.seed) if needed else None
     for split, rows in (
         ("validation", task.validation),
         ("test", task.test),
@@ -128,7 +134,7 @@ def load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
     logger.info("loading FM %s", config.fm.name)
     head = names_in(config.lora.head)
     fm = load_fm(config.fm.name, task.labels, row.modality, config.seed, head)
-    return task, public, ProxyServer(config, fm, task, public)
+    return task, public, ProxyServer(config, fm, task, public, plan)
 
 
 def _tell_rows(federation: Federation, task: TaskData) -> None:
@@ -154,7 +160,6 @@ def _hashes(
     return {
         **{f"data ({name})": content for name, content in data.items()},
         "FM": tensors_hash(server.fm_weights),
-        "plan": tensors_hash({}, server.plan.to_json().encode()),
     }
 
 
@@ -240,6 +245,7 @@ class _Run:
         memory, form = memory_of(strategy.inner)
         state = {
             **self._own,
+            "plan": strategy.server.plan.to_json(),
             "installs": strategy.federation.installs(),
             "ledger": strategy.federation.grid.ledger.state(),
             "strategy": form,

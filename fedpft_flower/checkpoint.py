@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedpft_flower.config import FedPFTError, Scalar
 
-FORMAT = 1  # of the files; rises when older ones can no longer be read
+FORMAT = 2  # of the files; rises when older ones can no longer be read
 
 # Settings that may differ between a run and its continuation: they say where things
 # are and how long to wait. What stands there is compared by content.
@@ -105,6 +105,7 @@ class Checkpoints:
                 tensors = place / "tensors.safetensors"
                 if _hash(tensors) != state["tensors-sha256"]:
                     raise ValueError("its tensors have another hash")
+                _check_format(state)
                 return Checkpoint(current, load_file(tensors), state)
             except (OSError, ValueError, KeyError) as error:
                 problems.append(f"{place.name} ({error})")
@@ -122,6 +123,14 @@ class Checkpoints:
         return sorted(int(name.removeprefix("round-")) for name in names)
 
 
+def _check_format(state: Mapping[str, Any]) -> None:
+    if state.get("format") != FORMAT:
+        raise FedPFTError(
+            f"the checkpoint has format {state.get('format')}, this version reads "
+            f"{FORMAT}; resume with the version that wrote it"
+        )
+
+
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a run that was another one, and name the difference.
 
@@ -132,11 +141,6 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         FedPFTError: they differ.
     """
-    if saved.get("format") != now["format"]:
-        raise FedPFTError(
-            f"the checkpoint has format {saved.get('format')}, this version reads "
-            f"{now['format']}; resume with the version that wrote it"
-        )
     before, after = saved["identity"], now["identity"]
     for name in sorted(before.keys() | after.keys()):
         if name != "config" and before.get(name) != after.get(name):

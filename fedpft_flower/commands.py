@@ -70,7 +70,7 @@ def run_experiment(
         FedPFTError: the configuration or the app is wrong; nothing was started.
     """
     config = read_config(conf, pairs)
-    method_of(config.method)
+    method_of(config)
     strategy_of(config.strategy, config.strategy_args)
     if not (app / "pyproject.toml").is_file() or not (app / "client_app.py").is_file():
         raise FedPFTError(f"--app {app} is not this Flower app; give its checkout")

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+# What an alignment before training is made of.
+ALIGNMENTS = ("bias", "least-squares", "distill")
+
 Scalar = bool | int | float | str
 
 # Lines for people start with this in a run's stream; `fedpft-run` shows only these.
@@ -145,8 +148,9 @@ class SubFMConfig:
     keep_neurons: int = 0
     # Layers left whole, comma-separated; negative counts from the end: "0,-1".
     whole_layers: str = ""
-    # "norm" (the paper's saliency) or "random" (a control).
-    saliency: str = "norm"
+    # How neurons are scored: "norm" (the paper's), "random" (a control), or by what
+    # they do on the public corpus: "energy", "variance", "greedy". "" is the method's.
+    selection: str = ""
     # Layer dropping (`fedot`) keeps this share of the parameters of all layers; 0 means
     # as many as the sub-FM above would have.
     layer_budget: float = 0.0
@@ -156,17 +160,29 @@ class SubFMConfig:
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Budget and shape the two distillations of the paper.
+    """Say how the sub-FM is aligned with the FM, and how much that may cost.
 
     A budget ends at whichever of its positive limits comes first.
     """
 
-    # Before the first round: layer-level distillation.
+    # Before the first round: "none", or steps joined by "+": "bias" and "least-squares"
+    # (output biases, or output weights too, in closed form), "distill" (layer-level).
+    # "" is the method's.
+    before: str = ""
+    # After every `every`-th round: "none", "least-squares", or "distill"
+    # (neuron-level). "" is the method's.
+    during: str = ""
+    # Least squares: weight of the Jacobian, ridge (both as shares), and how many public
+    # tokens to look at; 0 takes 40 for each kept neuron of a layer.
+    jacobian_weight: float = 0.3
+    ridge: float = 0.001
+    calibration_tokens: int = 0
+    # Layer-level distillation.
     steps: int = 100
     tokens: int = 0
     seconds: float = 0.0
     lr: float = 0.001
-    # During training: neuron-level distillation after every `every`-th round.
+    # Alignment during training, and neuron-level distillation.
     every: int = 5
     during_steps: int = 20
     during_tokens: int = 0
@@ -426,6 +442,9 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "sub-fm.keep-neurons": (0, 1e9, True),
     "sub-fm.layer-budget": (0, 1, True),
     "sub-fm.end-layers": (1, 1e6, True),
+    "align.jacobian-weight": (0, 1e6, True),
+    "align.ridge": (0, 1e6, False),
+    "align.calibration-tokens": (0, 1e12, True),
     "align.steps": (0, 1e9, True),
     "align.tokens": (0, 1e15, True),
     "align.seconds": (0, 1e9, True),
@@ -450,6 +469,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.lr-decay": ("linear", "none"),
     "lora.init": ("gaussian", "kaiming"),
     "align.activity": ("clients", "public"),
+    "align.during": ("", "none", "least-squares", "distill"),
 }
 
 
@@ -472,6 +492,12 @@ def _problems(config: Config) -> list[str]:
         if not any(flat[f"{name}.{limit}"] for limit in budget):
             keys = ", ".join(f"{name}.{limit}" for limit in budget)
             found.append(f"{keys} are all 0; give at least one a positive budget")
+    steps = config.align.before.split("+")
+    if config.align.before not in ("", "none") and not set(steps) <= set(ALIGNMENTS):
+        found.append(
+            f"align.before = {config.align.before!r}; choose 'none', or steps of "
+            f"{', '.join(ALIGNMENTS)}, joined by '+'"
+        )
     for entry in names_in(config.sub_fm.whole_layers):
         if not re.fullmatch(r"-?\d+", entry):
             found.append(

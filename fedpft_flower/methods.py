@@ -1,53 +1,83 @@
-"""List the methods to compare: each is one row over the same three knobs."""
+"""List the methods to compare: each is one row over the same four knobs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.plan import Planner, drop_layers, keep_all, keep_salient
+from fedpft_flower.selection import selection_of
 
 
 @dataclass(frozen=True)
 class Method:
-    """Describe a method: what the clients get, and when it is aligned with the FM."""
+    """Describe a method: what the clients get, and when it is aligned with the FM.
+
+    `selection` says how neurons are scored, `before` and `during` how the sub-FM is
+    aligned; the settings `sub-fm.selection`, `align.before` and `align.during` take
+    their place where they are given.
+    """
 
     paper: str
     plan: Planner
-    align_before: bool
-    align_during: bool
-    # Fixes how neurons are scored; "" leaves it to `sub-fm.saliency`.
-    saliency: str = ""
+    selection: str = "norm"
+    before: str = "none"
+    during: str = "none"
+
+    @property
+    def needs_public(self) -> bool:
+        """Tell whether this method needs a public corpus, to align or to select."""
+        aligns = (self.before, self.during) != ("none", "none")
+        return aligns or selection_of(self.selection).needs != "nothing"
+
+    @property
+    def steps_before(self) -> list[str]:
+        """Return the steps of the alignment before training."""
+        return [] if self.before == "none" else self.before.split("+")
 
 
 _FEDPFT = "Peng et al. 2024, arXiv 2404.11536"
 _FEDOT = "Xiao et al. 2023, arXiv 2302.04870, federated"
 
 METHODS: dict[str, Method] = {
-    "fedpft": Method(_FEDPFT, keep_salient, align_before=True, align_during=True),
+    "fedpft": Method(_FEDPFT, keep_salient, before="distill", during="distill"),
     # Ablations: N no alignment, B before training only, D during training only.
-    "fedpft-n": Method(_FEDPFT, keep_salient, align_before=False, align_during=False),
-    "fedpft-b": Method(_FEDPFT, keep_salient, align_before=True, align_during=False),
-    "fedpft-d": Method(_FEDPFT, keep_salient, align_before=False, align_during=True),
+    "fedpft-n": Method(_FEDPFT, keep_salient),
+    "fedpft-b": Method(_FEDPFT, keep_salient, before="distill"),
+    "fedpft-d": Method(_FEDPFT, keep_salient, during="distill"),
     # The control for the choice of neurons: random ones, aligned like fedpft's.
-    "fedpft-r": Method(_FEDPFT, keep_salient, True, True, saliency="random"),
-    # Whole layers dropped, adapters in the end layers; B: the rest distilled before.
-    "fedot": Method(_FEDOT, drop_layers, align_before=False, align_during=False),
-    "fedot-b": Method(_FEDOT, drop_layers, align_before=True, align_during=False),
-    # The upper bound: LoRA on the full FM at every client.
-    "fedpetuning": Method(
-        "Zhang et al. 2023, arXiv 2212.10025",
-        keep_all,
-        align_before=False,
-        align_during=False,
+    "fedpft-r": Method(
+        _FEDPFT, keep_salient, selection="random", before="distill", during="distill"
     ),
+    # Neurons chosen by what they do on public data, and a closed-form start.
+    "fedpft-ls": Method(
+        "docs/results.md",
+        keep_salient,
+        selection="greedy",
+        before="least-squares+distill",
+    ),
+    # Whole layers dropped, adapters in the end layers; B: the rest distilled before.
+    "fedot": Method(_FEDOT, drop_layers),
+    "fedot-b": Method(_FEDOT, drop_layers, before="distill"),
+    # The upper bound: LoRA on the full FM at every client.
+    "fedpetuning": Method("Zhang et al. 2023, arXiv 2212.10025", keep_all),
 }
 
 
-def method_of(name: str) -> Method:
-    """Return the row of a method.
+def method_of(config: Config) -> Method:
+    """Return the row of a run's method, with what its settings put in place.
 
     Raises:
-        FedPFTError: there is no such method.
+        FedPFTError: there is no such method or selection.
     """
-    if name not in METHODS:
-        raise FedPFTError(f"method = {name!r}; choose one of {', '.join(METHODS)}")
-    return METHODS[name]
+    if config.method not in METHODS:
+        raise FedPFTError(
+            f"method = {config.method!r}; choose one of {', '.join(METHODS)}"
+        )
+    row = METHODS[config.method]
+    if config.sub_fm.selection:
+        selection_of(config.sub_fm.selection)
+    if row.plan is keep_all:  # there is nothing to select or to align
+        return row
+    if row.plan is keep_salient:
+        row = replace(row, selection=config.sub_fm.selection or row.selection)
+    before, during = config.align.before, config.align.during
+    return replace(row, before=before or row.before, during=during or row.during)

@@ -1,8 +1,4 @@
-"""Score the neurons of an FM and choose which of them the sub-FM keeps.
-
-Scoring (`SALIENCIES`), choosing (the planners) and cutting (`sub_fm.py`) are three
-things: a score is a tensor, a choice is a `Plan`, a cut is a model.
-"""
+"""Choose, by their scores, which layers and neurons of an FM the sub-FM keeps."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_flower.architectures import FFN
-from fedpft_flower.config import FedPFTError, SubFMConfig, derive_seed, names_in
+from fedpft_flower.config import FedPFTError, SubFMConfig, names_in
 
 
 @dataclass(frozen=True)
@@ -140,51 +136,6 @@ class Plan:
         return cls(widths, kept, adapters)
 
 
-def norm_saliency(ffn: FFN, generator: torch.Generator) -> Tensor:
-    """Score neurons by the L2 norm of all their weights.
-
-    s_i = || [W_in[i, :], W_out[:, i]] ||_2 (Peng et al. 2024, sub-FM construction); a
-    gated neuron joins its rows of every block.
-
-    Returns:
-        Scores [N], float32.
-    """
-    squares = ffn.down_columns().detach().float().square().sum(dim=0)
-    for rows in ffn.up_rows():
-        squares = squares + rows.detach().float().square().sum(dim=1)
-    return squares.sqrt()
-
-
-def random_saliency(ffn: FFN, generator: torch.Generator) -> Tensor:
-    """Score neurons at random: the control for every other saliency.
-
-    Returns:
-        Scores [N] in [0, 1), float32.
-    """
-    return torch.rand(ffn.width, generator=generator)
-
-
-Saliency = Callable[[FFN, torch.Generator], Tensor]
-SALIENCIES: dict[str, Saliency] = {"norm": norm_saliency, "random": random_saliency}
-
-
-def score(ffns: Sequence[FFN], name: str, seed: int) -> list[Tensor]:
-    """Score the neurons of every layer by the named saliency.
-
-    Returns:
-        One tensor [N] a layer.
-
-    Raises:
-        FedPFTError: there is no saliency of this name.
-    """
-    if name not in SALIENCIES:
-        raise FedPFTError(
-            f"sub-fm.saliency = {name!r}; choose one of {', '.join(SALIENCIES)}"
-        )
-    generator = torch.Generator().manual_seed(derive_seed(seed, "saliency"))
-    return [SALIENCIES[name](ffn, generator) for ffn in ffns]
-
-
 class LayerSize(NamedTuple):
     """Count the parameters of a layer: of one neuron, and of all else together."""
 
@@ -220,6 +171,28 @@ def keep_all(
     return Plan(widths, {i: tuple(range(width)) for i, width in enumerate(widths)})
 
 
+def kept_counts(config: SubFMConfig, widths: Sequence[int]) -> list[int]:
+    """Return how many neurons every layer keeps: all N of those left whole.
+
+    Raises:
+        FedPFTError: more neurons or other layers are asked for than the FM has.
+    """
+    whole = _whole_layers(config.whole_layers, len(widths))
+    return [
+        width if layer in whole else _count(config, width)
+        for layer, width in enumerate(widths)
+    ]
+
+
+def _count(config: SubFMConfig, width: int) -> int:
+    if config.keep_neurons > width:
+        raise FedPFTError(
+            f"sub-fm.keep-neurons = {config.keep_neurons}, but a layer of this FM has "
+            f"{width} neurons; choose 1 to {width}"
+        )
+    return config.keep_neurons or max(1, round(width * config.keep_fraction))
+
+
 def keep_salient(
     scores: Sequence[Tensor], sizes: Sequence[LayerSize], config: SubFMConfig
 ) -> Plan:
@@ -231,11 +204,9 @@ def keep_salient(
         FedPFTError: more neurons or other layers are asked for than the FM has.
     """
     widths = tuple(len(layer_scores) for layer_scores in scores)
-    whole = _whole_layers(config.whole_layers, len(widths))
     kept: dict[int, tuple[int, ...]] = {}
-    for layer, layer_scores in enumerate(scores):
-        count = widths[layer] if layer in whole else _count(config, widths[layer])
-        order = torch.sort(layer_scores, descending=True, stable=True).indices
+    for layer, count in enumerate(kept_counts(config, widths)):
+        order = torch.sort(scores[layer], descending=True, stable=True).indices
         kept[layer] = tuple(sorted(order[:count].tolist()))
     return Plan(widths, kept)
 
@@ -274,15 +245,6 @@ def _between(first: int, end: int, count: int) -> list[int]:
     """Choose `count` of the layers first..end-1, evenly spaced between their ends."""
     step = (end - first + 1) / (count + 1)
     return [first - 1 + round(step * (i + 1)) for i in range(count)]
-
-
-def _count(config: SubFMConfig, width: int) -> int:
-    if config.keep_neurons > width:
-        raise FedPFTError(
-            f"sub-fm.keep-neurons = {config.keep_neurons}, but a layer of this FM has "
-            f"{width} neurons; choose 1 to {width}"
-        )
-    return config.keep_neurons or max(1, round(width * config.keep_fraction))
 
 
 def _whole_layers(text: str, count: int) -> set[int]:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from fedpft_flower.activity import activation_rms, inactive_rates
+from fedpft_flower.activity import Batch, activation_rms, inactive_rates
 from fedpft_flower.adapters import (
     Adapter,
     attach_adapter,
@@ -43,8 +44,11 @@ from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.encoding import Rows, encode, endless_batches, shuffled_batches
 from fedpft_flower.foundation import FoundationModel
+from fedpft_flower.least_squares import Fit, refit
 from fedpft_flower.methods import method_of
-from fedpft_flower.plan import Plan, score, size_of
+from fedpft_flower.moments import count_tokens
+from fedpft_flower.plan import Plan, kept_counts, size_of
+from fedpft_flower.selection import score, selection_of
 from fedpft_flower.sub_fm import (
     build_sub_fm,
     compressed_ffns,
@@ -58,6 +62,9 @@ logger = logging.getLogger(__name__)
 
 GRADIENT_BATCHES, GRADIENT_ROWS = 8, 8
 ACTIVITY_BATCHES = 16
+# Public tokens for each kept neuron of a layer: looked at, and at least needed. With
+# fewer, a least-squares refit fits the tokens that it sees and no others.
+CALIBRATION_TOKENS, LEAST_TOKENS = 40, 25
 PROGRESS_SECONDS = 10.0
 
 Metrics = dict[str, Any]
@@ -91,41 +98,37 @@ class ProxyServer:
         fm: FoundationModel,
         task: TaskData,
         public: Dataset | None,
+        plan: Plan | None = None,
     ) -> None:
-        """Attach the adapter to the FM and plan the sub-FM.
+        """Plan and cut the sub-FM, and attach the adapter to it and to the FM.
 
         Args:
             config: the run.
             fm: the FM, which becomes this server's own.
             task: validation and test rows, and the label set.
             public: public unlabelled rows; None where nothing needs them.
+            plan: the plan of a run that goes on; None makes one.
 
         Raises:
-            FedPFTError: the plan asks for what the FM does not have, or alignment is
-                due without a public corpus.
+            FedPFTError: the plan asks for what the FM does not have, or a public corpus
+                is needed and there is none.
         """
-        self.config, self.method = config, method_of(config.method)
+        self.config, self.method = config, method_of(config)
         self._processor = fm.processor
         self._head = fm.head
         self._modality = fm.architecture.modality
         self._model_config = config_fields(fm.model.config)
         _check_length(config.data.max_length, fm)
-        ffns = ffns_of(fm.model)
-        saliency = self.method.saliency or config.sub_fm.saliency
-        scores = score(ffns, saliency, config.seed)
-        sizes = list(map(size_of, layers_of(fm.model), ffns))
-        self.plan = self.method.plan(scores, sizes, config.sub_fm)
-        if self._aligns and public is None:
+        if self.method.needs_public and public is None:
             raise FedPFTError(
-                f"method = {config.method!r} aligns on a public corpus and there is "
-                "none; set data.public-path"
+                f"method = {config.method!r} needs a public corpus and there is none; "
+                "set data.public-path"
             )
-        if self.method.align_before and self.plan.adapters and not self.plan.aligned:
-            raise FedPFTError(
-                f"method = {config.method!r} has nothing to align: only layers with "
-                "adapters are kept; raise sub-fm.layer-budget or sub-fm.keep-fraction, "
-                "or choose method = 'fedot'"
-            )
+        self._public = self.encode(public) if public is not None else None
+        # Seconds that choosing neurons took.
+        self.selection_seconds = 0.0
+        self.plan = plan or self._choose(fm.model)
+        self._check_plan()
         self.fm_weights = frozen_weights(fm.model, self._head)
         sub_fm = build_sub_fm(fm.model, self.plan)
         self._weights = frozen_weights(sub_fm, self._head)
@@ -141,16 +144,34 @@ class ProxyServer:
             "validation": self.encode(task.validation),
             "test": self.encode(task.test),
         }
-        self._public = self.encode(public) if public is not None else None
         # Of activity, [K] for each compressed layer (see `Package`); none at first.
         self.limits: list[Tensor] = []
         # Rises whenever what `package` returns changes.
         self.version = 0
 
-    @property
-    def _aligns(self) -> bool:
-        due = self.method.align_before or self.method.align_during
-        return due and bool(self.plan.aligned)
+    def _choose(self, model: PreTrainedModel) -> Plan:
+        """Score the FM's neurons and plan the sub-FM."""
+        config, ffns = self.config, ffns_of(model)
+        began = time.monotonic()
+        counts = kept_counts(config.sub_fm, [ffn.width for ffn in ffns])
+        name, batches = self.method.selection, list[Batch]()
+        if selection_of(name).needs != "nothing":
+            logger.info("choosing neurons by selection %r", name)
+            batches = self._calibration(model, counts)
+        scores = score(model, name, counts, batches, config.align, config.seed)
+        sizes = list(map(size_of, layers_of(model), ffns))
+        plan = self.method.plan(scores, sizes, config.sub_fm)
+        self.selection_seconds = time.monotonic() - began
+        return plan
+
+    def _check_plan(self) -> None:
+        steps, plan = self.method.steps_before, self.plan
+        if steps and plan.adapters and not plan.aligned:
+            raise FedPFTError(
+                f"method = {self.config.method!r} has nothing to align: only layers "
+                "with adapters are kept; raise sub-fm.layer-budget or "
+                "sub-fm.keep-fraction, or choose method = 'fedot'"
+            )
 
     # ---------------------------------------------------------------- what it offers
 
@@ -227,7 +248,12 @@ class ProxyServer:
 
     def wants_activity(self, current: int) -> bool:
         """Tell whether the clients of this round should measure activity."""
-        return self._realigns_after(current) and self.config.align.activity == "clients"
+        clients = self.config.align.activity == "clients"
+        return (
+            clients
+            and self.method.during == "distill"
+            and self._realigns_after(current)
+        )
 
     def check_update(self, adapter: Mapping[str, Tensor]) -> None:
         """Check a client's adapter: names, shapes, finite values, how far it moved.
@@ -299,15 +325,20 @@ class ProxyServer:
         """Align the sub-FM with the FM before the first round, where the method does.
 
         Returns:
-            The alignment's budget used, and the gradient error before and after.
+            What selection and alignment used, and the gradient error before and after.
         """
-        metrics: Metrics = {}
+        metrics: Metrics = {"selection-seconds": self.selection_seconds}
         if self._public is not None:
             metrics["gradient-before"] = self._gradient_error()
-        if self.method.align_before and self.plan.aligned:
-            align = self.config.align
-            budget = Budget(align.steps, align.tokens, align.seconds)
-            metrics |= self._distil("align", self._alignable(), budget, align.lr, 0)
+        steps = self.method.steps_before if self.plan.aligned else []
+        for step in steps:
+            if step == "distill":
+                align = self.config.align
+                budget = Budget(align.steps, align.tokens, align.seconds)
+                metrics |= self._distil("align", self._alignable(), budget, align.lr, 0)
+            else:
+                metrics[step] = self._refit(bias_only=step == "bias")
+        if steps:
             metrics["gradient-after"] = self._gradient_error()
         self._measure_limits()
         return metrics
@@ -382,9 +413,11 @@ class ProxyServer:
     def _realigns_after(self, current: int) -> bool:
         # After the last round nobody trains on the sub-FM any more.
         due = current % self.config.align.every == 0 and current < self.config.rounds
-        return self.method.align_during and bool(self.plan.compressed) and due
+        return self.method.during != "none" and bool(self.plan.compressed) and due
 
     def _realign(self, current: int, rates: list[Tensor] | None) -> Metrics:
+        if self.method.during == "least-squares":
+            return {"least-squares": self._refit()}
         align, ffns = self.config.align, self._compressed()
         if align.activity == "public":
             rates = inactive_rates(
@@ -398,6 +431,64 @@ class ProxyServer:
         trainable = neuron_level(ffns, most_inactive(rates, align.proportion))
         budget = Budget(align.during_steps, align.during_tokens, align.during_seconds)
         return self._distil("realign", trainable, budget, align.during_lr, current)
+
+    def _refit(self, bias_only: bool = False) -> Metrics:
+        """Refit output weights by least squares; the seconds and every layer's fit."""
+        began, fits = time.monotonic(), list[Fit]()
+
+        def report(fit: Fit) -> None:
+            fits.append(fit)
+            logger.info(
+                "least squares: layer %d, unexplained %.3f -> %.3f (held out %.3f -> "
+                "%.3f), %d tokens, %.0f s",
+                fit.layer,
+                fit.before,
+                fit.after,
+                fit.held_out_before,
+                fit.held_out_after,
+                fit.tokens,
+                time.monotonic() - began,
+            )
+
+        counts = [len(self.plan.kept[layer]) for layer in self.plan.compressed]
+        batches = self._calibration(base_model(self.fm), counts)
+        refit(
+            self.fm,
+            self.sub_fm,
+            self.plan,
+            batches,
+            self.config.align,
+            report,
+            bias_only,
+        )
+        return {
+            "seconds": time.monotonic() - began,
+            "layers": [asdict(fit) for fit in fits],
+        }
+
+    def _calibration(
+        self, model: PreTrainedModel, counts: Sequence[int]
+    ) -> list[Batch]:
+        """Return public batches of enough tokens to keep so many neurons of a layer."""
+        assert self._public is not None
+        align, most = self.config.align, max(counts)
+        wanted = align.calibration_tokens or CALIBRATION_TOKENS * most
+        seed = derive_seed(self.config.seed, "calibration")
+        batches, tokens = list[Batch](), 0
+        for batch in shuffled_batches(self._public, align.batch_size, seed):
+            if tokens >= wanted and len(batches) >= 2:
+                break
+            batches.append(batch)
+            tokens += count_tokens(model, batch)
+        if tokens < LEAST_TOKENS * most:
+            logger.warning(
+                "%d public tokens for %d kept neurons a layer are few; raise "
+                "data.public-rows or align.calibration-tokens to %d tokens or more",
+                tokens,
+                most,
+                LEAST_TOKENS * most,
+            )
+        return batches
 
     def _distil(
         self,
@@ -439,7 +530,7 @@ class ProxyServer:
     def _measure_limits(self) -> None:
         """Set the limits of activity from the public corpus, for the current sub-FM."""
         self.version += 1
-        if not (self.method.align_during and self.plan.compressed):
+        if not (self.method.during == "distill" and self.plan.compressed):
             return
         rms = activation_rms(self.sub_fm, self._compressed(), self._activity_batches())
         self.limits = [self.config.align.inactive_threshold * r for r in rms]

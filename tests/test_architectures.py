@@ -28,16 +28,15 @@ from fedpft_flower.architectures import (
     ffns_of,
     layers_of,
 )
-from fedpft_flower.config import FedPFTError, LoraConfig, SubFMConfig
+from fedpft_flower.config import AlignConfig, FedPFTError, LoraConfig, SubFMConfig
 from fedpft_flower.plan import (
     Plan,
     keep_all,
     keep_salient,
-    norm_saliency,
     parameters_of,
-    score,
     size_of,
 )
+from fedpft_flower.selection import Evidence, norm
 from fedpft_flower.sub_fm import build_sub_fm, frozen_weights
 from tests.families import CLASSES, CONFIGS, WIDTH, tiny_batch, tiny_model
 
@@ -54,8 +53,12 @@ def logits(model, batch):
         return model(**batch).logits
 
 
+def evidence(ffn):
+    return Evidence(ffn, None, ffn.width, AlignConfig(), torch.Generator())
+
+
 def plans(model, **settings):
-    scores = score(ffns_of(model), "norm", seed=0)
+    scores = [norm(evidence(ffn)) for ffn in ffns_of(model)]
     return keep_salient(scores, sizes_of(model), SubFMConfig(**settings))
 
 
@@ -64,7 +67,7 @@ def sizes_of(model):
 
 
 def whole(model):
-    scores = score(ffns_of(model), "norm", seed=0)
+    scores = [norm(evidence(ffn)) for ffn in ffns_of(model)]
     return keep_all(scores, sizes_of(model), SubFMConfig())
 
 
@@ -174,14 +177,14 @@ def test_permuting_neurons_leaves_logits_unchanged(family):
 @families
 def test_saliency_sees_every_weight_of_its_neuron_only(family):
     fm = tiny_model(family)
-    ffn, generator = ffns_of(fm)[1], torch.Generator()
-    before = norm_saliency(ffn, generator)
+    ffn = ffns_of(fm)[1]
+    before = norm(evidence(ffn))
     for parameter, axis, _ in ffn.parameters_by_axis(torch.tensor([3])):
         if parameter.ndim < 2:
             continue  # biases do not count in the paper's saliency
         with torch.no_grad():
             parameter.select(axis, 3).add_(1.0)
-        after = norm_saliency(ffn, generator)
+        after = norm(evidence(ffn))
         changed = (after != before).nonzero().flatten().tolist()
         assert changed == [3]
         before = after
@@ -190,7 +193,7 @@ def test_saliency_sees_every_weight_of_its_neuron_only(family):
 @families
 def test_saliency_is_the_norm_of_row_and_column(family):
     ffn = ffns_of(tiny_model(family))[0]
-    scores = norm_saliency(ffn, torch.Generator())
+    scores = norm(evidence(ffn))
     for i in range(ffn.width):
         rows = [
             linear.weight[block * ffn.width + i]

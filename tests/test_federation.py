@@ -68,9 +68,9 @@ def test_a_plain_loop_gives_the_same_adapter_as_flower(local_grid, settings, met
         torch.testing.assert_close(exported[name], tensor, atol=2e-6, rtol=1e-4)
     assert rounds[-1]["fm-accuracy"] == pytest.approx(last["fm-accuracy"])
     assert manifest["plan"] == server.plan.to_json()
-    due = METHODS[method].align_during
+    due = METHODS[method].during != "none"
     assert [("alignment" in r) for r in rounds[1:]] == [due, due, False]
-    aligned = METHODS[method].align_before
+    aligned = "distill" in METHODS[method].before
     assert ("steps" in rounds[0]["alignment"]) == aligned
     if method.startswith("fedot"):
         assert server.plan.layers == (0, 2, 3)
@@ -392,7 +392,7 @@ def test_stale_client_code_is_refused(local_grid, settings, monkeypatch):
         ({"method": "fedmagic"}, "method = 'fedmagic'; choose one of"),
         ({"data.task": "juggling"}, "data.task = 'juggling'"),
         ({"sub-fm.keep-neurons": 99}, "sub-fm.keep-neurons = 99"),
-        ({"sub-fm.saliency": "magic"}, "sub-fm.saliency"),
+        ({"sub-fm.selection": "magic"}, "sub-fm.selection"),
         ({"lora.targets": "query_key"}, "no module 'query_key'"),
         ({"lora.head": "poolest"}, "no module 'poolest'"),
         ({"train.clients-per-round": 9}, "clients-per-round = 9"),

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from fedpft_flower.architectures import ffns_of
 from fedpft_flower.config import FedPFTError, SubFMConfig
 from fedpft_flower.plan import (
     LayerSize,
@@ -10,9 +9,7 @@ from fedpft_flower.plan import (
     keep_all,
     keep_salient,
     parameters_of,
-    score,
 )
-from tests.families import tiny_model
 
 SCORES = [torch.tensor([3.0, 1.0, 2.0, 5.0]), torch.tensor([1.0, 1.0, 1.0, 1.0])]
 SIZES = [LayerSize(neuron=10, rest=40)] * 2
@@ -115,16 +112,3 @@ def test_json_round_trip():
 def test_what_is_not_a_plan_is_refused(text):
     with pytest.raises(FedPFTError):
         Plan.from_json(text)
-
-
-def test_random_saliency_is_seeded_and_differs_from_the_norm():
-    ffns = ffns_of(tiny_model("bert"))
-    first, again = score(ffns, "random", 1), score(ffns, "random", 1)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], score(ffns, "random", 2)[0])
-    assert not torch.equal(first[0], first[1])
-
-
-def test_unknown_saliency_is_refused():
-    with pytest.raises(FedPFTError, match="norm, random"):
-        score([], "magic", 0)

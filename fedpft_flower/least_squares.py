@@ -1,0 +1,269 @@
+"""Refit the output weights of compressed FFNs by ridge least squares, layer by layer.
+
+For one compressed layer, with the activations a of its kept neurons at the sub-FM's own
+inputs, and the target t that would make the residual stream behind it the FM's:
+
+    minimise over V, c:  E||V a + c - t||^2
+                         + beta s E||V J_a - W J_a'||^2_Q + lambda ||V - W_S||^2
+
+W_S are the FM's output columns of the kept neurons, J_a and J_a' the Jacobians of kept
+neurons (at the sub-FM's input) and of all the FM's neurons (at the FM's input), Q the
+covariance of the sub-FM's inputs, s the ratio of the energies of output and Jacobian at
+the present columns. Sums over tokens are float64, and so is the solution.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from fedpft_flower.activity import Batch
+from fedpft_flower.adapters import base_model
+from fedpft_flower.architectures import FFN, ffns_of, layers_of
+from fedpft_flower.config import AlignConfig, FedPFTError
+from fedpft_flower.moments import Seen, Sums, covariance, observe
+from fedpft_flower.plan import Plan
+from fedpft_flower.selection import energy_ratio
+
+# Every so many batches, one is held out of the sums to watch for overfit.
+HOLD_OUT_EVERY = 10
+# The ridge is raised by these factors while that lowers the held-out error.
+RIDGE_FACTORS = (1.0, 10.0, 100.0, 1000.0)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Hold the quadratic function of V [D, K] and c [D] of one layer; all float64."""
+
+    columns: Tensor  # the present W_S [D, K]
+    bias: Tensor | None  # the present b_out [D]; None where `down` has none, so c = 0
+    gram: Tensor  # E[a a^T] [K, K]
+    cross: Tensor  # E[t a^T] [D, K]
+    mean: Tensor  # E[a] [K]
+    target: Tensor  # E[t] [D]
+    square: Tensor  # E[t^2], a scalar
+    jacobian: Tensor  # beta s K_SS [K, K]
+    jacobian_cross: Tensor  # beta s W K_NS [D, K]
+    ridge: Tensor  # lambda, a scalar
+    tokens: int
+
+    def with_ridge(self, factor: float) -> "Objective":
+        """Return the same objective with a multiple of its ridge."""
+        return replace(self, ridge=factor * self.ridge)
+
+    def error(self, columns: Tensor, bias: Tensor | None) -> Tensor:
+        """Return E||V a + c - t||^2, the error of the output."""
+        found = self.square - 2 * (columns * self.cross).sum()
+        found = found + ((columns @ self.gram) * columns).sum()
+        if bias is not None:
+            shift = 2 * (columns @ self.mean - self.target)
+            found = found + (bias * (bias + shift)).sum()
+        return found
+
+    def value(self, columns: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the objective, up to the Jacobian term's constant."""
+        slopes = ((columns @ self.jacobian) * columns).sum()
+        slopes = slopes - 2 * (columns * self.jacobian_cross).sum()
+        distance = (columns - self.columns).square().sum()
+        return self.error(columns, bias) + slopes + self.ridge * distance
+
+    def solve(self) -> tuple[Tensor, Tensor | None]:
+        """Return the V [D, K] and c [D] that minimise the objective."""
+        gram, cross = self.gram, self.cross
+        if self.bias is not None:
+            gram = gram - torch.outer(self.mean, self.mean)
+            cross = cross - torch.outer(self.target, self.mean)
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        left = gram + self.jacobian + self.ridge * identity
+        right = cross + self.jacobian_cross + self.ridge * self.columns
+        columns: Tensor = torch.linalg.solve(left, right, left=False)
+        return columns, self.centre(columns)
+
+    def centre(self, columns: Tensor) -> Tensor | None:
+        """Return the best bias of given columns."""
+        return None if self.bias is None else self.target - columns @ self.mean
+
+    def unexplained(self, columns: Tensor, bias: Tensor | None) -> float:
+        """Return the error as a share of the target's variance."""
+        variance = self.square - self.target.square().sum()
+        return float(self.error(columns, bias) / variance.clamp_min(1e-30))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Say what the refit of a layer did: unexplained shares of its target."""
+
+    layer: int
+    tokens: int
+    # The chosen one of `RIDGE_FACTORS`; 0 where only the bias was refitted.
+    ridge_factor: float
+    before: float
+    after: float
+    held_out_before: float
+    held_out_after: float
+
+
+def refit(
+    fm: PeftModel,
+    sub_fm: PeftModel,
+    plan: Plan,
+    batches: Sequence[Batch],
+    align: AlignConfig,
+    report: Callable[[Fit], None],
+    bias_only: bool = False,
+) -> None:
+    """Refit the output weights and biases of all compressed layers, first to last.
+
+    Each layer sees what the layers below it became. Both models hold the same adapter.
+
+    Args:
+        fm: the FM.
+        sub_fm: the sub-FM, whose `down` projections change.
+        plan: what the sub-FM kept.
+        batches: public inputs; some are held out, to choose the ridge.
+        align: `jacobian_weight` (beta) and `ridge` (lambda, as a share of the mean
+            variance of the activations).
+        report: called after every layer.
+        bias_only: leave the columns, so that only the means of the neurons that were
+            cut move into the bias (FLAP, An et al. 2023, arXiv 2312.11983).
+
+    Raises:
+        FedPFTError: there are too few public rows, or no bias to refit.
+    """
+    if len(batches) < 2:
+        raise FedPFTError(
+            "least squares needs two batches of public rows, one to learn from and one "
+            "held out; raise data.public-rows or lower align.batch-size"
+        )
+    for layer in plan.compressed:
+        learnt, held_out = _objectives(fm, sub_fm, plan, layer, batches, align)
+        if bias_only and learnt.bias is None:
+            raise FedPFTError(
+                "align.before = 'bias', but the FFNs of this FM have no output bias; "
+                "choose 'least-squares'"
+            )
+        if bias_only:
+            factors: tuple[float, ...] = (0.0,)
+            solutions = [(learnt.columns, learnt.centre(learnt.columns))]
+        else:
+            factors = RIDGE_FACTORS
+            solutions = [learnt.with_ridge(factor).solve() for factor in factors]
+        errors = [float(held_out.error(*solution)) for solution in solutions]
+        best = min(range(len(errors)), key=errors.__getitem__)
+        present = learnt.columns, learnt.bias
+        _write(_ffn(sub_fm, plan, layer), *solutions[best])
+        report(
+            Fit(
+                layer=layer,
+                tokens=learnt.tokens,
+                ridge_factor=factors[best],
+                before=learnt.unexplained(*present),
+                after=learnt.unexplained(*solutions[best]),
+                held_out_before=held_out.unexplained(*present),
+                held_out_after=held_out.unexplained(*solutions[best]),
+            )
+        )
+
+
+def _objectives(
+    fm: PeftModel,
+    sub_fm: PeftModel,
+    plan: Plan,
+    layer: int,
+    batches: Sequence[Batch],
+    align: AlignConfig,
+) -> tuple[Objective, Objective]:
+    """Return the objective of most batches, and that of those held out."""
+    fm_layer, place = layers_of(base_model(fm))[layer], plan.places([layer])[0]
+    fm_ffn, ffn = ffns_of(base_model(fm))[layer], _ffn(sub_fm, plan, layer)
+    sub_fm_layer = layers_of(base_model(sub_fm))[place]
+    learnt, held_out = Sums(), Sums()
+    for i, batch in enumerate(batches):
+        (teacher,) = observe(fm, [fm_layer], [fm_ffn], batch)
+        (student,) = observe(sub_fm, [sub_fm_layer], [ffn], batch)
+        _add(held_out if _is_held_out(i, batches) else learnt, teacher, student, ffn)
+    fm_rows = [rows.detach() for rows in fm_ffn.up_rows()]
+    columns = fm_ffn.down_columns().detach().double()
+    return (
+        _objective(learnt, ffn, fm_rows, columns, align),
+        _objective(held_out, ffn, fm_rows, columns, align),
+    )
+
+
+def _is_held_out(place: int, batches: Sequence[Batch]) -> bool:
+    # Of fewer batches the last one, so that something always watches.
+    every = min(HOLD_OUT_EVERY, len(batches))
+    return place % every == every - 1
+
+
+def _add(sums: Sums, teacher: Seen, student: Seen, ffn: FFN) -> None:
+    residual = student.stream - student.down
+    wanted = _stream(teacher, ffn.output_norm) - residual
+    sums.tokens += len(wanted)
+    sums.add("a", student.activations)
+    sums.add("aa", student.activations, student.activations)
+    sums.add("t", wanted)
+    sums.add("ta", wanted, student.activations)
+    sums.add("t^2", wanted.square().sum(dim=1))
+    sums.add("h", student.inputs)
+    sums.add("hh", student.inputs, student.inputs)
+    sums.add_slopes(student.slopes, student.slopes, "gg")
+    sums.add_slopes(teacher.slopes, student.slopes, "GG")
+
+
+def _stream(teacher: Seen, norm: nn.Module | None) -> Tensor:
+    """Return the residual stream from which the sub-FM would give the FM's output.
+
+    It is the FM's own, unless distillation changed the norm behind it: then the one of
+    the same mean and scale that the present norm maps to the FM's output.
+    """
+    if not isinstance(norm, nn.LayerNorm):
+        return teacher.stream
+    mean = teacher.stream.mean(dim=-1, keepdim=True)
+    variance = teacher.stream.var(dim=-1, keepdim=True, unbiased=False)
+    output = teacher.output - norm.bias
+    weight = torch.where(norm.weight.abs() > 1e-6, norm.weight, torch.inf)
+    return mean + (variance + norm.eps).sqrt() * output / weight
+
+
+def _objective(
+    sums: Sums,
+    ffn: FFN,
+    fm_rows: Sequence[Tensor],
+    fm_columns: Tensor,
+    align: AlignConfig,
+) -> Objective:
+    columns = ffn.down_columns().detach().double()
+    rows = [block.detach() for block in ffn.up_rows()]
+    metric = covariance(sums, "hh", "h", "h")
+    jacobian = sums.jacobian(rows, rows, metric, "gg")
+    cross = sums.jacobian(fm_rows, rows, metric, "GG")
+    gram, bias = sums.mean("aa"), ffn.down.bias
+    centred = covariance(sums, "aa", "a", "a") if bias is not None else gram
+    scale = align.jacobian_weight * energy_ratio(columns, centred, jacobian)
+    return Objective(
+        tokens=sums.tokens,
+        columns=columns,
+        bias=None if bias is None else bias.detach().double(),
+        gram=gram,
+        cross=sums.mean("ta"),
+        mean=sums.mean("a"),
+        target=sums.mean("t"),
+        square=sums.mean("t^2"),
+        jacobian=scale * jacobian,
+        jacobian_cross=scale * fm_columns @ cross,
+        ridge=align.ridge * centred.diagonal().mean().clamp_min(1e-30),
+    )
+
+
+def _ffn(sub_fm: PeftModel, plan: Plan, layer: int) -> FFN:
+    return ffns_of(base_model(sub_fm))[plan.places([layer])[0]]
+
+
+@torch.no_grad()
+def _write(ffn: FFN, columns: Tensor, bias: Tensor | None) -> None:
+    ffn.down.weight.copy_(columns)
+    if bias is not None:
+        ffn.down.bias.copy_(bias)

@@ -1,0 +1,257 @@
+"""Sum up what the FFNs of a model do on public tokens, for scoring and refitting.
+
+Everything is streamed: memory depends on the sizes of the FFNs, never on the number of
+tokens. Sums are float64, padding is excluded.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from fedpft_flower.activity import Batch, real_tokens
+from fedpft_flower.architectures import FFN, ffns_of, layers_of
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Hold what one layer's FFN did on the real tokens of a batch.
+
+    A neuron's slope is the derivative of its activation by one of its pre-activations;
+    it has one for each block of input weights (gate and up).
+    """
+
+    inputs: Tensor  # h [tokens, D]
+    activations: Tensor  # a [tokens, N]
+    slopes: tuple[Tensor, ...]  # of each block, [tokens, N]
+    down: Tensor  # W_out a + b_out [tokens, D]
+    stream: Tensor  # the residual stream behind the FFN, before a post-LN norm
+    output: Tensor  # of the layer
+
+
+class _ReachedError(Exception):
+    """End a forward pass behind the last layer of interest."""
+
+
+class _Watched:
+    """Hook one layer and its FFN, and keep what passes through them."""
+
+    def __init__(self, layer: nn.Module, ffn: FFN) -> None:
+        self._ffn = ffn
+        self._raw: dict[str, Tensor] = {}
+        self._before: list[Tensor] = []  # pre-activations, one tensor a projection
+        self._slopes: list[Tensor] = []
+        first = ffn.up[0][0]
+        self.handles: list[RemovableHandle] = [
+            first.register_forward_pre_hook(self._enter),
+            *(linear.register_forward_hook(self._cut_graph) for linear, _ in ffn.up),
+            ffn.down.register_forward_pre_hook(self._differentiate),
+            ffn.down.register_forward_hook(self._keep("down")),
+            layer.register_forward_hook(self._keep("output")),
+        ]
+        if ffn.output_norm is not None:
+            self.handles.append(ffn.output_norm.register_forward_pre_hook(self._sum))
+
+    def seen(self, mask: Tensor | None) -> Seen:
+        """Return what passed, without padding."""
+        raw = {name: real_tokens(tensor, mask) for name, tensor in self._raw.items()}
+        slopes = tuple(real_tokens(slope, mask) for slope in self._slopes)
+        stream = raw.get("stream", raw["output"])
+        return Seen(
+            raw["inputs"],
+            raw["activations"],
+            slopes,
+            raw["down"],
+            stream,
+            raw["output"],
+        )
+
+    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._raw["inputs"] = inputs[0]
+
+    def _cut_graph(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        # From here to `down` autograd sees elementwise functions only, whichever they
+        # are: the gradient of the sum of all activations holds every slope.
+        torch.set_grad_enabled(True)
+        leaf = output.detach().requires_grad_(True)
+        self._before.append(leaf)
+        return leaf
+
+    def _differentiate(self, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        gradients = torch.autograd.grad(inputs[0].sum(), self._before)
+        torch.set_grad_enabled(False)
+        for (_, blocks), gradient in zip(self._ffn.up, gradients, strict=True):
+            self._slopes += gradient.chunk(blocks, dim=-1)
+        activations: Tensor = inputs[0].detach()
+        self._raw["activations"] = activations
+        return activations
+
+    def _sum(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._raw["stream"] = inputs[0]
+
+    def _keep(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: object, output: Any) -> None:
+            self._raw[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module, layers: Sequence[nn.Module], ffns: Sequence[FFN], batch: Batch
+) -> list[Seen]:
+    """Run one batch through a model, and return what these layers' FFNs did.
+
+    Args:
+        model: the model, in evaluation mode.
+        layers: some of its layers, first to last; what is behind them does not run.
+        ffns: their FFNs.
+        batch: its inputs; `attention_mask` [B, T] marks real tokens where present.
+    """
+
+    def stop(module: nn.Module, inputs: object, output: object) -> None:
+        raise _ReachedError
+
+    watched = [_Watched(*pair) for pair in zip(layers, ffns, strict=True)]
+    handles = [handle for one in watched for handle in one.handles]
+    handles.append(layers[-1].register_forward_hook(stop))
+    try:
+        model(**batch)
+    except _ReachedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    mask = batch.get("attention_mask")
+    return [one.seen(mask) for one in watched]
+
+
+def count_tokens(model: PreTrainedModel, batch: Batch) -> int:
+    """Return how many tokens of a batch are real; images have as many as the FM makes.
+
+    Args:
+        model: the FM, in evaluation mode.
+        batch: its inputs.
+    """
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return int(mask.sum())
+    (first,) = observe(model, layers_of(model)[:1], ffns_of(model)[:1], batch)
+    return len(first.inputs)
+
+
+class Sums:
+    """Add up products over tokens, in float64."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, left: Tensor, right: Tensor | None = None) -> None:
+        """Add the sum over tokens of x, or of x y^T.
+
+        Args:
+            name: which sum.
+            left: x [tokens, N].
+            right: y [tokens, M], or None.
+        """
+        product = left.sum(dim=0) if right is None else left.T @ right
+        total = self._sums.get(name)
+        if total is None:
+            self._sums[name] = product.double()
+        else:
+            total += product
+
+    def mean(self, name: str) -> Tensor:
+        """Return a sum divided by the number of tokens, float64."""
+        return self._sums[name] / max(self.tokens, 1)
+
+    def add_slopes(
+        self, left: Sequence[Tensor], right: Sequence[Tensor], name: str
+    ) -> None:
+        """Add the sums over tokens of g g'^T, for all pairs of blocks."""
+        for i, g_left in enumerate(left):
+            for j, g_right in enumerate(right):
+                self.add(f"{name}/{i}/{j}", g_left, g_right)
+
+    def jacobian(
+        self, left: Sequence[Tensor], right: Sequence[Tensor], metric: Tensor, name: str
+    ) -> Tensor:
+        """Return K = sum over pairs of blocks of (W Q W'^T) o E[g g'^T], float64.
+
+        With a_i(h) the activation of neuron i, K_ij = E[(da_i/dh) Q (da'_j/dh)^T], so
+        that E||V J_a - W J_a'||^2 (in the metric Q) is a quadratic of V.
+
+        Args:
+            left: input weights W [N, D] of each block.
+            right: input weights W' [M, D] of each block.
+            metric: Q [D, D].
+            name: of the sums that `add_slopes` made.
+        """
+        parts = [
+            (w_left.double() @ metric @ w_right.double().T)
+            * self.mean(f"{name}/{i}/{j}")
+            for i, w_left in enumerate(left)
+            for j, w_right in enumerate(right)
+        ]
+        return torch.stack(parts).sum(dim=0)
+
+
+def covariance(sums: Sums, product: str, left: str, right: str) -> Tensor:
+    """Return E[x y^T] - E[x] E[y]^T from the sums of these names."""
+    return sums.mean(product) - torch.outer(sums.mean(left), sums.mean(right))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Hold moments of one FFN's activations a over `tokens` public tokens, float64."""
+
+    tokens: int
+    mean: Tensor  # E[a] [N]
+    square: Tensor  # E[a^2] [N]
+    gram: Tensor | None = None  # E[a a^T] [N, N]
+    jacobian: Tensor | None = None  # K of `Sums.jacobian` with itself, [N, N]
+
+
+def neuron_moments(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    ffns: Sequence[FFN],
+    batches: Iterable[Batch],
+    grams: bool,
+) -> list[Moments]:
+    """Return the moments of these layers' neurons.
+
+    Args:
+        model: the FM, in evaluation mode.
+        layers: some of its layers, first to last.
+        ffns: their FFNs.
+        batches: public inputs.
+        grams: whether to sum [N, N] products too.
+    """
+    sums = [Sums() for _ in ffns]
+    for batch in batches:
+        for one, seen in zip(sums, observe(model, layers, ffns, batch), strict=True):
+            one.tokens += len(seen.inputs)
+            one.add("a", seen.activations)
+            one.add("a^2", seen.activations.square())
+            if grams:
+                one.add("h", seen.inputs)
+                one.add("hh", seen.inputs, seen.inputs)
+                one.add("aa", seen.activations, seen.activations)
+                one.add_slopes(seen.slopes, seen.slopes, "gg")
+    return [_moments(*pair, grams) for pair in zip(sums, ffns, strict=True)]
+
+
+def _moments(sums: Sums, ffn: FFN, grams: bool) -> Moments:
+    mean, square = sums.mean("a"), sums.mean("a^2")
+    if not grams:
+        return Moments(sums.tokens, mean, square)
+    rows = [block.detach() for block in ffn.up_rows()]
+    metric = covariance(sums, "hh", "h", "h")
+    jacobian = sums.jacobian(rows, rows, metric, "gg")
+    return Moments(sums.tokens, mean, square, sums.mean("aa"), jacobian)

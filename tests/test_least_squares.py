@@ -1,0 +1,266 @@
+"""The refit against slow references in NumPy float64, and its laws."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fedpft_flower.adapters import base_model
+from fedpft_flower.alignment import state_loss
+from fedpft_flower.architectures import ffns_of, layers_of
+from fedpft_flower.config import AlignConfig, FedPFTError
+from fedpft_flower.least_squares import _objectives, refit
+from tests.families import CONFIGS, tiny_batch
+from tests.test_architectures import adapted
+from tests.test_selection import slopes
+
+families = pytest.mark.parametrize("family", sorted(CONFIGS))
+ALIGN = AlignConfig()
+
+
+def batches(family, count=20):
+    return [tiny_batch(family, seed=seed, rows=8) for seed in range(count)]
+
+
+def recorded(model, layer, batch):
+    """Return h, a, f, stream and output of a layer, [tokens, ...] in float64."""
+    base = base_model(model)
+    block, ffn = layers_of(base)[layer], ffns_of(base)[layer]
+    found = {}
+
+    def keep(name, value):
+        value = value[0] if isinstance(value, tuple) else value
+        rows = value.detach().reshape(-1, value.shape[-1])
+        mask = batch.get("attention_mask")
+        rows = rows if mask is None else rows[mask.reshape(-1).bool()]
+        found[name] = rows.double().numpy()
+
+    first = ffn.up[0][0]
+    handles = [
+        first.register_forward_pre_hook(lambda m, i: keep("h", i)),
+        ffn.down.register_forward_pre_hook(lambda m, i: keep("a", i)),
+        ffn.down.register_forward_hook(lambda m, i, o: keep("f", o)),
+        block.register_forward_hook(lambda m, i, o: keep("output", o)),
+    ]
+    if ffn.output_norm is not None:
+        handles.append(
+            ffn.output_norm.register_forward_pre_hook(lambda m, i: keep("stream", i))
+        )
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    found.setdefault("stream", found["output"])
+    return found
+
+
+def reference(fm, sub, plan, layer, given, align):
+    """Solve one layer's refit by an augmented least-squares problem, row by row."""
+    place = plan.places([layer])[0]
+    ffn, fm_ffn = ffns_of(base_model(sub))[place], ffns_of(base_model(fm))[layer]
+    teacher = [recorded(fm, layer, batch) for batch in given]
+    student = [recorded(sub, place, batch) for batch in given]
+    join = lambda found, name: np.concatenate([one[name] for one in found])  # noqa: E731
+    a, h = join(student, "a"), join(student, "h")
+    target = join(teacher, "stream") - (join(student, "stream") - join(student, "f"))
+    tokens, columns = len(a), ffn.down.weight.detach().double().numpy()
+    has_bias = ffn.down.bias is not None
+    centred = a - a.mean(0) if has_bias else a
+    metric = np.cov(h.T, bias=True)
+    rows = [r.detach().double().numpy() for r in ffn.up_rows()]
+    fm_rows = [r.detach().double().numpy() for r in fm_ffn.up_rows()]
+    own = slopes(base_model(sub), place, h)
+    wide = slopes(base_model(fm), layer, join(teacher, "h"))
+    pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows))]
+    k_own = sum(
+        (rows[i] @ metric @ rows[j].T) * (own[i].T @ own[j] / tokens) for i, j in pairs
+    )
+    k_cross = sum(
+        (fm_rows[i] @ metric @ rows[j].T) * (wide[i].T @ own[j] / tokens)
+        for i, j in pairs
+    )
+    gram = centred.T @ centred / tokens
+    share = np.trace(columns @ gram @ columns.T) / np.trace(columns @ k_own @ columns.T)
+    scale = align.jacobian_weight * share
+    ridge = align.ridge * np.diag(gram).mean()
+    goal = target - target.mean(0) if has_bias else target
+    left = gram + scale * k_own + ridge * np.eye(len(gram))
+    wide_columns = fm_ffn.down.weight.detach().double().numpy()
+    right = goal.T @ centred / tokens + scale * wide_columns @ k_cross + ridge * columns
+    found = np.linalg.lstsq(left, right.T, rcond=None)[0].T
+    return found, target.mean(0) - found @ a.mean(0) if has_bias else None
+
+
+@families
+def test_refit_against_numpy_layer_after_layer(family):
+    fm, sub, plan = adapted(family)
+    given = batches(family)
+    learnt = [batch for i, batch in enumerate(given) if i % 10 != 9]
+    fits = []
+    _, twin, _ = adapted(family)
+    for layer in plan.compressed:  # the twin becomes what the reference says
+        columns, bias = reference(fm, twin, plan, layer, learnt, ALIGN)
+        ffn = ffns_of(base_model(twin))[plan.places([layer])[0]]
+        with torch.no_grad():
+            ffn.down.weight.copy_(torch.tensor(columns))
+            if bias is not None:
+                ffn.down.bias.copy_(torch.tensor(bias))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedpft_flower.least_squares.RIDGE_FACTORS", (1.0,))
+        refit(fm, sub, plan, given, ALIGN, fits.append)
+    for one, other in zip(
+        ffns_of(base_model(sub)), ffns_of(base_model(twin)), strict=True
+    ):
+        scale = float(other.down.weight.detach().abs().max())
+        torch.testing.assert_close(
+            one.down.weight, other.down.weight, atol=2e-3 * scale, rtol=1e-3
+        )
+    assert [fit.layer for fit in fits] == list(plan.compressed)
+    assert all(fit.after < fit.before for fit in fits)
+
+
+@families
+def test_the_solution_is_a_minimum_and_never_above_the_original_columns(family):
+    fm, sub, plan = adapted(family)
+    generator = torch.Generator().manual_seed(0)
+    for ridge, weight in ((1e-3, 0.3), (1e-6, 0.0), (10.0, 3.0)):
+        align = replace(ALIGN, ridge=ridge, jacobian_weight=weight)
+        for layer in plan.compressed:
+            one, _ = _objectives(fm, sub, plan, layer, batches(family, 6), align)
+            columns, bias = one.solve()
+            lowest = one.value(columns, bias)
+            assert lowest <= one.value(one.columns, one.bias)
+            if weight == 0.0:
+                assert one.error(columns, bias) <= one.error(one.columns, one.bias)
+            for _ in range(5):
+                noise = 0.01 * torch.randn(
+                    columns.shape, generator=generator, dtype=torch.float64
+                )
+                assert lowest < one.value(columns + noise, bias)
+            if bias is not None:
+                assert lowest < one.value(columns, bias + 0.01)
+
+
+@families
+def test_errors_of_an_objective_are_those_of_its_tokens(family):
+    fm, sub, plan = adapted(family)
+    layer, given = plan.compressed[0], batches(family, 10)
+    one, held_out = _objectives(fm, sub, plan, layer, given, ALIGN)
+    for objective, part in ((one, given[:9]), (held_out, given[9:])):
+        teacher = [recorded(fm, layer, batch) for batch in part]
+        student = [recorded(sub, layer, batch) for batch in part]
+        differences = [
+            s["stream"] - t["stream"] for t, s in zip(teacher, student, strict=True)
+        ]
+        expected = np.concatenate(differences)
+        expected = (expected**2).sum(1).mean()
+        found = float(objective.error(objective.columns, objective.bias))
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert objective.tokens == sum(len(d) for d in differences)
+
+
+@families
+def test_the_layers_follow_the_fm_closer(family):
+    fm, sub, plan = adapted(family)
+    refit(fm, sub, plan, batches(family), ALIGN, lambda fit: None)
+    _, untouched, _ = adapted(family)
+    batch = tiny_batch(family, seed=99, rows=8)
+    layer = plan.compressed[-1]
+    outputs = [
+        torch.tensor(recorded(model, layer, batch)["output"])
+        for model in (fm, untouched, sub)
+    ]
+    before = state_loss([outputs[0]], [outputs[1]], None)
+    assert state_loss([outputs[0]], [outputs[2]], None) < before
+
+
+@families
+def test_only_output_weights_and_biases_change(family):
+    fm, sub, plan = adapted(family, {"keep_fraction": 0.5, "whole_layers": "0"})
+    models = {"fm": fm, "sub": sub}
+    before = {
+        name: {k: v.clone() for k, v in model.state_dict().items()}
+        for name, model in models.items()
+    }
+    refit(fm, sub, plan, batches(family, 4), ALIGN, lambda fit: None)
+    changed = {
+        name: {k for k, v in model.state_dict().items() if not torch.equal(v, old[k])}
+        for (name, model), old in zip(models.items(), before.values(), strict=True)
+    }
+    allowed = {
+        id(parameter)
+        for layer in plan.compressed
+        for parameter in ffns_of(base_model(sub))[layer].down.parameters()
+    }
+    assert not changed["fm"]
+    named = {n for n, p in sub.named_parameters() if id(p) in allowed}
+    assert changed["sub"] == named
+
+
+def test_columns_that_already_fit_stay():
+    """A neuron that does nothing in the FM leaves nothing to compensate."""
+    fm, sub, plan = adapted("bert", {"keep_neurons": 23})
+    before = [ffn.down.weight.clone() for ffn in ffns_of(base_model(sub))]
+    with torch.no_grad():
+        for layer, ffn in enumerate(ffns_of(base_model(fm))):
+            (missing,) = set(range(24)) - set(plan.kept[layer])
+            ffn.down.weight[:, missing] = 0.0
+    fits = []
+    refit(fm, sub, plan, batches("bert", 4), ALIGN, fits.append)
+    assert all(abs(fit.before) < 1e-6 for fit in fits)
+    for ffn, old in zip(ffns_of(base_model(sub)), before, strict=True):
+        torch.testing.assert_close(ffn.down.weight, old, atol=1e-5, rtol=1e-4)
+
+
+def test_a_norm_that_distillation_changed_is_taken_into_account(monkeypatch):
+    def error():
+        """Return the error of the first layer after a refit, its norm changed."""
+        fm, sub, plan = adapted("bert")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for ffn in ffns_of(base_model(sub)):
+                for parameter in ffn.output_norm.parameters():
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(0.1 * noise)
+        refit(fm, sub, plan, batches("bert"), ALIGN, lambda fit: None)
+        batch = tiny_batch("bert", seed=99, rows=8)
+        wanted, found = (recorded(model, 0, batch)["output"] for model in (fm, sub))
+        return np.square(wanted - found).mean() / np.square(wanted).mean()
+
+    aware = error()
+    monkeypatch.setattr(
+        "fedpft_flower.least_squares._stream", lambda teacher, norm: teacher.stream
+    )
+    assert aware < 0.5 * error()
+
+
+def test_bias_only_moves_the_mean_and_keeps_the_columns():
+    fm, sub, plan = adapted("bert")
+    before = [ffn.down.weight.clone() for ffn in ffns_of(base_model(sub))]
+    fits = []
+    refit(fm, sub, plan, batches("bert"), ALIGN, fits.append, bias_only=True)
+    after = [ffn.down.weight for ffn in ffns_of(base_model(sub))]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(fit.after < fit.before for fit in fits)
+
+
+def test_bias_only_needs_a_bias():
+    fm, sub, plan = adapted("llama")
+    with pytest.raises(FedPFTError, match="no output bias; choose 'least-squares'"):
+        refit(fm, sub, plan, batches("llama", 2), ALIGN, print, bias_only=True)
+
+
+def test_one_batch_is_too_little():
+    fm, sub, plan = adapted("bert")
+    with pytest.raises(FedPFTError, match="two batches"):
+        refit(fm, sub, plan, batches("bert", 1), ALIGN, print)
+
+
+def test_a_larger_ridge_is_taken_where_few_tokens_overfit():
+    fm, sub, plan = adapted("bert", {"keep_neurons": 20})
+    few = [tiny_batch("bert", seed=seed, rows=1) for seed in range(3)]
+    fits = []
+    tiny_ridge = replace(ALIGN, ridge=1e-9, jacobian_weight=0.0)
+    refit(fm, sub, plan, few, tiny_ridge, fits.append)
+    assert any(fit.ridge_factor > 1 for fit in fits)
