@@ -159,7 +159,7 @@ def finished(local_grid, short):
         ({"rounds": 9}, "resume: rounds = 9, the checkpoint has 2; run with the"),
         ({"seed": 1}, "resume: data (public) is"),
         ({"data.max-train-rows": 190}, "resume: data (train) is"),
-        ({"sub-fm.keep-fraction": 0.4}, "resume: plan is"),
+        ({"sub-fm.keep-fraction": 0.4}, "resume: sub-fm.keep-fraction = 0.4, the"),
         ({"resume": "/no/such/run"}, "is not a run directory"),
     ],
 )

@@ -1,0 +1,191 @@
+"""Compare recipes for the sub-FM over tasks and seeds, by the plain loop.
+
+python -m benchmarks.recipes SPEC.toml --out DIR [--only TEXT] [--threads N]
+
+A spec has `seeds`, `nodes`, `lrs`, and tables `task.NAME` and `recipe.NAME` of settings.
+`lrs` is a grid of `train.lr`: for each task, each recipe takes the one that is best on
+the validation split with the first seed. A cell that has a result is not run again;
+`{NAME}` in a setting is the environment variable NAME.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import run_main
+from benchmarks.plain_loop import PlainLoop
+from fedpft_flower.config import Config, flatten
+
+KEPT_ROUNDS = ("round", "fm-accuracy", "sub-fm-accuracy", "alignment")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Name one run."""
+
+    task: str
+    recipe: str
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """Return the name of its result's file."""
+        return f"{self.task}-{self.recipe}-lr{self.lr:g}-s{self.seed}"
+
+
+class Sweep:
+    """Run the cells of a spec."""
+
+    def __init__(self, spec: Path, out: Path, only: str) -> None:
+        text = spec.read_text(encoding="utf-8")
+        self.spec: dict[str, Any] = tomllib.loads(_filled(text))
+        self.out, self.only = out, only
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> None:
+        """Run every cell that has no result, the grid of learning rates first."""
+        for cell in self.cells():
+            place = self.out / f"{cell.name}.json"
+            if place.exists() or self.only not in cell.name:
+                continue
+            began = time.monotonic()
+            result = self._run(cell)
+            draft = place.with_suffix(".partial")
+            draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            draft.replace(place)
+            print(
+                f"{cell.name}: FM {result['test']['fm-accuracy']:.4f}, sub-FM "
+                f"{result['test']['sub-fm-accuracy']:.4f}, "
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cells in the order in which they are run."""
+        first, *others = self.spec["seeds"]
+        pairs = [(t, r) for t in self.spec["task"] for r in self.spec["recipe"]]
+        for task, recipe in pairs:
+            for lr in self._grid(task, recipe):
+                yield Cell(task, recipe, first, lr)
+        for seed in others:
+            for task, recipe in pairs:
+                lr = self.best_lr(task, recipe)
+                if lr is not None:
+                    yield Cell(task, recipe, seed, lr)
+
+    def best_lr(self, task: str, recipe: str) -> float | None:
+        """Return the grid's best learning rate on validation, if all have run."""
+        seed, scores = self.spec["seeds"][0], {}
+        for lr in self._grid(task, recipe):
+            result = self.result(Cell(task, recipe, seed, lr))
+            if result is None:
+                return None
+            scores[lr] = result["rounds"][-1]["fm-accuracy"]
+        return max(scores, key=scores.__getitem__)
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """Return a cell's result, if there is one."""
+        place = self.out / f"{cell.name}.json"
+        return json.loads(place.read_text()) if place.exists() else None
+
+    def _grid(self, task: str, recipe: str) -> list[float]:
+        table = self.spec["recipe"][recipe] | self.spec["task"][task]
+        return [float(lr) for lr in table.get("lrs") or self.spec["lrs"]]
+
+    def _config(self, cell: Cell) -> Config:
+        settings: dict[str, Any] = {}
+        for part in (self.spec["task"][cell.task], self.spec["recipe"][cell.recipe]):
+            settings |= flatten({k: v for k, v in part.items() if k != "lrs"})
+        settings |= {"seed": cell.seed, "train.lr": cell.lr}
+        return Config.from_run_config(settings)
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        config = self._config(cell)
+        loop = PlainLoop(config, self.spec["nodes"])
+        rounds = [
+            {key: entry[key] for key in KEPT_ROUNDS if key in entry}
+            for entry in loop.run()
+        ]
+        server = loop.server
+        state = {name: one.contiguous() for name, one in server.state().items()}
+        (self.out / "states").mkdir(exist_ok=True)
+        save_file(state, self.out / "states" / f"{cell.name}.safetensors")
+        return {
+            "config": config.flat(),
+            "nodes": self.spec["nodes"],
+            "plan": server.plan.to_json(),
+            "share-withheld": server.share_withheld,
+            "rounds": rounds,
+            "test": server.evaluate("test"),
+        }
+
+
+def table(sweep: Sweep) -> str:
+    """Return test accuracies as Markdown: mean and sample deviation over seeds."""
+    lines = [
+        "| task | recipe | lr | FM | spread | sub-FM | gradient error | cosine | n |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in sweep.spec["task"]:
+        for recipe in sweep.spec["recipe"]:
+            lr = sweep.best_lr(task, recipe)
+            if lr is None:
+                continue
+            cells = [Cell(task, recipe, seed, lr) for seed in sweep.spec["seeds"]]
+            found = [r for r in map(sweep.result, cells) if r is not None]
+            fm = [r["test"]["fm-accuracy"] for r in found]
+            sub = [r["test"]["sub-fm-accuracy"] for r in found]
+            errors = [_gradient(r) for r in found]
+            lines.append(
+                f"| {task} | {recipe} | {lr:g} | {statistics.mean(fm):.4f} | "
+                f"{_spread(fm)} | {statistics.mean(sub):.4f} | "
+                f"{statistics.mean(e[0] for e in errors):.3f} | "
+                f"{statistics.mean(e[1] for e in errors):.3f} | {len(found)} |"
+            )
+    return "\n".join(lines)
+
+
+def _gradient(result: dict[str, Any]) -> tuple[float, float]:
+    """Return relative gradient error and cosine before training."""
+    alignment = result["rounds"][0]["alignment"]
+    error = alignment.get("gradient-after", alignment.get("gradient-before"))
+    return (error["relative"], error["cosine"]) if error else (0.0, 1.0)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+
+
+def _filled(text: str) -> str:
+    for name, value in os.environ.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def main() -> None:
+    """Run what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="cells whose name has this text")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    sweep = Sweep(options.spec, options.out, options.only)
+    sweep.run()
+    print(table(sweep))
+
+
+if __name__ == "__main__":
+    run_main(main)
