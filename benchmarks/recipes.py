@@ -2,7 +2,7 @@
 
 python -m benchmarks.recipes SPEC.toml --out DIR [--only TEXT] [--threads N]
 
-A spec has `seeds`, `nodes`, `lrs`, and tables `task.NAME` and `recipe.NAME` of settings.
+A spec has `seeds`, `nodes`, `lrs`, and settings in tables `task.NAME`, `recipe.NAME`.
 `lrs` is a grid of `train.lr`: for each task, each recipe takes the one that is best on
 the validation split with the first seed. A cell that has a result is not run again;
 `{NAME}` in a setting is the environment variable NAME.
