@@ -80,9 +80,9 @@ class Sweep:
                 yield Cell(task, recipe, first, lr)
         for seed in others:
             for task, recipe in pairs:
-                lr = self.best_lr(task, recipe)
-                if lr is not None:
-                    yield Cell(task, recipe, seed, lr)
+                best = self.best_lr(task, recipe)
+                if best is not None:
+                    yield Cell(task, recipe, seed, best)
 
     def best_lr(self, task: str, recipe: str) -> float | None:
         """Return the grid's best learning rate on validation, if all have run."""

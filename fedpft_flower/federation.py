@@ -3,10 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
@@ -32,6 +33,8 @@ from fedpft_flower.wire import (
 )
 
 logger = logging.getLogger(__name__)
+
+EARLIER = 8  # sub-FMs that a change can start from; a node with an older one gets all
 
 
 class RoundError(FedPFTError):
@@ -78,7 +81,8 @@ class Federation:
         self._given: dict[str, str] = dict(given or {})
         self._version = -1
         self._current = ""  # hash of the sub-FM to install
-        self._previous: tuple[str, dict[str, Tensor]] = ("", {})
+        # Hash -> tensors of earlier sub-FMs, the newest last: a change can start there.
+        self._earlier: dict[str, dict[str, Tensor]] = {}
         self._tensors: dict[str, Tensor] = {}
         self._text = ""
 
@@ -138,8 +142,11 @@ class Federation:
         tensors, text = package_tensors(package, codec), package_json(package)
         content = package_hash(tensors, text)
         if content != self._current:
-            self._previous = (self._current, self._tensors)
+            self._remember()
             self._current, self._tensors, self._text = content, tensors, text
+            self._earlier = {
+                name: _shared(old, tensors) for name, old in self._earlier.items()
+            }
 
     def install(self, nodes: Iterable[int]) -> list[int]:
         """Bring the current sub-FM to the nodes that lack it, once to each machine.
@@ -157,12 +164,11 @@ class Federation:
             store = self.nodes[node].store
             if self._current not in self._held[store]:
                 machines.setdefault(store, node)
-        content = cache(self._content)  # built at most once whole, once as a change
-        base = self._previous[0]
+        content = cache(self._content)  # built at most once whole, once from each base
         lost = self._send(
-            {n: content(base not in self._held[s]) for s, n in machines.items()}
+            {n: content(self._base(self._held[s])) for s, n in machines.items()}
         )
-        for node in self._send({n: content(True) for n in lost}):
+        for node in self._send({n: content("") for n in lost}):
             self._leave_out(node, "did not keep the sub-FM; see its log")
         for node in lacking:
             if node not in self.nodes:
@@ -171,8 +177,8 @@ class Federation:
                 self._leave_out(node, "its machine did not keep the sub-FM")
                 continue
             # What a node of its own would have received, whether sent or not.
-            whole = not base or self.nodes[node].installed != base
-            message = self._message(node, content(whole))
+            base = self._base({self.nodes[node].installed})
+            message = self._message(node, content(base))
             self.grid.ledger.count("down", message, sent=False)
             self.nodes[node].installed = self._current
         return [node for node in asked if node in self.nodes]
@@ -194,9 +200,23 @@ class Federation:
         """Return how to call the node that a reply is about."""
         return self.name(self.grid.node_of(reply))
 
-    def _content(self, whole: bool) -> RecordDict:
-        base, old = ("", {}) if whole else self._previous
-        tensors = make_delta(old, self._tensors) if base else self._tensors
+    def _remember(self) -> None:
+        """Keep the sub-FM that another one replaces, and the newest before it."""
+        if self._current:
+            self._earlier.pop(self._current, None)
+            self._earlier[self._current] = self._tensors
+        for name in list(self._earlier)[:-EARLIER]:
+            del self._earlier[name]
+
+    def _base(self, held: Set[str]) -> str:
+        """Return the newest earlier sub-FM among those held, or "" for none."""
+        return next((name for name in reversed(self._earlier) if name in held), "")
+
+    def _content(self, base: str) -> RecordDict:
+        """Return an install: the change from a base, or without one the whole."""
+        tensors = self._tensors
+        if base:
+            tensors = make_delta(self._earlier[base], tensors)
         arrays, casts = pack_tensors(tensors)
         request = ConfigRecord(
             {
@@ -316,3 +336,11 @@ class Federation:
             logger.warning("%s came back as node %d", key, newcomer)
             self._replaced.add(twin)
             self._given[key] = self.nodes.pop(twin).installed
+
+
+def _shared(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the old tensors; where nothing changed, the new ones take no more room."""
+    return {
+        name: new[name] if torch.equal(tensor, new[name]) else tensor
+        for name, tensor in old.items()
+    }

@@ -25,8 +25,16 @@ from fedpft_flower.wire import Store, tensors_hash
 NODES = 5
 
 
-def run(local_grid, settings, faults=None, order=1, nodes=NODES, configs=()):
-    grid = local_grid(client_app, nodes, settings, order)
+def run(
+    local_grid,
+    settings,
+    faults=None,
+    order=1,
+    nodes=NODES,
+    configs=(),
+    app=client_app,
+):
+    grid = local_grid(app, nodes, settings, order)
     for context, own in zip(grid.contexts.values(), configs, strict=False):
         context.node_config = own
     grid.faults = faults or {}
@@ -618,3 +626,28 @@ def test_a_node_config_without_sense_is_refused(local_grid, settings, change, sa
     settings["train.clients-per-round"] = 0
     with pytest.raises(FedPFTError, match=said):
         run(local_grid, settings, nodes=2, configs=configs)
+
+
+def test_a_node_that_missed_some_versions_gets_a_change(
+    local_grid, settings, monkeypatch, tmp_path
+):
+    def on_its_own_machine(message, context):
+        place = tmp_path / f"machine-{context.node_config['partition-id']}"
+        monkeypatch.setenv("FEDPFT_CACHE", str(place))
+        return client_app(message, context)
+
+    settings |= {"rounds": 8, "train.clients-per-round": 1, "align.every": 1}
+    settings |= {"align.during-steps": 1, "train.local-steps": 1}
+    run(local_grid, settings, app=on_its_own_machine)
+    _, rounds, _, _ = results(settings)
+    last: dict[str, int] = {}
+    behind = []
+    for entry in rounds[1:]:
+        (key,) = entry["clients"]
+        whole = entry["bytes"].get("down-install", {"sent": 0})["sent"]
+        change = entry["bytes"].get("down-delta", {"sent": 0})["sent"]
+        assert (whole > 0) == (key not in last)
+        assert (change > 0) == (key in last)
+        behind.append(entry["round"] - last.get(key, entry["round"]))
+        last[key] = entry["round"]
+    assert max(behind) > 1
