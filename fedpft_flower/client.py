@@ -33,9 +33,10 @@ from fedpft_flower.config import (
     LoraConfig,
     derive_seed,
 )
-from fedpft_flower.encoding import Rows, check_images, encode, shuffled_batches
+from fedpft_flower.encoding import Rows, encode, shuffled_batches
+from fedpft_flower.images import check_images
+from fedpft_flower.package import Package
 from fedpft_flower.partitions import load_partition
-from fedpft_flower.server import Package
 from fedpft_flower.sub_fm import (
     build_skeleton,
     compressed_ffns,

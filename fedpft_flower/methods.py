@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fedpft_flower.config import FedPFTError
-from fedpft_flower.plan import Planner, drop_layers, keep_all, keep_salient
+from fedpft_flower.planners import Planner, drop_layers, keep_all, keep_salient
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from datasets import (
 )
 from flwr_datasets import FederatedDataset
 
-from fedpft_flower.architectures import Modality
-from fedpft_flower.config import FedPFTError, existing_path, private_cache
+from fedpft_flower.config import FedPFTError, Modality, existing_path, private_cache
 
 Splits = Mapping[str, Dataset]
 

@@ -33,8 +33,8 @@ from fedpft_flower.codec import (
     recode,
 )
 from fedpft_flower.config import FedPFTError, cache_dir, last_used
+from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
-from fedpft_flower.server import Package
 
 logger = logging.getLogger(__name__)
 

@@ -419,7 +419,7 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
     from peft import PeftModel
     from transformers import AutoModelForImageClassification
 
-    from fedpft_flower.training import evaluate
+    from fedpft_flower.evaluation import evaluate
 
     settings["align.activity"] = "public"
     _, config = run(local_grid, settings)
