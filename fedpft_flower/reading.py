@@ -19,7 +19,6 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from flwr_datasets import FederatedDataset
 
 from fedpft_flower.config import FedPFTError, Modality, existing_path, private_cache
 
@@ -125,6 +124,9 @@ def _read_directory(place: Path, modality: Modality, subset: str) -> Splits:
 
 
 def _read_hub(name: str, subset: str) -> Splits:
+    # Here, since a node with rows of its own needs neither this package nor its plots.
+    from flwr_datasets import FederatedDataset
+
     hub = FederatedDataset(
         dataset=name, subset=subset or None, partitioners={}, shuffle=False
     )

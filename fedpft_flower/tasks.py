@@ -225,6 +225,7 @@ _PUBLIC_DIGITS = 300  # the first rows of digits, never in any split
 
 
 def _digits() -> tuple[list[Any], Any]:
+    # Here, since no other task needs scikit-learn.
     from PIL import Image as Picture
     from sklearn.datasets import load_digits
 
