@@ -1,7 +1,9 @@
 """Measure FedPFT-Flower; run each module by `python -m` at the root of the checkout."""
 
+import math
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fedpft_flower.config import FedPFTError
 
@@ -12,3 +14,14 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except FedPFTError as error:
         sys.exit(f"error: {error}")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return median, smallest and largest value, or a dash where there is none."""
+    if any(map(math.isnan, values)):
+        return "-"
+    low, middle, high = (
+        f"{value:.{digits}f}"
+        for value in (min(values), statistics.median(values), max(values))
+    )
+    return f"{middle} ({low} to {high})"

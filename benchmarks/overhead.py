@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import run_main
+from benchmarks import run_main, spread
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import Adapter, export_adapter
 from fedpft_flower.commands import read_config, run_experiment
@@ -232,17 +232,6 @@ def table(repetitions: Sequence[tuple[Side, Side]], threads: int) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Return median, smallest and largest value, or a dash where there is none."""
-    if any(map(math.isnan, values)):
-        return "-"
-    low, middle, high = (
-        f"{value:.{digits}f}"
-        for value in (min(values), statistics.median(values), max(values))
-    )
-    return f"{middle} ({low} to {high})"
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from fedpft_flower import __version__
 from fedpft_flower.checkpoint import Checkpoint, Checkpoints, check_same, identity
 from fedpft_flower.client import peak_memory
 from fedpft_flower.config import MARK, Config, FedPFTError, names_in
-from fedpft_flower.encoding import check_images, content_hash
+from fedpft_flower.encoding import content_hash
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.foundation import load_fm
+from fedpft_flower.images import check_images
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import RunDirectory, versions

@@ -5,7 +5,7 @@ To add a family: one row in `ARCHITECTURES` and one tiny config in
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedpft_flower.config import FedPFTError
-
-Modality = Literal["text", "image"]
+from fedpft_flower.config import FedPFTError, Modality
 
 AUTO_MODELS: dict[Modality, Any] = {
     "text": AutoModelForSequenceClassification,

@@ -12,11 +12,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 # What an alignment before training is made of.
 ALIGNMENTS = ("bias", "least-squares", "distill")
 
+Modality = Literal["text", "image"]
 Scalar = bool | int | float | str
 
 # Lines for people start with this in a run's stream; `fedpft-run` shows only these.

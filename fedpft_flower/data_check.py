@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import DataConfig, FedPFTError, names_in
-from fedpft_flower.encoding import check_images
+from fedpft_flower.images import check_images
 from fedpft_flower.reading import labels_of
 from fedpft_flower.tasks import load_site, source_of, task_of
 

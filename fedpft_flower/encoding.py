@@ -21,8 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpft_flower.activity import Batch
-from fedpft_flower.architectures import Modality
-from fedpft_flower.config import FedPFTError, derive_seed, last_used, private_cache
+from fedpft_flower.config import (
+    FedPFTError,
+    Modality,
+    derive_seed,
+    last_used,
+    private_cache,
+)
+from fedpft_flower.images import decoded_images
 
 # So many batches are shuffled together, sorted by length, and cut: rows of a batch are
 # then of similar length, and little of it is padding.
@@ -95,7 +101,7 @@ class ImageRows:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return `pixel_values` [B, channels, height, width] and `labels` [B]."""
-        images = _images(self._rows, indices)
+        images = decoded_images(self._rows, indices)
         batch: Batch = dict(self._processor(images, return_tensors="pt"))
         if self._labels is not None:
             batch["labels"] = self._labels[list(indices)]
@@ -145,43 +151,8 @@ def content_hash(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def check_images(rows: Dataset, split: str) -> None:
-    """Decode every image of a data set once, so that a broken one is found early.
-
-    Raises:
-        FedPFTError: an image cannot be decoded.
-    """
-    for i in range(len(rows)) if "image" in rows.column_names else ():
-        try:
-            _images(rows, [i])
-        except FedPFTError as error:
-            raise FedPFTError(f"{split}: {error}") from error
-
-
 def _labels(rows: Dataset) -> Tensor | None:
     return torch.tensor(rows["label"][:]) if "label" in rows.column_names else None
-
-
-def _images(rows: Dataset, indices: Sequence[int]) -> list[Any]:
-    try:
-        return _decoded(rows, indices)
-    except _UNDECODABLE:
-        for i in indices:  # which one was it?
-            try:
-                _decoded(rows, [i])
-            except _UNDECODABLE as error:
-                raise FedPFTError(
-                    f"the image of row {i} (counted from 0) cannot be decoded ({error})"
-                    "; mend it or leave it out"
-                ) from error
-        raise
-
-
-_UNDECODABLE = (OSError, ValueError, AttributeError)  # not an image, or cut
-
-
-def _decoded(rows: Dataset, indices: Sequence[int]) -> list[Any]:
-    return [image.convert("RGB") for image in rows[list(indices)]["image"]]
 
 
 # ------------------------------------------------------------- tokens, kept on disk

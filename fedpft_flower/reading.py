@@ -19,10 +19,8 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from flwr_datasets import FederatedDataset
 
-from fedpft_flower.architectures import Modality
-from fedpft_flower.config import FedPFTError, existing_path, private_cache
+from fedpft_flower.config import FedPFTError, Modality, existing_path, private_cache
 
 Splits = Mapping[str, Dataset]
 
@@ -126,6 +124,9 @@ def _read_directory(place: Path, modality: Modality, subset: str) -> Splits:
 
 
 def _read_hub(name: str, subset: str) -> Splits:
+    # Here, since a node with rows of its own needs neither this package nor its plots.
+    from flwr_datasets import FederatedDataset
+
     hub = FederatedDataset(
         dataset=name, subset=subset or None, partitioners={}, shuffle=False
     )

@@ -1,9 +1,9 @@
 """Refine the plugged-in adapter on public data, once training is over.
 
-The adapter was trained in the sub-FM; in the FM it does almost the same, not quite. The
-FM's logits are made to follow those of the sub-FM, both with the adapter, on unlabelled
-public rows: the mean over rows of KL(p_sub || p_FM). Only the FM's LoRA changes, not its
-head, and not the sub-FM.
+The adapter was trained in the sub-FM; in the FM it does almost the same, not quite.
+The FM's logits are made to follow those of the sub-FM, both with the adapter, on
+unlabelled public rows: the mean over rows of KL(p_sub || p_FM). Only the FM's LoRA
+changes, not its head, and not the sub-FM.
 """
 
 import time
@@ -69,8 +69,8 @@ def refine(
         loss = logit_loss(teacher, fm(**batch).logits)
         if not bool(torch.isfinite(loss)):
             raise FedPFTError(
-                f"the loss of the plug-in's refinement is {loss.item()} at step {step}; "
-                f"lower plug-in.lr = {lr:g}"
+                f"the loss of the refinement is {loss.item()} at step {step}; lower "
+                f"plug-in.lr = {lr:g}"
             )
         gradients = torch.autograd.grad(loss, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):

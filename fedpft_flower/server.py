@@ -7,7 +7,7 @@ the same adapter as the same run through Flower.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,11 +43,14 @@ from fedpft_flower.alignment import (
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.encoding import Rows, encode, endless_batches, shuffled_batches
+from fedpft_flower.evaluation import Evaluation, evaluate
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.least_squares import Fit, refit
 from fedpft_flower.methods import method_of
 from fedpft_flower.moments import count_tokens
-from fedpft_flower.plan import Plan, kept_counts, size_of
+from fedpft_flower.package import Package
+from fedpft_flower.plan import Plan
+from fedpft_flower.planners import kept_counts, size_of
 from fedpft_flower.selection import score, selection_of
 from fedpft_flower.sub_fm import (
     build_sub_fm,
@@ -56,7 +59,7 @@ from fedpft_flower.sub_fm import (
     frozen_weights,
 )
 from fedpft_flower.tasks import TaskData
-from fedpft_flower.training import Evaluation, evaluate, round_lr
+from fedpft_flower.training import round_lr
 
 logger = logging.getLogger(__name__)
 
@@ -71,22 +74,6 @@ Metrics = dict[str, Any]
 
 # Beginnings of the names in a saved state.
 _ADAPTER, _WEIGHT, _LIMIT = "adapter/", "sub-fm/", "activity-limit/"
-
-
-@dataclass(frozen=True)
-class Package:
-    """Hold all that a client needs to rebuild the sub-FM and to encode its rows."""
-
-    # Fields of the FM's config, which name its family and sizes.
-    model_config: dict[str, Any]
-    plan: Plan
-    # Modules that train in full: they arrive with the adapter, not in `weights`.
-    head: tuple[str, ...]
-    weights: dict[str, Tensor]
-    # |a| up to which a neuron is inactive, [K] for each compressed layer; or empty.
-    activity_limits: list[Tensor]
-    # File name -> content of the tokenizer or image processor.
-    processor_files: dict[str, bytes]
 
 
 class ProxyServer:

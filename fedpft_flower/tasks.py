@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 
-from fedpft_flower.architectures import Modality
-from fedpft_flower.config import DataConfig, FedPFTError, derive_seed, names_in
+from fedpft_flower.config import (
+    DataConfig,
+    FedPFTError,
+    Modality,
+    derive_seed,
+    names_in,
+)
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.reading import (
     Splits,
@@ -220,6 +225,7 @@ _PUBLIC_DIGITS = 300  # the first rows of digits, never in any split
 
 
 def _digits() -> tuple[list[Any], Any]:
+    # Here, since no other task needs scikit-learn.
     from PIL import Image as Picture
     from sklearn.datasets import load_digits
 

@@ -1,21 +1,17 @@
-"""Fine-tune an adapter on local rows, and evaluate a model with an adapter."""
+"""Fine-tune an adapter on local rows."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
 import torch
 from peft import PeftModel
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 
 from fedpft_flower.activity import Batch
 from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import Rows, endless_batches, shuffled_batches
-
-EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -26,21 +22,6 @@ class TrainReport:
     examples: int
     steps: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Hold how well a model classifies `examples` rows.
-
-    Accuracy and macro F1 (the mean over the classes that the rows have) are in [0, 1],
-    Matthews' correlation coefficient is in [-1, 1], the loss is the mean cross-entropy.
-    """
-
-    accuracy: float
-    macro_f1: float
-    matthews: float
-    loss: float
-    examples: int
 
 
 def round_lr(config: TrainConfig, current: int, rounds: int) -> float:
@@ -126,31 +107,3 @@ def _batches(rows: Rows, config: TrainConfig, seed: int) -> Iterator[Batch]:
         yield from shuffled_batches(
             rows, config.batch_size, derive_seed(seed, "epoch", epoch)
         )
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, rows: Rows) -> Evaluation:
-    """Evaluate a model on labelled rows, in batches of similar length."""
-    model.eval()
-    lengths = rows.lengths()
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    found: list[Tensor] = []
-    wanted: list[Tensor] = []
-    loss = 0.0
-    for start in range(0, len(order), EVALUATION_BATCH):
-        batch = rows.batch(order[start : start + EVALUATION_BATCH])
-        labels = batch.pop("labels")
-        logits: Tensor = model(**batch).logits
-        found.append(logits.argmax(dim=-1).cpu())
-        wanted.append(labels)
-        loss += float(
-            nn.functional.cross_entropy(logits.cpu(), labels, reduction="sum")
-        )
-    truth, said = torch.cat(wanted).numpy(), torch.cat(found).numpy()
-    return Evaluation(
-        accuracy=float(accuracy_score(truth, said)),
-        macro_f1=float(f1_score(truth, said, average="macro", labels=np.unique(truth))),
-        matthews=float(matthews_corrcoef(truth, said)),
-        loss=loss / len(order),
-        examples=len(order),
-    )

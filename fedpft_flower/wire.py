@@ -5,6 +5,7 @@ bytes with dtype and shape, structure as JSON text.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import logging
@@ -13,13 +14,21 @@ import tempfile
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,8 +42,8 @@ from fedpft_flower.codec import (
     recode,
 )
 from fedpft_flower.config import FedPFTError, cache_dir, last_used
+from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
-from fedpft_flower.server import Package
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +53,8 @@ REFUSED = 2  # Flower's error code for a ClientApp that raised; its reason says 
 PACKAGE = "package"  # key of a package's JSON in an install
 TRAIN_METRICS = {"num-examples", "train_loss", "steps", "seconds", "peak-memory"}
 RATES = "inactive-rates."  # prefix of activity statistics among the metrics
+
+Handler = Callable[[Message, Context], Message]
 
 # Tensors that Flower's records cannot hold travel as integers of the same size.
 _BIT_CAST = {torch.bfloat16: torch.int16}
@@ -69,6 +80,31 @@ def last_line(reason: str | None) -> str:
     """Return the last line of an error's reason, which may be a whole traceback."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
     return lines[-1] if lines else "unknown error"
+
+
+def reply(message: Message, records: dict[str, Any]) -> Message:
+    """Reply to a message with these records."""
+    return Message(RecordDict(records), reply_to=message)
+
+
+def one_line_errors(handler: Handler) -> Handler:
+    """Reply with one clear line where the user can mend what went wrong."""
+
+    @functools.wraps(handler)
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except FedPFTError as error:
+            reason = str(error)
+        except Exception as error:  # a hostile message may raise anything
+            logger.exception("a message could not be handled")
+            reason = f"{type(error).__name__}: {last_line(str(error))}"
+        site = context.node_config.get("site")
+        reason = f"{site}: {reason}" if site else reason
+        logger.error("%s", reason)
+        return Message(Error(REFUSED, reason), reply_to=message)
+
+    return handle
 
 
 # ------------------------------------------------------------------ tensors, packages

@@ -29,8 +29,8 @@ from fedpft_flower.architectures import (
     layers_of,
 )
 from fedpft_flower.config import AlignConfig, FedPFTError, LoraConfig, SubFMConfig
-from fedpft_flower.plan import (
-    Plan,
+from fedpft_flower.plan import Plan
+from fedpft_flower.planners import (
     keep_all,
     keep_salient,
     parameters_of,

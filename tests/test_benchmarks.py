@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import bounds, overhead
+from benchmarks import bounds, imports, overhead
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config
 
@@ -120,3 +120,13 @@ def test_the_bounds_table_shows_mean_and_spreads():
     assert lines[2] == "| centralised | 0.500 | 0.700 | 0.600 | 0.141 | - |"
     spread = statistics.stdev(alone[0])
     assert lines[3] == f"| local | 0.200 | 0.300 | 0.250 | 0.071 | {spread:.3f} |"
+
+
+def test_the_imports_table_names_what_is_heavy_of_what_is_loaded():
+    answers = [
+        imports.Answer(seconds, 1.0, 250.0, frozenset({"json", "torch", "peft"}))
+        for seconds in (3.0, 1.0, 2.0)
+    ]
+    line = imports.table({"hello": answers}).splitlines()[2]
+    assert line.startswith("| hello | 2.00 (1.00 to 3.00) | 1.00 (1.00 to 1.00) | 250")
+    assert line.endswith("| torch, peft |")

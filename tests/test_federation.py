@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
-from fedpft_flower import client, federation
+from fedpft_flower import client, federation, node
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.app import serve
 from fedpft_flower.config import Config, FedPFTError
@@ -389,7 +389,7 @@ def test_nodes_that_disagree_on_the_number_of_partitions_are_refused(
 
 
 def test_stale_client_code_is_refused(local_grid, settings, monkeypatch):
-    monkeypatch.setattr(client, "source_hash", lambda: "f" * 64)
+    monkeypatch.setattr(node, "source_hash", lambda: "f" * 64)
     with pytest.raises(FedPFTError, match="runs other code"):
         run(local_grid, settings)
 
@@ -427,7 +427,7 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
     from peft import PeftModel
     from transformers import AutoModelForImageClassification
 
-    from fedpft_flower.training import evaluate
+    from fedpft_flower.evaluation import evaluate
 
     settings["align.activity"] = "public"
     _, config = run(local_grid, settings)

@@ -1,9 +1,11 @@
-"""The levels of docs/architecture.md, enforced."""
+"""The levels of docs/architecture.md, enforced, and what a new process loads."""
 
 import ast
 from pathlib import Path
 
 import pytest
+
+from benchmarks.imports import ask
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fedpft_flower"
@@ -23,7 +25,7 @@ LEVELS = table()
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 
-def imports(path):
+def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -41,7 +43,7 @@ def test_the_table_lists_every_module_once():
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_what_stands_before_it(module):
     level, place = LEVELS[module]
-    for name in imports(PACKAGE / f"{module}.py"):
+    for name in imported(PACKAGE / f"{module}.py"):
         top, _, rest = name.partition(".")
         if top == "fedpft_flower" and rest:
             assert LEVELS[rest][1] < place, f"{module} imports {rest}"
@@ -56,6 +58,24 @@ def test_the_apps_are_thin():
 
 def test_nothing_is_unpickled():
     for path in PACKAGE.glob("*.py"):
-        names = set(imports(path))
+        names = set(imported(path))
         assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
         assert "torch.load" not in path.read_text()
+
+
+MODELS = {"transformers", "peft", "accelerate", "sympy"}
+OTHERS = {"sklearn", "matplotlib", "flwr_datasets"}
+
+
+@pytest.mark.parametrize(
+    ("handler", "needed", "spared"),
+    [
+        ("hello", {"datasets"}, MODELS | OTHERS),
+        ("install", {"torch", "safetensors"}, MODELS | OTHERS | {"datasets", "pandas"}),
+        ("train", {"torch", "datasets", "transformers", "peft"}, OTHERS),
+    ],
+)
+def test_a_handler_in_a_new_process_loads_only_what_it_needs(handler, needed, spared):
+    loaded = ask(handler).loaded
+    assert needed <= loaded
+    assert not spared & loaded

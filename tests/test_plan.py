@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from fedpft_flower.config import FedPFTError, SubFMConfig
-from fedpft_flower.plan import (
+from fedpft_flower.plan import Plan
+from fedpft_flower.planners import (
     LayerSize,
-    Plan,
     drop_layers,
     keep_all,
     keep_salient,

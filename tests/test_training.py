@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 from fedpft_flower.adapters import attach_adapter, get_adapter
 from fedpft_flower.config import FedPFTError, LoraConfig, TrainConfig
 from fedpft_flower.encoding import TextRows
-from fedpft_flower.training import evaluate, round_lr, train_adapter
+from fedpft_flower.evaluation import evaluate
+from fedpft_flower.training import round_lr, train_adapter
 from tests.families import tiny_model
 
 

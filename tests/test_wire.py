@@ -7,8 +7,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedpft_flower.config import FedPFTError
+from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
-from fedpft_flower.server import Package
 from fedpft_flower.wire import (
     ARRAYS,
     CONFIG,

@@ -1,0 +1,43 @@
+"""Keep the sub-FM that a server sends."""
+
+from flwr.app import ConfigRecord, Context, Message
+
+from fedpft_flower.config import FedPFTError
+from fedpft_flower.wire import (
+    CONFIG,
+    PACKAGE,
+    Store,
+    apply_delta,
+    arrays_of,
+    config_of,
+    message_bytes,
+    one_line_errors,
+    reply,
+    unpack_tensors,
+)
+
+MAX_INSTALL_MB = 20_000  # of a node that does not say otherwise
+
+
+@one_line_errors
+def install(message: Message, context: Context) -> Message:
+    """Keep a sub-FM on disk: a whole one, or the changes of one that is there."""
+    most = float(context.node_config.get("max-install-mb", MAX_INSTALL_MB))
+    size = sum(message_bytes(message).values())
+    if size > most * 1e6:
+        raise FedPFTError(
+            f"the sub-FM has {size / 1e6:.0f} MB, this node takes max-install-mb = "
+            f"{most:g}; raise it in the node's config, or let the server keep less"
+        )
+    request, store = config_of(message), Store()
+    wanted, base = request["sub-fm"], request["base"]
+    received = unpack_tensors(arrays_of(message), request["bit-cast"])
+    text, installed = request[PACKAGE], True
+    if base:
+        held = store.get(base)
+        installed = held is not None
+        if held is not None:
+            received, text = apply_delta(held[0], received), held[1]
+    if installed:
+        store.put(wanted, received, text)
+    return reply(message, {CONFIG: ConfigRecord({"installed": installed})})

@@ -1,0 +1,129 @@
+"""Say who a node is, and read its rows."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from datasets import Dataset
+from flwr.app import ConfigRecord, Context, Message, MetricRecord
+
+from fedpft_flower.config import Config, DataConfig, FedPFTError
+from fedpft_flower.images import check_images
+from fedpft_flower.tasks import load_site
+from fedpft_flower.wire import (
+    CONFIG,
+    METRICS,
+    Store,
+    config_of,
+    one_line_errors,
+    reply,
+    source_hash,
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Say who a node is and where its rows are, as its node-config has it."""
+
+    # What sampling goes by, so that it does not depend on Flower's random node ids.
+    key: str
+    # Whether the key is the same in every run.
+    named: bool
+    # Its partition of the run's data; of 0 partitions when the rows are its own.
+    index: int
+    count: int
+    # Its own data settings, over those of the run.
+    own: dict[str, Any]
+
+
+# What a node with rows of its own may say otherwise than the run's `data.*`.
+OWN_KEYS = {
+    "data-path": "path",
+    "separator": "separator",
+    "train-split": "train_split",
+    "text-columns": "text_columns",
+    "image-column": "image_column",
+    "label-column": "label_column",
+}
+
+
+def identify(context: Context) -> Identity:
+    """Read a node's config.
+
+    Raises:
+        FedPFTError: it says neither which partition nor which file is the node's.
+    """
+    node = context.node_config
+    own = {field: str(node[key]) for key, field in OWN_KEYS.items() if key in node}
+    try:
+        index = int(node.get("partition-id", 0))
+        count = int(node.get("num-partitions", 0))
+    except ValueError as error:
+        raise FedPFTError(
+            f"partition-id and num-partitions of a node are numbers: {error}"
+        ) from error
+    if own and not own.get("path"):
+        raise FedPFTError(
+            f"this node's config has {', '.join(k for k in OWN_KEYS if k in node)} but "
+            "no data-path to read; give one"
+        )
+    if own:
+        count = 0
+    elif "partition-id" not in node or "num-partitions" not in node:
+        raise FedPFTError(
+            'this node has no rows; start it with --node-config \'data-path="..." '
+            "site=\"...\"', or 'partition-id=0 num-partitions=2'"
+        )
+    elif not 0 <= index < count:
+        raise FedPFTError(
+            f"partition-id = {index} is outside 0 to {count - 1} (num-partitions)"
+        )
+    if "partition-id" in node:
+        return Identity(f"partition-{index:06d}", True, index, count, own)
+    if site := str(node.get("site", "")):
+        return Identity(site, True, index, count, own)
+    return Identity(f"node-{context.node_id}", False, index, count, own)
+
+
+def local_rows(node: Identity, config: Config, labels: Sequence[str]) -> Dataset:
+    """Return the training rows of a node: its own, or its partition of the run's.
+
+    Args:
+        node: who asks.
+        config: the run.
+        labels: the label set [C], which the server fixes.
+
+    Raises:
+        FedPFTError: the rows cannot be read, or a label is outside the set.
+    """
+    if node.own:
+        data: DataConfig = replace(config.data, **node.own)
+        return load_site(data, labels, config.seed)
+    # Here, since a node with rows of its own needs no partitioner.
+    from fedpft_flower.partitions import load_partition
+
+    return load_partition(
+        config.data, config.partition, node.index, node.count, config.seed
+    )
+
+
+@one_line_errors
+def hello(message: Message, context: Context) -> Message:
+    """Say who this node is, how many rows it has, and which sub-FMs it holds."""
+    config = Config.from_run_config(context.run_config)
+    node = identify(context)
+    rows = local_rows(node, config, json.loads(config_of(message)["labels"]))
+    check_images(rows, "training rows")
+    store = Store()
+    introduction = ConfigRecord(
+        {
+            "key": node.key,
+            "named": node.named,
+            "store": store.name,
+            "held": json.dumps(store.hashes()),
+            "source": source_hash(),
+        }
+    )
+    sizes = MetricRecord({"num-examples": len(rows), "num-partitions": node.count})
+    return reply(message, {CONFIG: introduction, METRICS: sizes})
