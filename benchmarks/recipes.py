@@ -118,6 +118,7 @@ class Sweep:
             for entry in loop.run()
         ]
         server = loop.server
+        plain = server.evaluate("test")
         state = {name: one.contiguous() for name, one in server.state().items()}
         (self.out / "states").mkdir(exist_ok=True)
         save_file(state, self.out / "states" / f"{cell.name}.safetensors")
@@ -127,6 +128,8 @@ class Sweep:
             "plan": server.plan.to_json(),
             "share-withheld": server.share_withheld,
             "rounds": rounds,
+            "test-plain": plain,
+            "refinement": server.refine(),
             "test": server.evaluate("test"),
         }
 

@@ -100,8 +100,11 @@ def _serve(grid: Grid, context: Context) -> None:
         ) from error
     if config.select == "best":
         server.restore(checkpoints.load(run.best_round).tensors)
-    after = server.evaluate("test")
-    summary = _summary(run, after, counting.ledger)
+    plain = server.evaluate("test")
+    refinement = server.refine()
+    after = server.evaluate("test") if refinement.get("kept") else plain
+    summary = _summary(run, plain, after, counting.ledger)
+    summary["refinement"] = refinement
     federation.offer(server)  # a run that was over when it was resumed has not yet
     manifest = _manifest(config, task, splits, hashes, server, federation)
     directory.finish(server, summary, manifest)
@@ -275,7 +278,7 @@ class _Run:
         return "  ".join(parts)
 
 
-def _summary(run: _Run, after: Metrics, ledger: Ledger) -> Metrics:
+def _summary(run: _Run, plain: Metrics, after: Metrics, ledger: Ledger) -> Metrics:
     rounds, strategy = run.directory.rounds, run.strategy
     taken = max(1, sum(len(entry.get("clients", ())) for entry in rounds))
     both = [ledger.total(way) for way in ("down", "up")]
@@ -286,6 +289,7 @@ def _summary(run: _Run, after: Metrics, ledger: Ledger) -> Metrics:
         "best-round": run.best_round,
         "select": run.config.select,
         "test-before": run.before,
+        "test-plain": plain,  # the averaged adapter, before its refinement
         "test-after": after,
         "share-withheld": strategy.server.share_withheld,
         "bytes-down": both[0],
@@ -337,9 +341,15 @@ def _manifest(
 
 def _show(summary: Metrics, metric: str) -> None:
     before, after = summary["test-before"], summary["test-after"]
+    plain = summary["test-plain"]
     rows = [
         (f"FM {metric} before (test)", f"{before[f'fm-{metric}']:.3f}"),
-        (f"FM {metric} after plug-in (test)", f"{after[f'fm-{metric}']:.3f}"),
+        (f"FM {metric} after plug-in (test)", f"{plain[f'fm-{metric}']:.3f}"),
+        *(
+            [(f"FM {metric} after refinement (test)", f"{after[f'fm-{metric}']:.3f}")]
+            if summary["refinement"].get("kept")
+            else []
+        ),
         (f"sub-FM {metric} after (test)", f"{after[f'sub-fm-{metric}']:.3f}"),
         ("FM weights never sent", f"{100 * summary['share-withheld']:.1f} %"),
         (

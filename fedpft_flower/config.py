@@ -201,6 +201,16 @@ class AlignConfig:
 
 
 @dataclass(frozen=True)
+class PlugInConfig:
+    """Say how the adapter is refined in the FM on public rows, after the last round."""
+
+    # Steps; 0 leaves the adapter as it was averaged, -1 is the method's choice.
+    steps: int = -1
+    lr: float = 0.0005
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
 class WireConfig:
     """Say in how many bits tensors travel."""
 
@@ -254,6 +264,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     sub_fm: SubFMConfig = field(default_factory=SubFMConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    plug_in: PlugInConfig = field(default_factory=PlugInConfig)
     wire: WireConfig = field(default_factory=WireConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -459,6 +470,9 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "align.batch-size": (1, 1e6, True),
     "align.product-weight": (0, 1e9, True),
     "align.inactive-threshold": (0, 1e3, True),
+    "plug-in.steps": (-1, 1e9, True),
+    "plug-in.lr": (0, 1e3, False),
+    "plug-in.batch-size": (1, 1e6, True),
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -12,8 +12,9 @@ class Method:
     """Describe a method: what the clients get, and when it is aligned with the FM.
 
     `selection` says how neurons are scored, `before` and `during` how the sub-FM is
-    aligned; the settings `sub-fm.selection`, `align.before` and `align.during` take
-    their place where they are given.
+    aligned, `refine` how long the adapter is adjusted in the FM at the end; where they
+    are given, the settings `sub-fm.selection`, `align.before`, `align.during` and
+    `plug-in.steps` take their place.
     """
 
     paper: str
@@ -21,11 +22,13 @@ class Method:
     selection: str = "norm"
     before: str = "none"
     during: str = "none"
+    # Steps of the plug-in's refinement after the last round.
+    refine: int = 0
 
     @property
     def needs_public(self) -> bool:
-        """Tell whether this method needs a public corpus, to align or to select."""
-        aligns = (self.before, self.during) != ("none", "none")
+        """Tell whether this method needs a public corpus for anything."""
+        aligns = (self.before, self.during) != ("none", "none") or self.refine > 0
         return aligns or selection_of(self.selection).needs != "nothing"
 
     @property
@@ -53,6 +56,7 @@ METHODS: dict[str, Method] = {
         keep_salient,
         selection="greedy",
         before="least-squares+distill",
+        refine=100,
     ),
     # Whole layers dropped, adapters in the end layers; B: the rest distilled before.
     "fedot": Method(_FEDOT, drop_layers),
@@ -79,5 +83,10 @@ def method_of(config: Config) -> Method:
         return row
     if row.plan is keep_salient:
         row = replace(row, selection=config.sub_fm.selection or row.selection)
-    before, during = config.align.before, config.align.during
-    return replace(row, before=before or row.before, during=during or row.during)
+    steps = config.plug_in.steps
+    return replace(
+        row,
+        before=config.align.before or row.before,
+        during=config.align.during or row.during,
+        refine=row.refine if steps < 0 else steps,
+    )

@@ -51,6 +51,7 @@ from fedpft_flower.moments import count_tokens
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
+from fedpft_flower.refinement import refine
 from fedpft_flower.selection import score, selection_of
 from fedpft_flower.sub_fm import (
     build_sub_fm,
@@ -354,6 +355,47 @@ class ProxyServer:
         metrics["gradient-after"] = self._gradient_error()
         self._measure_limits()
         return metrics
+
+    def refine(self) -> Metrics:
+        """Refine the plugged-in adapter in the FM, and keep it where that helps.
+
+        What helps is what `data.metric` on the validation split is not worse for.
+        The sub-FM's adapter stays as it is.
+
+        Returns:
+            Steps, seconds, first and last loss, the FM's metric before and after on the
+            validation split, and whether the refined adapter was kept; nothing where
+            the method does not refine, or the sub-FM is the FM.
+        """
+        plug, steps = self.config.plug_in, self.method.refine
+        if not steps or self.plan.is_whole:
+            return {}
+        assert self._public is not None
+        seed = derive_seed(self.config.seed, "refine")
+        batches = endless_batches(self._public, plug.batch_size, seed)
+        key = self.config.data.metric.replace("-", "_")
+        before = getattr(evaluate(self.fm, self._splits["validation"]), key)
+        losses, told = list[float](), _progress_lines("refine")
+        began = time.monotonic()
+
+        def report(progress: Progress) -> None:
+            losses.append(progress.loss)
+            told(progress)
+
+        refine(self.fm, self.sub_fm, batches, steps, plug.lr, report)
+        seconds = time.monotonic() - began
+        after = getattr(evaluate(self.fm, self._splits["validation"]), key)
+        if after < before:
+            plug_in(self.fm, self.adapter, self.plan)
+        return {
+            "steps": steps,
+            "seconds": seconds,
+            "loss-first": losses[0],
+            "loss-last": losses[-1],
+            "validation-before": before,
+            "validation-after": after,
+            "kept": after >= before,
+        }
 
     def evaluate(self, split: str) -> Metrics:
         """Evaluate the adapter in the FM and in the sub-FM.

@@ -66,6 +66,7 @@ def test_a_plain_loop_gives_the_same_adapter_as_flower(local_grid, settings, met
     loop = PlainLoop(config, NODES)
     *_, last = loop.run()
     server = loop.server
+    server.refine()
     place, rounds, _, manifest = results(settings)
     from safetensors.torch import load_file
 

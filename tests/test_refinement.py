@@ -1,0 +1,101 @@
+"""The refinement of the plugged-in adapter."""
+
+from itertools import cycle
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.plain_loop import PlainLoop
+from fedpft_flower.adapters import get_adapter
+from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.refinement import logit_loss, refine
+from tests.families import tiny_batch
+from tests.test_architectures import adapted
+
+
+def test_logit_loss_against_numpy():
+    rng = np.random.default_rng(0)
+    teacher, student = rng.normal(size=(2, 6, 4))
+    p, q = (
+        np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (teacher, student)
+    )
+    expected = (p * np.log(p / q)).sum(axis=1).mean()
+    found = logit_loss(torch.tensor(teacher), torch.tensor(student))
+    assert float(found) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "vit"])
+def test_the_fm_follows_the_sub_fm_by_its_lora_alone(family):
+    fm, sub, _ = adapted(family)
+    with torch.no_grad():  # tiny models differ too little by their neurons alone
+        for name, parameter in sub.named_parameters():
+            if ".lora_B" in name:
+                parameter.mul_(10.0)
+    before = {
+        name: {k: v.clone() for k, v in model.state_dict().items()}
+        for name, model in (("fm", fm), ("sub", sub))
+    }
+    batches = [
+        {**tiny_batch(family, seed), "labels": torch.zeros(5)} for seed in (1, 2)
+    ]
+    seen = []
+    refine(fm, sub, cycle(batches), 60, 0.01, seen.append)
+    assert seen[-1].loss < 0.5 * seen[0].loss
+    assert (seen[-1].share, seen[-1].steps) == (1.0, 60)
+    for name, model in (("fm", fm), ("sub", sub)):
+        changed = {
+            key
+            for key, value in model.state_dict().items()
+            if not torch.equal(value, before[name][key])
+        }
+        assert all(".lora_" in key for key in changed)
+        assert bool(changed) == (name == "fm")
+
+
+def test_a_rate_that_is_too_large_is_named():
+    fm, sub, _ = adapted("bert")
+    with pytest.raises(FedPFTError, match=r"refinement is nan.*lower plug-in.lr"):
+        refine(fm, sub, cycle([tiny_batch("bert")]), 50, 1e30, lambda progress: None)
+
+
+@pytest.fixture
+def trained(local_grid, settings):
+    settings |= {"plug-in.steps": 5, "plug-in.lr": 0.01, "rounds": 1}
+    loop = PlainLoop(Config.from_run_config(settings), 5)
+    list(loop.run())
+    return loop.server
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_server_keeps_what_validation_says_is_no_worse(trained, monkeypatch):
+    plain, sub = get_adapter(trained.fm), get_adapter(trained.sub_fm)
+    scores = iter([0.5, 0.5, 0.5, 0.4])
+
+    def evaluation(model, rows):
+        return type("Evaluation", (), {"accuracy": next(scores)})
+
+    monkeypatch.setattr("fedpft_flower.server.evaluate", evaluation)
+    report = trained.refine()
+    assert report["kept"]
+    assert report["steps"] == 5
+    assert not same(get_adapter(trained.fm), plain)
+    report = trained.refine()  # now validation gets worse
+    assert not report["kept"]
+    assert same(get_adapter(trained.fm), plain)
+    assert same(get_adapter(trained.sub_fm), sub)
+    assert same(trained.adapter, sub)
+
+
+@pytest.mark.parametrize(
+    "change", [{"method": "fedpetuning"}, {"plug-in.steps": 0}, {"plug-in.steps": -1}]
+)
+def test_nothing_to_refine(local_grid, settings, change):
+    settings |= {"plug-in.steps": 5, "rounds": 1, **change}
+    loop = PlainLoop(Config.from_run_config(settings), 5)
+    before = get_adapter(loop.server.fm)
+    assert loop.server.refine() == {}
+    assert same(get_adapter(loop.server.fm), before)
