@@ -26,12 +26,14 @@ from fedpft_flower.architectures import (
     Architecture,
     architecture_of,
 )
+from fedpft_flower.codec import REFUSED
 from fedpft_flower.config import (
     Config,
     DataConfig,
     FedPFTError,
     LoraConfig,
     derive_seed,
+    one_line,
 )
 from fedpft_flower.encoding import Rows, check_images, encode, shuffled_batches
 from fedpft_flower.partitions import load_partition
@@ -49,7 +51,6 @@ from fedpft_flower.wire import (
     CONFIG,
     METRICS,
     PACKAGE,
-    REFUSED,
     Store,
     apply_delta,
     arrays_of,
@@ -174,9 +175,11 @@ def one_line_errors(handler: Handler) -> Handler:
             reason = str(error)
         except Exception as error:  # a hostile message may raise anything
             logger.exception("a message could not be handled")
-            reason = f"{type(error).__name__}: {last_line(str(error))}"
+            what = f"{type(error).__name__}: {last_line(str(error))}"
+            kind = message.metadata.message_type
+            reason = f"a {kind} message cannot be handled ({what}); see this node's log"
         site = context.node_config.get("site")
-        reason = f"{site}: {reason}" if site else reason
+        reason = one_line(f"{site}: {reason}" if site else reason)
         logger.error("%s", reason)
         return Message(Error(REFUSED, reason), reply_to=message)
 

@@ -5,7 +5,7 @@ things: a score is a tensor, a choice is a `Plan`, a cut is a model.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from fedpft_flower.architectures import FFN
 from fedpft_flower.config import FedPFTError, SubFMConfig, derive_seed, names_in
+
+# Bounds on what a received plan may say.
+MOST_LAYERS, MOST_NEURONS = 1000, 10_000_000
 
 
 @dataclass(frozen=True)
@@ -125,17 +128,28 @@ class Plan:
         try:
             data = json.loads(text)
             widths = tuple(int(width) for width in data["widths"])
-            if len(widths) > 1000 or max(widths) > 10_000_000:
+            if min(widths) < 1:
+                raise ValueError("a layer has no neurons")
+            if len(widths) > MOST_LAYERS or sum(widths) > MOST_NEURONS:
                 raise ValueError("it is larger than any model")
-            kept = {
-                int(layer): tuple(range(widths[int(layer)]))
+            named: dict[int, Iterable[int]] = {
+                int(layer): range(widths[int(layer)])
                 if neurons == "all"
-                else tuple(int(neuron) for neuron in neurons)
+                else map(int, neurons)
                 for layer, neurons in data["kept"].items()
             }
+            # Only now, so that a layer named a thousand times costs as much as one.
+            kept = {layer: tuple(neurons) for layer, neurons in named.items()}
             carrying = data["adapters"]
             adapters = None if carrying is None else tuple(map(int, carrying))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise FedPFTError(f"not a plan: {error}; expected Plan.to_json") from error
         return cls(widths, kept, adapters)
 
