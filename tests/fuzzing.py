@@ -33,7 +33,7 @@ class HangError(BaseException):
 
 
 @contextmanager
-def bounded(seconds=20):
+def bounded(seconds=60):
     """End what takes longer than this."""
 
     def stop(number, frame):

@@ -191,6 +191,7 @@ def test_methods_and_strategies_are_found_or_refused():
     @given(strategies(), st.integers(1, 12))
     @example({"strategy-args": '{"eta": ' + "9" * 5000 + "}", "strategy": "FedAdam"}, 3)
     @example({"strategy-args": '{"eta": Infinity}', "strategy": "FedAdam"}, 3)
+    @example({"strategy-args": "[" * 100_000}, 3)
     def check(given, clients):
         config = read(given)
         if config is None:
@@ -282,6 +283,7 @@ def test_a_server_is_built_or_refused(fm_and_task):
     @examples(60)
     @given(sound(PLAN_KEYS, GOOD))
     @example({"lora.targets": "query,query"})
+    @example({"sub-fm.whole-layers": "9" * 5000})
     @example({"sub-fm.end-layers": 1, "method": "fedot", "sub-fm.layer-budget": 5e-324})
     def check(given):
         config = read({**base, **given})

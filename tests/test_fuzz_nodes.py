@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from benchmarks.plain_loop import PlainLoop
@@ -160,6 +160,12 @@ class Site:
         assert all(store.get(content) is not None for content in hashes)
         names = {path.name for path in store._root.iterdir()}
         assert names == {"name", *hashes}, "a draft is left"
+        for content in hashes:
+            files = {p for p in store.directory(content).rglob("*") if p.is_file()}
+            others = [p for p in files if p.suffix not in (".json", ".txt")]
+            assert [p.name for p in others] == ["weights"], "a file that may run"
+            above = {p.name for p in files if p.parent.name != "processor"}
+            assert above == {"weights", "package.json"}, "a file outside its folder"
         assert self.outside() == self.files, "a file outside the store"
 
     def clear(self):
@@ -274,7 +280,7 @@ def files(draw, named):
             st.sampled_from(
                 [
                     "../evil.json",
-                    "/tmp/evil.json",
+                    "../../../evil.json",
                     "..",
                     ".",
                     "",
@@ -323,6 +329,25 @@ def texts(draw, text):
     return json.dumps(data)
 
 
+def with_file(site, name):
+    """Return the records of an install that has one more processor file."""
+    arrays, config = site.whole()
+    data = json.loads(site.text)
+    data["files"][name] = base64.b64encode(b"{}").decode()
+    config[PACKAGE] = json.dumps(data)
+    config = rehashed(site, arrays, config)
+    records = {ARRAYS: ArrayRecord(arrays), CONFIG: ConfigRecord(config)}
+    return Records(records, records)
+
+
+def with_values(site, **values):
+    """Return the records of a request to train that says something else."""
+    arrays, config = site.request()
+    config |= {name.replace("_", "-"): value for name, value in values.items()}
+    records = {ARRAYS: ArrayRecord(arrays), CONFIG: ConfigRecord(config)}
+    return Records(records, records)
+
+
 def rehashed(site, arrays, config):
     """Return an install's config that names the hash of what is sent."""
     try:
@@ -368,6 +393,10 @@ def test_an_install_is_kept_or_refused(site):
 
     @examples(360)
     @given(installs(site))
+    @example(with_file(site, "../evil.json"))
+    @example(with_file(site, "../../../evil.json"))
+    @example(with_file(site, str(site.place / "evil.json")))
+    @example(with_file(site, "evil.py"))
     def check(records):
         reply = site.deliver(INSTALL, records)
         try:
@@ -423,6 +452,10 @@ def test_a_request_to_train_is_done_or_refused(site):
 
     @examples(240)
     @given(requests(site))
+    @example(with_values(site, lr=float("inf")))
+    @example(with_values(site, proximal_mu=float("nan")))
+    @example(with_values(site, codec="zip"))
+    @example(with_values(site, sub_fm="../" * 3))
     def check(records):
         reply = site.deliver(TRAIN, records)
         tally["refused" if reply.has_error() else "done"] += 1
