@@ -125,7 +125,7 @@ def answer(handler: str) -> None:
     reply = app(Message(content(), 1, kind), context)
     at, cpu = time.monotonic(), time.process_time()
     if reply.has_error():
-        raise FedPFTError(reply.error.reason)
+        raise FedPFTError(str(reply.error.reason))
     # Linux counts in KB.
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     loaded = sorted({name.partition(".")[0] for name in sys.modules})

@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from torch import Tensor
+
+from fedpft_flower.config import one_line
 
 ClientCall = Callable[[Message, Context], Message]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REFUSED = 2  # Flower's error code for a ClientApp that raised; its reason says more
 _SCALE = "@scale"  # behind the name of an int8 tensor: its scales
 
 
@@ -76,8 +79,10 @@ def decode_arrays(record: ArrayRecord, codec: str) -> ArrayRecord:
     """Return an adapter's arrays as float32, from what `encode_arrays` made of them.
 
     Raises:
-        ValueError: an array has not the type that the codec gives.
+        ValueError: there is no such codec, or an array has not the type that it gives.
     """
+    if codec not in _DTYPES:
+        raise ValueError(f"there is no codec {codec!r}")
     if codec == "fp32":
         return record
     wanted = torch.int16 if codec == "bf16" else torch.float16
@@ -114,7 +119,11 @@ def codec_of(message: Message) -> str:
 def codec_mod(message: Message, context: Context, call_next: ClientCall) -> Message:
     """Decode an adapter before the handler, and encode that of its reply (a mod)."""
     codec = codec_of(message)
-    message.content = recode(message.content, codec, decode_arrays)
+    try:
+        message.content = recode(message.content, codec, decode_arrays)
+    except Exception as error:  # a hostile message may raise anything
+        reason = f"the received adapter cannot be decoded ({error}); mend the server"
+        return Message(Error(REFUSED, one_line(reason)), reply_to=message)
     reply = call_next(message, context)
     if not reply.has_error():
         reply.content = recode(reply.content, codec, encode_arrays)

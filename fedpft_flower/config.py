@@ -23,12 +23,25 @@ Scalar = bool | int | float | str
 # Lines for people start with this in a run's stream; `fedpft-run` shows only these.
 MARK = "[fedpft] "
 
+LONGEST = 1000  # characters of an error's line
+
 
 class FedPFTError(Exception):
     """Report a mistake that its reader can mend, in one line.
 
     The text names the thing, the value, and the remedy.
     """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+def one_line(text: str) -> str:
+    """Return text as one line that a terminal can show; of a long one, both ends."""
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    half = LONGEST // 2 - 3
+    return shown if len(shown) <= LONGEST else f"{shown[:half]} ... {shown[-half:]}"
 
 
 @dataclass(frozen=True)
@@ -376,7 +389,7 @@ def existing_path(name: str) -> Path | None:
     try:
         place = Path(name).expanduser()
         return place if place.exists() else None
-    except (OSError, RuntimeError):  # too long; a home that does not exist
+    except (OSError, RuntimeError, ValueError):  # too long; no such home; no path
         return None
 
 
@@ -397,13 +410,25 @@ def _build(cls: type[Any], prefix: str, flat: Mapping[str, Any]) -> Any:
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:
+    if type(value) is int and not -(2**63) <= value < 2**63:  # as in TOML
+        raise FedPFTError(
+            f"{key} is a number of {value.bit_length()} bits; give one of at most 64"
+        )
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise FedPFTError(
             f"{key} = {value!r} is {type(value).__name__}; give a {kind.__name__}"
         )
+    if isinstance(value, str) and _NO_TEXT.search(value):
+        raise FedPFTError(
+            f"{key} = {value!r} has a character that no file can have in its name or "
+            "text; leave it out"
+        )
     return value
+
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def _flatten(section: Any, prefix: str) -> dict[str, Scalar]:
@@ -514,7 +539,7 @@ def _problems(config: Config) -> list[str]:
             f"{', '.join(ALIGNMENTS)}, joined by '+'"
         )
     for entry in names_in(config.sub_fm.whole_layers):
-        if not re.fullmatch(r"-?\d+", entry):
+        if not re.fullmatch(r"-?\d{1,6}", entry):
             found.append(
                 f"sub-fm.whole-layers = {config.sub_fm.whole_layers!r}: {entry!r} is "
                 "not a layer number; write them like '0,-1'"

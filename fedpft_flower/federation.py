@@ -11,6 +11,7 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
+from fedpft_flower.codec import REFUSED
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.wire import (
@@ -19,7 +20,6 @@ from fedpft_flower.wire import (
     HELLO,
     INSTALL,
     PACKAGE,
-    REFUSED,
     CountingGrid,
     config_of,
     last_line,
@@ -35,6 +35,7 @@ from fedpft_flower.wire import (
 logger = logging.getLogger(__name__)
 
 EARLIER = 8  # sub-FMs that a change can start from; a node with an older one gets all
+LONGEST_KEY = 200  # characters of a node's name
 
 
 class RoundError(FedPFTError):
@@ -54,6 +55,50 @@ class Node:
     partitions: int
     examples: int
     installed: str = ""
+
+
+# What a node says of itself in reply to a greeting, and of which type.
+_SAID = {
+    "key": str,
+    "named": bool,
+    "store": str,
+    "held": str,
+    "num-partitions": int,
+    "num-examples": int,
+}
+
+
+def _introduction(reply: Message, mine: str) -> tuple[Node, set[str]]:
+    """Return a node as its reply to a greeting has it, and the sub-FMs it holds.
+
+    Args:
+        reply: the reply, which may be hostile.
+        mine: the hash of the server's sources.
+
+    Raises:
+        FedPFTError: it runs other code, or says what cannot be.
+    """
+    said = {**config_of(reply), **metrics_of(reply)}
+    if (source := said.get("source")) != mine:
+        raise FedPFTError(
+            f"it runs other code ({str(source)[:12]}) than the server ({mine[:12]}); "
+            "upgrade it, or stop the local SuperLink"
+        )
+    for name, kind in _SAID.items():
+        if type(value := said.get(name)) is not kind:
+            wanted = kind.__name__
+            raise FedPFTError(f"it says {name} = {value!r}, which is no {wanted}")
+    key, examples = said["key"], said["num-examples"]
+    if not (0 < len(key) <= LONGEST_KEY and key.isprintable()):
+        raise FedPFTError(f"its name is {key!r}; give it a short site")
+    if examples < 1 or said["num-partitions"] < 0:
+        raise FedPFTError(f"it says that it has {examples} rows; give it some")
+    try:
+        held = {str(content) for content in json.loads(said["held"])}
+    except (RecursionError, TypeError, ValueError) as error:
+        raise FedPFTError(f"it says that it holds {said['held'][:40]!r}") from error
+    node = Node(key, said["named"], said["store"], said["num-partitions"], examples)
+    return node, held
 
 
 class Federation:
@@ -240,7 +285,7 @@ class Federation:
             waiting.discard(node)
             if reply.has_error():
                 self._leave_out(node, last_line(reply.error.reason))
-            elif config_of(reply).get("installed"):
+            elif config_of(reply).get("installed") is True:
                 self._held[self.nodes[node].store].add(self._current)
             else:
                 lost.append(node)
@@ -283,9 +328,9 @@ class Federation:
                 )
 
     def _greet(self, nodes: list[int]) -> None:
-        known = ConfigRecord({"labels": json.dumps(list(self._labels))})
+        labels = ConfigRecord({"labels": json.dumps(list(self._labels))})
         messages = [
-            Message(RecordDict({CONFIG: known}), dst_node_id=n, message_type=HELLO)
+            Message(RecordDict({CONFIG: labels}), dst_node_id=n, message_type=HELLO)
             for n in nodes
         ]
         mine = source_hash()
@@ -298,30 +343,20 @@ class Federation:
             if reply.has_error():
                 self._leave_out(node, last_line(reply.error.reason))
                 continue
-            said, sizes = config_of(reply), metrics_of(reply)
-            if said["source"] != mine:
-                self._leave_out(
-                    node,
-                    f"{said['key']} runs other code ({said['source'][:12]}) than the "
-                    f"server ({mine[:12]}); upgrade it, or stop the local SuperLink",
-                )
+            try:
+                known, held = _introduction(reply, mine)
+            except FedPFTError as error:
+                self._leave_out(node, str(error))
                 continue
-            self._replace_twin(said["key"], node)
-            self.nodes[node] = Node(
-                key=said["key"],
-                named=said["named"],
-                store=said["store"],
-                partitions=sizes["num-partitions"],
-                examples=sizes["num-examples"],
-                installed=self._given.get(said["key"], ""),
-            )
-            held = self._held.setdefault(said["store"], set())
-            held |= set(json.loads(said["held"]))
-            if not said["named"]:
+            self._replace_twin(known.key, node)
+            known.installed = self._given.get(known.key, "")
+            self.nodes[node] = known
+            self._held.setdefault(known.store, set()).update(held)
+            if not known.named:
                 logger.warning(
                     "%s has neither site nor partition-id in its node-config: sampling "
                     "is not repeatable",
-                    said["key"],
+                    known.key,
                 )
 
     def _forget_offline(self, online: set[int]) -> None:

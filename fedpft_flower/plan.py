@@ -1,11 +1,14 @@
 """Say what the sub-FM keeps of the FM."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from fedpft_flower.config import FedPFTError
+
+# Bounds on what a received plan may say.
+MOST_LAYERS, MOST_NEURONS = 1000, 10_000_000
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,27 @@ class Plan:
         try:
             data = json.loads(text)
             widths = tuple(int(width) for width in data["widths"])
-            if len(widths) > 1000 or max(widths) > 10_000_000:
+            if min(widths) < 1:
+                raise ValueError("a layer has no neurons")
+            if len(widths) > MOST_LAYERS or sum(widths) > MOST_NEURONS:
                 raise ValueError("it is larger than any model")
-            kept = {
-                int(layer): tuple(range(widths[int(layer)]))
+            named: dict[int, Iterable[int]] = {
+                int(layer): range(widths[int(layer)])
                 if neurons == "all"
-                else tuple(int(neuron) for neuron in neurons)
+                else map(int, neurons)
                 for layer, neurons in data["kept"].items()
             }
+            # Only now, so that a layer named a thousand times costs as much as one.
+            kept = {layer: tuple(neurons) for layer, neurons in named.items()}
             carrying = data["adapters"]
             adapters = None if carrying is None else tuple(map(int, carrying))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise FedPFTError(f"not a plan: {error}; expected Plan.to_json") from error
         return cls(widths, kept, adapters)

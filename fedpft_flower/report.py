@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 
 from fedpft_flower.adapters import export_adapter
 from fedpft_flower.checkpoint import flush
-from fedpft_flower.config import Config, FedPFTError, nest
+from fedpft_flower.config import Config, FedPFTError, existing_path, nest
 from fedpft_flower.server import Metrics, ProxyServer
 
 _PACKAGES = (
@@ -56,7 +56,7 @@ class RunDirectory:
         self.path = root / str(run_id)
         if config.resume:
             self.path = Path.home() / os.path.expanduser(config.resume)  # noqa: PTH111
-            if not (self.path / "config.toml").is_file():
+            if existing_path(str(self.path / "config.toml")) is None:
                 raise FedPFTError(
                     f"resume = {config.resume!r} is not a run directory; give the one "
                     "that the run printed"

@@ -1,14 +1,13 @@
 """Federate a `ProxyServer` through Flower: the Strategy decides no number itself."""
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.config import FedPFTError, one_line
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.server import Metrics, ProxyServer, average_rates
 from fedpft_flower.strategies import shortage
@@ -297,7 +296,7 @@ class FedPFT(Strategy):
             reason = self._problem(reply)
             if reason:
                 logger.warning("%s is left out: %s", name, reason)
-                bad[name] = f"{name}: {reason}"
+                bad[name] = one_line(f"{name}: {reason}")
             else:
                 good.append(reply)
         answered = {federation.sender(r) for r in replies}
@@ -316,20 +315,24 @@ class FedPFT(Strategy):
             return "it lost the sub-FM again"
         try:
             self._check(reply)
-        except (FedPFTError, KeyError, TypeError, ValueError) as error:
-            return f"unusable reply: {error}"
+        except Exception as error:  # a hostile reply may raise anything
+            return f"unusable reply: {error or repr(error)}"
         return ""
 
     def _check(self, reply: Message) -> None:
-        if list(reply.content.array_records) != [ARRAYS]:
+        content = reply.content
+        found = [*content.array_records, *content.metric_records]
+        if found != [ARRAYS, METRICS]:
             raise FedPFTError("it is not one adapter with metrics")
         statistics, others = split_rates(metrics_of(reply))
-        if set(others) != TRAIN_METRICS:
+        if set(others) != set(TRAIN_METRICS):
             raise FedPFTError(f"its metrics are {sorted(others)}")
-        if not all(math.isfinite(metrics_of(reply)[name]) for name in others):
-            raise FedPFTError("a metric is not finite")
-        if not metrics_of(reply)["num-examples"] > 0:
-            raise FedPFTError("num-examples is not positive")
+        told = metrics_of(reply)
+        for name, most in TRAIN_METRICS.items():
+            if not 0 <= told[name] <= most:  # also true for NaN
+                raise FedPFTError(f"{name} = {told[name]} is outside [0, {most:g}]")
+        if type(told["num-examples"]) is not int or not told["num-examples"]:
+            raise FedPFTError("num-examples is not positive and whole")
         current = self.federation.grid.ledger.round
         self.server.check_rates(unpack_rates(statistics), current)
         adapter = unpack_tensors(arrays_of(reply))

@@ -20,10 +20,10 @@ from fedpft_flower.architectures import (
     layers_of,
 )
 from fedpft_flower.config import FedPFTError
-from fedpft_flower.plan import Plan
+from fedpft_flower.plan import MOST_LAYERS, Plan
 
 # Bounds on what a received config may ask for.
-MOST_LAYERS, MOST_ENTRIES, MOST = 1000, 100_000, 1e8
+MOST_ENTRIES, MOST = 100_000, 2e7
 
 
 def build_sub_fm(fm: PreTrainedModel, plan: Plan) -> PreTrainedModel:

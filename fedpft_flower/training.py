@@ -1,5 +1,6 @@
 """Fine-tune an adapter on local rows."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def train_adapter(
         proximal_mu: weight of the proximal term; 0 leaves it out.
 
     Raises:
-        FedPFTError: the loss is not finite.
+        FedPFTError: the loss or the adapter is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in parameters] if proximal_mu else []
@@ -78,8 +79,13 @@ def train_adapter(
         losses.append(float(loss.detach()))
     model.eval()
     mean = sum(losses) / len(losses)
-    if mean != mean or abs(mean) == float("inf"):
-        raise FedPFTError(f"local loss is {mean}; lower train.lr = {config.lr}")
+    # The last step's adapter is in no loss.
+    finite = all(bool(parameter.isfinite().all()) for parameter in parameters)
+    if not (finite and math.isfinite(mean)):
+        raise FedPFTError(
+            f"local training diverged: the mean loss is {mean}, the adapter is "
+            f"{'' if finite else 'not '}finite; lower train.lr = {config.lr}"
+        )
     return TrainReport(mean, len(rows), len(losses), time.monotonic() - began)
 
 

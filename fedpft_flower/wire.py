@@ -9,12 +9,15 @@ import functools
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import tempfile
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpft_flower.codec import (
+    REFUSED,
     codec_of,
     decode_arrays,
     decode_weights,
@@ -41,7 +45,7 @@ from fedpft_flower.codec import (
     encode_weights,
     recode,
 )
-from fedpft_flower.config import FedPFTError, cache_dir, last_used
+from fedpft_flower.config import FedPFTError, cache_dir, last_used, one_line
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
 
@@ -49,9 +53,15 @@ logger = logging.getLogger(__name__)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
-REFUSED = 2  # Flower's error code for a ClientApp that raised; its reason says more
 PACKAGE = "package"  # key of a package's JSON in an install
-TRAIN_METRICS = {"num-examples", "train_loss", "steps", "seconds", "peak-memory"}
+# What a node says of its training, and the most that is believed.
+TRAIN_METRICS = {
+    "num-examples": 1e12,
+    "train_loss": 1e6,
+    "steps": 1e12,
+    "seconds": 1e9,
+    "peak-memory": 1e15,
+}
 RATES = "inactive-rates."  # prefix of activity statistics among the metrics
 
 Handler = Callable[[Message, Context], Message]
@@ -79,7 +89,7 @@ def metrics_of(message: Message) -> dict[str, Any]:
 def last_line(reason: str | None) -> str:
     """Return the last line of an error's reason, which may be a whole traceback."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1] if lines else "unknown error"
+    return one_line(lines[-1]) if lines else "unknown error"
 
 
 def reply(message: Message, records: dict[str, Any]) -> Message:
@@ -98,9 +108,11 @@ def one_line_errors(handler: Handler) -> Handler:
             reason = str(error)
         except Exception as error:  # a hostile message may raise anything
             logger.exception("a message could not be handled")
-            reason = f"{type(error).__name__}: {last_line(str(error))}"
+            what = f"{type(error).__name__}: {last_line(str(error))}"
+            kind = message.metadata.message_type
+            reason = f"a {kind} message cannot be handled ({what}); see this node's log"
         site = context.node_config.get("site")
-        reason = f"{site}: {reason}" if site else reason
+        reason = one_line(f"{site}: {reason}" if site else reason)
         logger.error("%s", reason)
         return Message(Error(REFUSED, reason), reply_to=message)
 
@@ -211,6 +223,7 @@ def source_hash() -> str:
 
 # What tokenizers and image processors are saved as; nothing there runs or is unpickled.
 _PROCESSOR_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 class Store:
@@ -281,6 +294,11 @@ class Store:
                         f"{', '.join(_PROCESSOR_SUFFIXES)}, which hold data only"
                     )
                 (draft / "processor" / name).write_bytes(base64.b64decode(body))
+            if _read(draft, content) is None:
+                raise FedPFTError(
+                    f"received sub-FM {content[:12]} does not come back from the disk "
+                    "as it was sent; mend the server, or this node's disk"
+                )
             self._move(draft, content)
         except OSError as error:
             raise FedPFTError(
@@ -292,14 +310,13 @@ class Store:
 
     def get(self, content: str) -> tuple[dict[str, Tensor], str] | None:
         """Return tensors and JSON of a copy, or None if it is missing or damaged."""
-        directory = self.directory(content)
-        try:
-            text = (directory / "package.json").read_text(encoding="utf-8")
-            tensors = load_file(directory / "weights")
-            directory.touch()
-        except Exception:  # safetensors has no public error class for a cut file
+        if not _HASH.fullmatch(content):  # it could lead out of the store
             return None
-        return (tensors, text) if package_hash(tensors, text) == content else None
+        held = _read(self.directory(content), content)
+        if held is not None:
+            with suppress(OSError):  # another process removed it
+                os.utime(self.directory(content))
+        return held
 
     def _move(self, draft: Path, content: str) -> None:
         place = self.directory(content)
@@ -317,6 +334,16 @@ class Store:
             if time.time() - last_used(old) < self.UNUSED_SECONDS:
                 continue
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _read(directory: Path, content: str) -> tuple[dict[str, Tensor], str] | None:
+    """Return tensors and JSON of a copy that has this hash, or None."""
+    try:
+        text = (directory / "package.json").read_text(encoding="utf-8")
+        tensors = load_file(directory / "weights")
+    except Exception:  # safetensors has no public error class for a cut file
+        return None
+    return (tensors, text) if package_hash(tensors, text) == content else None
 
 
 # --------------------------------------------------------------- changes of a package
@@ -568,8 +595,9 @@ class CountingGrid(Grid):
         if not reply.has_error():
             try:
                 reply.content = recode(reply.content, codec, decode_arrays)
-            except (TypeError, ValueError) as error:
-                logger.info("an adapter that is not %s: %s", codec, error)
+            except Exception as error:  # a hostile reply may raise anything
+                why = one_line(str(error))
+                logger.info("an adapter that is not %s: %s", codec, why)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -587,7 +615,11 @@ class CountingGrid(Grid):
         deadline = None if timeout is None else time.monotonic() + timeout
         while waiting:
             for reply in self.pull_messages(list(waiting)):
-                waiting.discard(reply.metadata.reply_to_message_id)
+                asked = reply.metadata.reply_to_message_id
+                if asked not in waiting:
+                    logger.warning("a second reply, or one to nothing, is left out")
+                    continue
+                waiting.discard(asked)
                 replies.append(reply)
             if not waiting or (deadline and time.monotonic() > deadline):
                 break

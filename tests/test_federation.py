@@ -209,7 +209,7 @@ def poison(arrays):
         (with_arrays(lambda a: {k: v.astype(">f4") for k, v in a.items()}), ""),
         (with_metrics(lambda m: m.pop("peak-memory")), "its metrics are"),
         (with_metrics(lambda m: m.update({"num-examples": 0})), "not positive"),
-        (with_metrics(lambda m: m.update({"train_loss": np.inf})), "not finite"),
+        (with_metrics(lambda m: m.update({"train_loss": np.inf})), "is outside [0"),
         (with_metrics(lambda m: m.update({"inactive-rates.0": [0.5]})), "shape"),
         (with_metrics(lambda m: m.update({"inactive-rates.x": [0.5]})), "unusable"),
         (lambda m, r: Message(Error(2, "boom\nlast line"), reply_to=m), "last line"),

@@ -209,8 +209,40 @@ def test_a_package_that_is_none_is_refused(package, text):
 
 
 def test_a_plan_as_large_as_no_model_is_refused():
-    with pytest.raises(FedPFTError, match="larger than any model"):
-        Plan.from_json('{"widths": [1000000000], "kept": {"0": "all"}}')
+    layers = {"widths": [9_000_000] * 1000, "kept": dict.fromkeys(range(1000), "all")}
+    for text in ('{"widths": [1000000000], "kept": {"0": "all"}}', json.dumps(layers)):
+        with pytest.raises(FedPFTError, match="larger than any model"):
+            Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"widths": [Infinity]}', '{"widths": [-3], "kept": {}}', "[" * 100_000]
+)
+def test_a_plan_that_is_none_is_refused(text):
+    with pytest.raises(FedPFTError, match="not a plan"):
+        Plan.from_json(text)
+
+
+def test_no_base_is_looked_for_outside_the_store(package):
+    sound, settings = package
+    tensors, text = package_tensors(sound), package_json(sound)
+    _, base = install(settings, tensors, text)
+    outside = Store()._root.parent / "elsewhere"
+    Store().directory(base).rename(outside)
+    before = outside.stat().st_mtime_ns
+    reply, _ = install(settings, {}, "", "1" * 64, base="../elsewhere")
+    assert config_of(reply)["installed"] is False
+    assert outside.stat().st_mtime_ns == before
+
+
+def test_a_copy_that_does_not_come_back_as_sent_is_not_kept(package):
+    sound, settings = package
+    tensors, text = package_tensors(sound), package_json(sound)
+    odd = {**tensors, "__metadata__": torch.zeros(2)}
+    lines = json.dumps(json.loads(text), indent=1).replace("\n", "\r\n")
+    for received in ((odd, text), (tensors, lines)):
+        refused(install(settings, *received)[0], "does not come back from the disk")
+    assert Store().hashes() == []
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
