@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
 REFUSED = 2  # Flower's error code for a ClientApp that raised; its reason says more
+_EXPIRED = {3, 4}  # those for a message and for a reply that lived too long
 PACKAGE = "package"  # key of a package's JSON in an install
 TRAIN_METRICS = {"num-examples", "train_loss", "steps", "seconds", "peak-memory"}
 RATES = "inactive-rates."  # prefix of activity statistics among the metrics
@@ -69,6 +71,18 @@ def last_line(reason: str | None) -> str:
     """Return the last line of an error's reason, which may be a whole traceback."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
     return lines[-1] if lines else "unknown error"
+
+
+def reason_of(reply: Message, name: str) -> str:
+    """Return in one line why a reply is an error.
+
+    Args:
+        reply: an error.
+        name: of its node, which may say it itself.
+    """
+    if reply.error.code in _EXPIRED:
+        return "no reply in time (timeout-seconds), or the node is gone"
+    return last_line(reply.error.reason).removeprefix(f"{name}: ")
 
 
 # ------------------------------------------------------------------ tensors, packages
@@ -246,9 +260,10 @@ class Store:
                     )
                 (draft / "processor" / name).write_bytes(base64.b64decode(body))
             self._move(draft, content)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter says "disk full"
             raise FedPFTError(
-                f"cannot keep the sub-FM in {self._root}: {error}"
+                f"cannot keep the sub-FM in {self._root}: {error}; make room there, or "
+                "set FEDPFT_CACHE"
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
