@@ -472,7 +472,7 @@ def test_a_greeting_of_the_wrong_type_is_left_out(hub, key, value):
     if (key, value) in (("store", ""), ("store", "x\ny")):
         return  # any text names a store
     assert set(strategy.rounds[1]["failures"]) == {"node 101"}
-    check_line(strategy.federation.refused[101])
+    check_line(": ".join(strategy.federation.refused[101]))
 
 
 @pytest.mark.parametrize("training", [False, True])
