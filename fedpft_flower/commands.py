@@ -156,28 +156,39 @@ def _interrupt(number: int, frame: object) -> None:
 # ----------------------------------------------------------------- the Flower processes
 
 
-@contextmanager
-def _superlink(home: Path) -> Iterator[dict[str, str]]:
-    """Start a SuperLink of our own in a neutral directory, and stop it at the end."""
-    port = _free_port()
-    environment = {
-        # Ray gives every virtual client one thread, where this does not say otherwise.
-        **{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"},
-        "FLWR_HOME": str(home / "flwr"),
+def flower_home(place: Path, port: int) -> dict[str, str]:
+    """Create a Flower home that knows the SuperLink at a port by the name `own`.
+
+    Returns:
+        The environment in which Flower's commands use it.
+    """
+    place.mkdir()
+    (place / "config.toml").write_text(
+        '[superlink]\ndefault = "own"\n\n'
+        f'[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    return {
+        "FLWR_HOME": str(place),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_DEDUP_LOGS": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         # Flower finds its own commands through the path.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    (home / "flwr").mkdir()
-    (home / "flwr" / "config.toml").write_text(
-        '[superlink]\ndefault = "own"\n\n'
-        f'[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
+
+
+@contextmanager
+def _superlink(home: Path) -> Iterator[dict[str, str]]:
+    """Start a SuperLink of our own in a neutral directory, and stop it at the end."""
+    port = free_port()
+    environment = {
+        # Ray gives every virtual client one thread, where this does not say otherwise.
+        **{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"},
+        **flower_home(home / "flwr", port),
+        "RAY_DEDUP_LOGS": "0",
+    }
     # Ray workers import from this directory first: it must hold no code.
     (home / "empty").mkdir()
     log = home / "superlink.log"
@@ -192,13 +203,18 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
             start_new_session=True,
         )
     try:
-        _wait_until_up(process, port, log)
+        wait_until_up(process, port, log)
         yield environment
     finally:
-        _stop(process)
+        stop(process)
 
 
-def _wait_until_up(process: "subprocess.Popen[Any]", port: int, log: Path) -> None:
+def wait_until_up(process: "subprocess.Popen[Any]", port: int, log: Path) -> None:
+    """Wait until a SuperLink answers.
+
+    Raises:
+        FedPFTError: it ended or does not answer; the end of its log says why.
+    """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -210,7 +226,7 @@ def _wait_until_up(process: "subprocess.Popen[Any]", port: int, log: Path) -> No
     raise FedPFTError(f"the SuperLink did not start: {' | '.join(tail)}")
 
 
-def _stop(process: "subprocess.Popen[Any]") -> None:
+def stop(process: "subprocess.Popen[Any]") -> None:
     """Stop a process and all of its session; the rest of Ray follows its parent."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may cut this short
     for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
@@ -250,10 +266,10 @@ def _run(
             lines.append(_ANSI.sub("", line.rstrip()))
             _show(lines[-1], verbose)
         process.wait()
-        status = _status(lines, environment, home / "empty")
+        status = run_status(lines, environment, home / "empty")
     finally:
         if process.poll() is None:
-            _stop(process)
+            stop(process)
     if status == "finished:completed":
         return 0
     told = any(line.startswith(f"{MARK}error:") for line in lines)
@@ -270,7 +286,9 @@ def _show(line: str, verbose: bool) -> None:
         print(line, flush=True)
 
 
-def _status(lines: Sequence[str], environment: Mapping[str, str], place: Path) -> str:
+def run_status(
+    lines: Sequence[str], environment: Mapping[str, str], place: Path
+) -> str:
     """Return the run's true status: the stream ends with 0 whatever happened."""
     started = [m[1] for line in lines if (m := re.search(r"started run (\d+)", line))]
     if not started:
@@ -302,7 +320,8 @@ def _status_now(run_id: str, environment: Mapping[str, str], place: Path) -> str
         return "unknown"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

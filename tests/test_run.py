@@ -2,15 +2,33 @@
 
 import json
 import os
+import random
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+
+from benchmarks.deployment import Deployment
+from benchmarks.tap import NodeTap
+from benchmarks.wire_bytes import KINDS, ledger_bytes, total
+from fedpft_flower.wire import TRAIN
+from tests.deployment import (
+    SITES,
+    adapter_of,
+    apps_of,
+    checkpoints,
+    deploy,
+    expected_adapter,
+    prepare,
+    rounds_of,
+    run_directory,
+    start_site,
+    wait_until,
+)
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -144,144 +162,61 @@ def test_bad_arguments_end_in_one_line_before_anything_starts(
 # ------------------------------------------------------------------------ deployment
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+REQUEST = 1500  # bytes of headers, tokens and object names that a request may have
 
 
-def test_a_deployment_with_real_processes(tmp_path, vit_directory):
+def test_a_deployment_with_real_processes(tmp_path, vit_directory, local_grid):
     """One SuperLink, two SuperNodes with rows and a store of their own, `flwr run`."""
-    port, sites = free_port(), {"north": range(100), "south": range(100, 130)}
-    nodes = len(sites)
-    for name, rows in {**sites, "server/test": range(130, 200)}.items():
-        write_digits(tmp_path / name, rows)
-    write_digits(tmp_path / "public", range(200, 264))
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "FLWR_HOME": str(tmp_path / "home"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "config.toml").write_text(
-        f'[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
-    (tmp_path / "run.toml").write_text(
-        f"""
-        method = "fedpft"
-        rounds = 2
-        out-dir = "{tmp_path}/out"
-        [fm]
-        name = "{vit_directory}"
-        [data]
-        task = "image"
-        path = "{tmp_path}/server"
-        public-path = "{tmp_path}/public"
-        [train]
-        min-nodes = 2
-        fraction = 1.0
-        [align]
-        steps = 4
-        every = 1
-        during-steps = 2
-        """
-    )
-    started = []
-
-    def start(name, *command, **extra):
-        place = tmp_path / name
-        place.mkdir()
-        with (tmp_path / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=place,
-                env={**environment, **extra},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        started.append(process)
-
-    try:
-        start(
-            "superlink",
-            *("flower-superlink", "--insecure", "--host", "127.0.0.1"),
-            *("--port", str(port)),
-        )
-        wait_for(port)
-        for site in sites:
-            start(
-                f"node-{site}",
-                *("flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"),
-                *("--port", str(free_port())),
-                "--node-config",
-                f'site="{site}" data-path="{tmp_path / site}"',
-                FEDPFT_CACHE=str(tmp_path / f"store-{site}"),
-            )
-        done = subprocess.run(
-            [
-                "flwr",
-                "run",
-                str(ROOT),
-                "own",
-                "--stream",
-                "-c",
-                str(tmp_path / "run.toml"),
-            ],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        logs = "".join(p.read_text(errors="replace") for p in tmp_path.glob("*.log"))
-        assert "[fedpft] results:" in done.stdout, done.stdout + logs
-    finally:
-        for process in started:
-            os.killpg(process.pid, signal.SIGTERM)
-        for process in started:
-            process.wait(30)
-    (results,) = (tmp_path / "out").iterdir()
-    rounds = [
-        json.loads(x) for x in (results / "metrics.jsonl").read_text().splitlines()
-    ]
+    settings = prepare(tmp_path, vit_directory)
+    expected = expected_adapter(local_grid, settings, tmp_path)
+    with Deployment(tmp_path) as deployment:
+        deployment.superlink()
+        taps = {site: NodeTap(deployment.port) for site in SITES}
+        for site, tap in taps.items():
+            start_site(deployment, site, tap.port)
+        deployment.submit("run", settings)
+        status = deployment.status("run", seconds=400)
+        assert status == "finished:completed", deployment.log("superlink")
+        assert "[fedpft] results:" in deployment.log("run")
+        captured = total(tap.counts() for tap in taps.values())
+    results = run_directory(tmp_path)
+    rounds = rounds_of(results)
     assert len(rounds) == 3
-    assert all(len(r["per-client"]) == nodes and not r["failures"] for r in rounds[1:])
+    assert all(len(r["per-client"]) == 2 and not r["failures"] for r in rounds[1:])
     # Two machines, two stores: both got the sub-FM, then its changes.
     install = rounds[1]["bytes"]["down-install"]
     assert install["sent"] == install["logical"]
     assert rounds[2]["bytes"]["down-delta"]["sent"] < install["sent"]
     assert json.loads((results / "manifest.json").read_text())["nodes"] == {
-        site: len(rows) for site, rows in sites.items()
+        site: len(rows) for site, rows in SITES.items()
     }
-    for site in sites:
-        copies = list((tmp_path / f"store-{site}" / "sub-fms").glob("?" * 64))
+    for site in SITES:
+        copies = list((deployment.store(site) / "sub-fms").glob("?" * 64))
         assert len(copies) == 2
+    assert adapter_of(results) == expected
+    # The ledger's bytes crossed the connections, and little more with each request.
+    for (way, name), size in ledger_bytes(rounds).items():
+        count = captured[KINDS[name][0]]
+        crossed = count.down if way == "down" else count.up
+        assert size <= crossed <= size + REQUEST * count.requests
+    # An array is two objects, and each is asked for once on its way there and back.
+    tensors = len(load_file(results / "adapter" / "adapter_model.safetensors"))
+    assert captured[TRAIN].requests <= 4 * (4 * tensors + 20)
 
 
-def write_digits(place, rows):
-    """Write scikit-learn's digits as a folder of images, one folder a class."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for row in rows:
-        folder = place / str(digits.target[row])
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = (digits.images[row] * 255 / 16).astype("uint8")
-        Image.fromarray(pixels).save(folder / f"{row}.png")
-
-
-def wait_for(port):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise AssertionError("the SuperLink did not start")
+def test_a_deployment_whose_server_is_killed_is_resumed_to_the_same_end(
+    tmp_path, vit_directory, local_grid
+):
+    settings = prepare(tmp_path, vit_directory) | {"rounds": 1}
+    expected = expected_adapter(local_grid, settings, tmp_path)
+    with deploy(tmp_path) as deployment:
+        deployment.submit("run", settings)
+        wait_until(lambda: checkpoints(tmp_path), 300, "a checkpoint")
+        time.sleep(random.uniform(0, 5))  # while nodes install or train
+        (server,) = apps_of(deployment, "superlink", "flwr-serverapp")
+        server.kill()
+        again = {"resume": str(run_directory(tmp_path))}
+        deployment.submit("resumed", settings | again)
+        assert deployment.status("resumed", 400) == "finished:completed"
+        assert "resumed after round 0" in deployment.log("resumed")
+    assert adapter_of(run_directory(tmp_path)) == expected

@@ -1,0 +1,173 @@
+"""Compare the ledger of a deployed run with the bytes on its connections.
+
+A SuperLink, SuperNodes and the ServerApp run as real processes on this machine. Every
+SuperNode, and the ServerApp, reaches the SuperLink through a port that counts:
+    python -m benchmarks.wire_bytes --conf conf/demo.toml --nodes 2 key=value ...
+
+Ledger bytes are those that were sent. Captured bytes are TCP's payload: HTTP without
+TLS, headers included. What nodes and SuperLink say without a message is shown on its
+own; its rate is measured before the run, while nothing else happens.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks import run_main
+from benchmarks.deployment import ROOT, Deployment
+from benchmarks.tap import APP, STANDBY, Count, NodeTap, Tap
+from fedpft_flower.commands import read_config
+from fedpft_flower.server import Metrics
+from fedpft_flower.wire import HELLO, INSTALL, TRAIN
+
+# Message types, and which of the ledger's kinds they carry; control is apart.
+KINDS = {
+    "greeting": (HELLO, ()),
+    "sub-FM": (INSTALL, ("install", "delta")),
+    "training": (TRAIN, ("adapter", "statistics")),
+}
+START_SECONDS = 20.0
+
+
+def main() -> None:
+    """Run a deployment and print the comparison."""
+    options = _options()
+    with TemporaryDirectory() as place:
+        pairs = [*options.set, f"out-dir={place}/out"]
+        config = read_config(options.conf, pairs)
+        settings = {**config.flat(), "train.min-nodes": options.nodes}
+        with Deployment(Path(place)) as deployment:
+            server = deploy_tapped_superlink(deployment)
+            taps = [NodeTap(deployment.port) for _ in range(options.nodes)]
+            for number, tap in enumerate(taps):
+                node = f"partition-id={number} num-partitions={options.nodes}"
+                deployment.supernode(f"node-{number}", node, tap.port)
+            time.sleep(START_SECONDS)
+            idle = _rates([*taps, server], options.idle)
+            deployment.submit("run", settings)
+            status = deployment.status("run", seconds=3600)
+            if status != "finished:completed":
+                sys.exit(f"{deployment.log('run')}\nthe run is {status}")
+        (metrics,) = Path(place).glob("out/*/metrics.jsonl")
+        rounds = [json.loads(line) for line in metrics.read_text().splitlines()]
+    print(table(rounds, total(tap.counts() for tap in taps)))
+    print(f"\n{server_table(rounds, server.counts())}\n")
+    for name, (up, down) in zip(["node", "ServerApp's side"], idle, strict=True):
+        print(f"Idle, one {name}: {up:.0f} bytes/s up, {down:.0f} bytes/s down.")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("set", nargs="*", metavar="key=value", help="overrides")
+    parser.add_argument("--conf", type=Path, default=ROOT / "conf" / "demo.toml")
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--idle", type=float, default=120.0, help="seconds to watch")
+    return parser.parse_intermixed_args()
+
+
+def deploy_tapped_superlink(deployment: Deployment) -> Tap:
+    """Start a SuperLink whose ServerApps reach it through a tap; return the tap."""
+    deployment.superlink("--isolation", "process")
+    tap = Tap(deployment.port)
+    address = ("--runtime-api-address", f"127.0.0.1:{tap.port}")
+    deployment.start("superexec", "flower-superexec", "--insecure", *address)
+    return tap
+
+
+def total(counts: Iterable[Mapping[str, Count]]) -> dict[str, Count]:
+    """Return the sums of what several taps have counted."""
+    sums: dict[str, Count] = {}
+    for one in counts:
+        for kind, count in one.items():
+            old = sums.get(kind, Count())
+            sums[kind] = Count(
+                old.up + count.up,
+                old.down + count.down,
+                old.requests + count.requests,
+            )
+    return sums
+
+
+def ledger_bytes(rounds: Iterable[Metrics]) -> dict[tuple[str, str], int]:
+    """Return what was sent by direction and kind, in the kinds of `KINDS`.
+
+    Control bytes of round 0 are the greeting's; the later ones, a few hundred bytes a
+    message, are counted with the training although installs have some of them.
+    """
+    names = {kind: name for name, (_, kinds) in KINDS.items() for kind in kinds}
+    sums = {(way, name): 0 for way in ("down", "up") for name in KINDS}
+    for entry in rounds:
+        control = "training" if entry["round"] else "greeting"
+        for key, size in entry["bytes"].items():
+            way, _, kind = key.partition("-")
+            sums[way, names.get(kind, control)] += size["sent"]
+    return sums
+
+
+def table(rounds: list[Metrics], captured: Mapping[str, Count]) -> str:
+    """Return ledger and captured bytes of the nodes' connections as Markdown."""
+    lines = [
+        "| nodes and SuperLink | ledger | captured | more | requests |",
+        "|---|---|---|---|---|",
+    ]
+    ledger = ledger_bytes(rounds)
+    for way in ("down", "up"):
+        for name, (message_type, _) in KINDS.items():
+            count = captured.get(message_type, Count())
+            size = count.down if way == "down" else count.up
+            lines.append(_row(f"{way}, {name}", ledger[way, name], size, count))
+    for name in (APP, STANDBY):
+        count = captured.get(name, Count())
+        for way, size in (("down", count.down), ("up", count.up)):
+            lines.append(_row(f"{way}, {name}", 0, size, count))
+    return "\n".join(lines)
+
+
+def server_table(rounds: list[Metrics], captured: Mapping[str, Count]) -> str:
+    """Return the same of the ServerApp's connections: objects hold the payload."""
+    lines = [
+        "| ServerApp and SuperLink | ledger | captured | more | requests |",
+        "|---|---|---|---|---|",
+    ]
+    ledger = ledger_bytes(rounds)
+    sums = {way: sum(ledger[way, name] for name in KINDS) for way in ("down", "up")}
+    pushed = captured.get("push-object", Count())
+    pulled = captured.get("pull-object", Count())
+    lines.append(_row("down, objects", sums["down"], pushed.up, pushed))
+    lines.append(_row("up, objects", sums["up"], pulled.down, pulled))
+    rest = [k for k in captured if k not in ("push-object", "pull-object")]
+    for action in sorted(rest, key=lambda k: -captured[k].up - captured[k].down):
+        count = captured[action]
+        lines.append(_row(f"both, {action}", 0, count.up + count.down, count))
+    return "\n".join(lines)
+
+
+def _row(name: str, ledger: int, captured: int, count: Count) -> str:
+    more = f"{100 * (captured / ledger - 1):.1f} %" if ledger else "-"
+    return f"| {name} | {ledger:,} | {captured:,} | {more} | {count.requests:,} |"
+
+
+def _rates(taps: list[Tap], seconds: float) -> list[tuple[float, float]]:
+    """Return bytes/s up and down of one node and of the last tap, while all is idle."""
+    before = [total([tap.counts()]) for tap in taps]
+    time.sleep(seconds)
+    rates = []
+    for tap, old in zip(taps, before, strict=True):
+        now = tap.counts()
+        up, down = (
+            sum(getattr(count, way) for count in now.values())
+            - sum(getattr(count, way) for count in old.values())
+            for way in ("up", "down")
+        )
+        rates.append((up / seconds, down / seconds))
+    return [rates[0], rates[-1]]
+
+
+if __name__ == "__main__":
+    run_main(main)

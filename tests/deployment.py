@@ -1,0 +1,106 @@
+"""A federation of two sites with digits of their own, for real processes."""
+
+import json
+import time
+from contextlib import contextmanager
+
+from benchmarks.deployment import Deployment
+
+SITES = {"north": range(100), "south": range(100, 130)}
+
+
+def prepare(place, vit_directory):
+    """Write the rows of all sites and of the server; return the run's settings."""
+    for name, rows in {**SITES, "server/test": range(130, 200)}.items():
+        write_digits(place / name, rows)
+    write_digits(place / "public", range(200, 264))
+    return {
+        "rounds": 2,
+        "out-dir": str(place / "out"),
+        "fm.name": str(vit_directory),
+        "data.task": "image",
+        "data.path": str(place / "server"),
+        "data.public-path": str(place / "public"),
+        "train.min-nodes": len(SITES),
+        "train.fraction": 1.0,
+        "align.steps": 4,
+        "align.every": 1,
+        "align.during-steps": 2,
+    }
+
+
+def write_digits(place, rows):
+    """Write scikit-learn's digits as a folder of images, one folder a class."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for row in rows:
+        folder = place / str(digits.target[row])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (digits.images[row] * 255 / 16).astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{row}.png")
+
+
+def start_site(deployment, site, port=0):
+    settings = f'site="{site}" data-path="{deployment.place / site}"'
+    deployment.supernode(site, settings, port)
+
+
+@contextmanager
+def deploy(place, *options):
+    """Start the SuperLink and a SuperNode for every site; stop all at the end."""
+    with Deployment(place) as deployment:
+        deployment.superlink(*options)
+        for site in SITES:
+            start_site(deployment, site)
+        yield deployment
+
+
+def run_directory(place):
+    (directory,) = (place / "out").iterdir()
+    return directory
+
+
+def checkpoints(place):
+    """Return the names of a run's checkpoints, oldest first."""
+    return sorted(path.name for path in place.glob("out/*/checkpoints/round-*"))
+
+
+def rounds_of(directory):
+    """Return the metrics of the rounds so far."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def wait_until(condition, seconds, what):
+    """Return the first value of `condition()` that is true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"in {seconds} s not: {what}")
+
+
+def expected_adapter(local_grid, settings, place):
+    """Return the adapter's hash at the end of the same run in this process."""
+    from tests.test_federation import results, run
+
+    configs = [{"site": site, "data-path": str(place / site)} for site in SITES]
+    settings = {**settings, "out-dir": str(place / "expected")}
+    run(local_grid, settings, nodes=len(SITES), configs=configs)
+    return results(settings)[3]["adapter-sha256"]
+
+
+def adapter_of(directory):
+    return json.loads((directory / "manifest.json").read_text())["adapter-sha256"]
+
+
+def apps_of(deployment, name, command):
+    """Return the app processes that a SuperLink or SuperNode runs now."""
+    import psutil
+
+    children = psutil.Process(deployment.processes[name].pid).children(recursive=True)
+    return [child for child in children if command in " ".join(child.cmdline())]

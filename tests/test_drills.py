@@ -1,0 +1,209 @@
+"""Real processes killed at random moments: the run goes on, or resumes to the same end.
+
+`pytest -m slow tests/test_drills.py`: minutes each, a dead node is known after one.
+"""
+
+import contextlib
+import random
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from tests.deployment import (
+    SITES,
+    adapter_of,
+    apps_of,
+    checkpoints,
+    deploy,
+    expected_adapter,
+    prepare,
+    rounds_of,
+    run_directory,
+    start_site,
+    wait_until,
+)
+
+pytestmark = pytest.mark.slow
+SERVER_APP, CLIENT_APP = "flwr-serverapp", "flwr-clientapp"
+
+
+@pytest.fixture
+def moment(request):
+    """Return random seconds, the same in every repetition of a test."""
+    generator = random.Random(request.node.name)
+    return lambda low, high: generator.uniform(low, high)
+
+
+@pytest.fixture
+def settings(tmp_path, vit_directory):
+    return prepare(tmp_path, vit_directory) | {"rounds": 3, "timeout-seconds": 120.0}
+
+
+def empty(store):
+    shutil.rmtree(store)
+
+
+def damage(store):
+    for weights in store.glob("sub-fms/*/weights"):
+        body = bytearray(weights.read_bytes())
+        body[-5] ^= 0xFF
+        weights.write_bytes(body)
+
+
+@pytest.mark.parametrize("harm", [None, empty, damage])
+def test_a_node_that_is_killed_and_restarted_takes_part_again(
+    tmp_path, settings, moment, harm
+):
+    with deploy(tmp_path) as deployment:
+        deployment.submit("run", settings)
+        wait_until(
+            lambda: "Receiving: train" in deployment.log("south"), 400, "training"
+        )
+        time.sleep(moment(0, 5))
+        deployment.kill("south")
+        if harm:
+            harm(deployment.store("south"))
+        start_site(deployment, "south")
+        assert deployment.status("run", 900) == "finished:completed"
+        print(deployment.log("run"))
+    rounds = rounds_of(run_directory(tmp_path))
+    assert list(rounds[1]["failures"]) == ["south"]
+    assert all(not entry["failures"] for entry in rounds[2:])
+    assert rounds[3]["per-client"]["south"]["outcome"] == "ok"
+
+
+def test_a_run_whose_server_is_killed_again_and_again_ends_as_if_it_had_not(
+    tmp_path, settings, moment, local_grid
+):
+    expected = expected_adapter(local_grid, settings, tmp_path)
+    with deploy(tmp_path) as deployment:
+        deployment.submit("run-0", settings)
+        wait_until(lambda: checkpoints(tmp_path), 400, "the first checkpoint")
+        for number in range(3):
+            time.sleep(moment(0, 40))
+            apps = apps_of(deployment, "superlink", SERVER_APP)
+            if len(apps) != 1:
+                break
+            apps[0].kill()
+            again = {"resume": str(run_directory(tmp_path))}
+            deployment.submit(f"run-{number + 1}", settings | again)
+        assert deployment.status(f"run-{number + 1}", 900) == "finished:completed"
+    assert adapter_of(run_directory(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("options", [(), ("--database", "state.db")])
+def test_a_run_whose_superlink_is_killed_is_resumed(
+    tmp_path, settings, moment, local_grid, options
+):
+    expected = expected_adapter(local_grid, settings, tmp_path)
+    with deploy(tmp_path, *options) as deployment:
+        deployment.submit("run", settings)
+        wait_until(lambda: checkpoints(tmp_path), 400, "the first checkpoint")
+        time.sleep(moment(0, 40))
+        deployment.kill("superlink")
+        print(deployment.processes["run"].wait(60))
+        time.sleep(moment(0, 20))
+        deployment.superlink(*options)
+        if not options:
+            # A SuperLink without a memory knows no node, and they end.
+            for site in SITES:
+                deployment.processes[site].wait(90)
+                start_site(deployment, site)
+        again = {"resume": str(run_directory(tmp_path))}
+        deployment.submit("resumed", settings | again)
+        assert deployment.status("resumed", 900) == "finished:completed"
+    assert adapter_of(run_directory(tmp_path)) == expected
+
+
+@pytest.fixture
+def small_disk():
+    """Return a function that mounts a file system of so many bytes; needs root."""
+    mounted = []
+
+    def mount(place, size):
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("only root can mount a file system")
+        mounted.append(place)
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(place):
+    """Leave no free byte on a disk; return the file that takes them."""
+    path = place / "filler"
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1024))
+    return path
+
+
+def test_a_run_on_a_full_disk_fails_in_one_line_and_is_resumed(
+    tmp_path, settings, moment, local_grid, small_disk
+):
+    expected = expected_adapter(local_grid, settings, tmp_path)
+    small_disk(tmp_path / "out", 4_000_000)
+    with deploy(tmp_path) as deployment:
+        deployment.submit("run", settings)
+        wait_until(lambda: checkpoints(tmp_path), 400, "the first checkpoint")
+        time.sleep(moment(0, 30))
+        filler = fill(tmp_path / "out")
+        assert deployment.status("run", 900) == "finished:failed"
+        told = [x for x in deployment.log("run").splitlines() if "error:" in x]
+        print(told, checkpoints(tmp_path))
+        assert len(told) == 1 and "No space left" in told[0]
+        filler.unlink()
+        again = {"resume": str(run_directory(tmp_path))}
+        deployment.submit("resumed", settings | again)
+        assert deployment.status("resumed", 900) == "finished:completed"
+        print(deployment.log("resumed"))
+    assert adapter_of(run_directory(tmp_path)) == expected
+
+
+def test_a_node_with_a_full_disk_is_left_out_until_there_is_room(
+    tmp_path, settings, small_disk
+):
+    small_disk(tmp_path / "store-south", 1_000_000)
+    with deploy(tmp_path) as deployment:
+        deployment.submit("run", settings)
+        wait_until(
+            lambda: "Receiving: train" in deployment.log("south"), 400, "training"
+        )
+        filler = fill(deployment.store("south"))
+        wait_until(lambda: "left out" in deployment.log("run"), 400, "it is left out")
+        filler.unlink()
+        assert deployment.status("run", 900) == "finished:completed"
+        print(deployment.log("run"))
+    rounds = rounds_of(run_directory(tmp_path))
+    print([entry.get("failures") for entry in rounds])
+    (reason,) = rounds[2]["failures"].values()
+    assert "south: cannot keep the sub-FM" in reason and "No space left" in reason
+    assert rounds[3]["per-client"]["south"]["outcome"] == "ok"
+
+
+def test_a_reply_that_comes_too_late_is_not_used(tmp_path, settings):
+    settings |= {"timeout-seconds": 50.0}
+    with deploy(tmp_path) as deployment:
+        deployment.submit("run", settings)
+        (app,) = wait_until(
+            lambda: (
+                "Receiving: train" in deployment.log("south")
+                and apps_of(deployment, "south", CLIENT_APP)
+            ),
+            400,
+            "training",
+        )
+        app.suspend()
+        wait_until(lambda: "in time" in deployment.log("run"), 400, "the timeout")
+        app.resume()
+        assert deployment.status("run", 900) == "finished:completed"
+        print(deployment.log("run"))
+    rounds = rounds_of(run_directory(tmp_path))
+    print([entry.get("failures") for entry in rounds])
+    assert "no reply in time" in rounds[1]["failures"]["south"]
+    assert rounds[3]["per-client"]["south"]["outcome"] == "ok"
