@@ -22,13 +22,13 @@ from fedpft_flower.wire import (
     PACKAGE,
     CountingGrid,
     config_of,
-    last_line,
     make_delta,
     metrics_of,
     pack_tensors,
     package_hash,
     package_json,
     package_tensors,
+    reason_of,
     source_hash,
 )
 
@@ -284,7 +284,7 @@ class Federation:
             node = self.grid.node_of(reply)
             waiting.discard(node)
             if reply.has_error():
-                self._leave_out(node, last_line(reply.error.reason))
+                self._leave_out(node, reason_of(reply, self.name(node)))
             elif config_of(reply).get("installed") is True:
                 self._held[self.nodes[node].store].add(self._current)
             else:
@@ -338,10 +338,10 @@ class Federation:
             node = self.grid.node_of(reply)
             if reply.has_error() and reply.error.code != REFUSED:
                 # It went offline, or its process died: it may come back.
-                logger.info("no greeting: %s", last_line(reply.error.reason))
+                logger.info("no greeting: %s", reason_of(reply, self.name(node)))
                 continue
             if reply.has_error():
-                self._leave_out(node, last_line(reply.error.reason))
+                self._leave_out(node, reason_of(reply, self.name(node)))
                 continue
             try:
                 known, held = _introduction(reply, mine)

@@ -17,6 +17,7 @@ matplotlib.use("Agg")  # the ServerApp may run in a thread and has no display
 
 import tomli_w
 from matplotlib import pyplot as plt
+from safetensors import SafetensorError
 
 from fedpft_flower.adapters import export_adapter
 from fedpft_flower.checkpoint import flush
@@ -121,15 +122,16 @@ class RunDirectory:
                 _remove(self.path / name)
             draft.replace(self.path / name)
             flush(self.path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter of the adapter
             raise self._refused(error) from error
         finally:
             _remove(draft)
 
-    def _refused(self, error: OSError) -> FedPFTError:
-        return FedPFTError(
-            f"cannot write {self.path} ({error}); make room or choose another out-dir"
-        )
+    def _refused(self, error: Exception) -> FedPFTError:
+        # From round 1 on there is a checkpoint.
+        resumable = len(self._rounds) > 1
+        other = f"resume with resume={self.path}" if resumable else "choose an out-dir"
+        return FedPFTError(f"cannot write {self.path} ({error}); make room or {other}")
 
 
 def _lock(path: Path) -> IO[bytes]:

@@ -18,9 +18,9 @@ from fedpft_flower.wire import (
     ChosenNodes,
     arrays_of,
     config_of,
-    last_line,
     metrics_of,
     pack_tensors,
+    reason_of,
     split_rates,
     unpack_rates,
     unpack_tensors,
@@ -310,7 +310,7 @@ class FedPFT(Strategy):
     def _problem(self, reply: Message) -> str:
         """Return why a reply cannot be used, or nothing."""
         if reply.has_error():
-            return last_line(reply.error.reason)
+            return reason_of(reply, self.federation.sender(reply))
         if "missing" in config_of(reply):
             return "it lost the sub-FM again"
         try:

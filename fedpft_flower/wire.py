@@ -33,6 +33,7 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.serverapp import Grid
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
+_EXPIRED = {3, 4}  # Flower's error codes for a message and a reply that lived too long
 PACKAGE = "package"  # key of a package's JSON in an install
 # What a node says of its training, and the most that is believed.
 TRAIN_METRICS = {
@@ -117,6 +119,18 @@ def one_line_errors(handler: Handler) -> Handler:
         return Message(Error(REFUSED, reason), reply_to=message)
 
     return handle
+
+
+def reason_of(reply: Message, name: str) -> str:
+    """Return in one line why a reply is an error.
+
+    Args:
+        reply: an error.
+        name: of its node, which may say it itself.
+    """
+    if reply.error.code in _EXPIRED:
+        return "no reply in time (timeout-seconds), or the node is gone"
+    return last_line(reply.error.reason).removeprefix(f"{name}: ")
 
 
 # ------------------------------------------------------------------ tensors, packages
@@ -300,9 +314,10 @@ class Store:
                     "as it was sent; mend the server, or this node's disk"
                 )
             self._move(draft, content)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter says "disk full"
             raise FedPFTError(
-                f"cannot keep the sub-FM in {self._root}: {error}"
+                f"cannot keep the sub-FM in {self._root}: {error}; make room there, or "
+                "set FEDPFT_CACHE"
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import os
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -52,6 +54,22 @@ def bert_directory(tmp_path_factory):
     BertTokenizerFast(vocab=str(place / "vocab.txt")).save_pretrained(place)
     tiny_model("bert").save_pretrained(place)
     return place
+
+
+@pytest.fixture
+def full_disk():
+    """Return a context in which no file can grow beyond some bytes."""
+
+    @contextmanager
+    def limited(most=100):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from benchmarks.deployment import Deployment
 
@@ -99,8 +99,13 @@ def adapter_of(directory):
 
 
 def apps_of(deployment, name, command):
-    """Return the app processes that a SuperLink or SuperNode runs now."""
+    """Return the app processes that a SuperLink or SuperNode runs, newest last."""
     import psutil
 
     children = psutil.Process(deployment.processes[name].pid).children(recursive=True)
-    return [child for child in children if command in " ".join(child.cmdline())]
+    apps = []
+    for child in children:
+        with suppress(psutil.Error):  # it has just ended
+            if command in " ".join(child.cmdline()):
+                apps.append(child)
+    return sorted(apps, key=lambda app: app.create_time())

@@ -213,6 +213,7 @@ def poison(arrays):
         (with_metrics(lambda m: m.update({"inactive-rates.0": [0.5]})), "shape"),
         (with_metrics(lambda m: m.update({"inactive-rates.x": [0.5]})), "unusable"),
         (lambda m, r: Message(Error(2, "boom\nlast line"), reply_to=m), "last line"),
+        (lambda m, r: Message(Error(3, "not found"), reply_to=m), "no reply in time"),
     ],
 )
 def test_a_bad_reply_is_left_out_named_and_counted(local_grid, settings, change, said):

@@ -222,6 +222,9 @@ def test_two_runs_do_not_share_a_directory(finished, local_grid):
 # --------------------------------------------------------------------- the files alone
 
 
+STATE = {"format": checkpoint.FORMAT}
+
+
 def kept(place):
     return sorted(path.name for path in (place / "checkpoints").iterdir())
 
@@ -230,15 +233,34 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     store = Checkpoints(tmp_path, keep=2)
     for current in range(6):
         tensors = {"x": torch.full((2,), float(current))}
-        store.save(Checkpoint(current, tensors, {}), best=1)
+        store.save(Checkpoint(current, tensors, STATE), best=1)
     assert kept(tmp_path) == ["round-000001", "round-000004", "round-000005"]
     assert store.load().round == 5
     assert store.load(1).tensors["x"].tolist() == [1.0, 1.0]
 
 
+def test_a_full_disk_at_the_end_says_how_to_go_on(
+    local_grid, short, full_disk, monkeypatch
+):
+    real, expected = report.export_adapter, short["out-dir"]
+
+    def export(fm, path):
+        with full_disk():
+            real(fm, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "export_adapter", export)
+        said = f"cannot write .* make room or resume with resume={expected}/7"
+        with pytest.raises(FedPFTError, match=said):
+            run(local_grid, short)
+    gc.collect()
+    run(local_grid, {**short, "resume": str(directory(short))})
+    assert (directory(short) / "summary.json").exists()
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
     store = Checkpoints(tmp_path, keep=2)
-    store.save(Checkpoint(0, {"x": torch.ones(3)}, {}), best=0)
+    store.save(Checkpoint(0, {"x": torch.ones(3)}, STATE), best=0)
 
     def full(*arguments, **named):
         raise OSError(28, "No space left on device")
@@ -247,7 +269,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, full)
             with pytest.raises(FedPFTError, match=r"No space left.*make room"):
-                store.save(Checkpoint(1, {"x": torch.ones(3)}, {}), best=1)
+                store.save(Checkpoint(1, {"x": torch.ones(3)}, STATE), best=1)
         assert kept(tmp_path) == ["round-000000"]
     assert store.load().round == 0
 

@@ -179,6 +179,17 @@ def test_store_refuses_another_content_and_leaves_nothing_behind(store):
     assert not list(store.directory(content).parent.glob("*.partial"))
 
 
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing_behind(store, full_disk):
+    content, tensors, text = parcel()
+    said = "cannot keep the sub-FM in .* make room there, or set FEDPFT_CACHE"
+    with full_disk(), pytest.raises(FedPFTError, match=said):
+        store.put(content, tensors, text)
+    assert store.hashes() == []
+    assert not list(store.directory(content).parent.glob("*.partial"))
+    store.put(content, tensors, text)
+    assert store.get(content) is not None
+
+
 def test_store_refuses_a_file_name_that_leaves_its_folder(store):
     _, tensors, text = parcel()
     data = json.loads(text)
