@@ -154,11 +154,12 @@ class Federation:
         """
         self.refused.clear()  # whatever it was may be mended: each may try again
         deadline = time.monotonic() + self._wait
+        earlier = set(self.nodes)
         while True:
             online = set(self.grid.get_node_ids())
             self._forget_offline(online)
             known = self.nodes.keys() | self.refused.keys() | self._replaced
-            self._greet(sorted(online - known))
+            self._greet(sorted(online - known), earlier)
             enough = expected = max(1, wanted)
             if not self.training:
                 self._check(wanted)
@@ -200,7 +201,7 @@ class Federation:
             The nodes that hold it now.
 
         Raises:
-            FedPFTError: before training, when a node did not install it.
+            FedPFTError: before training, when a node that is there did not install it.
         """
         asked = list(nodes)
         lacking = [n for n in asked if self.nodes[n].installed != self._current]
@@ -219,7 +220,7 @@ class Federation:
             if node not in self.nodes:
                 continue
             if self._current not in self._held[self.nodes[node].store]:
-                self._leave_out(node, "its machine did not keep the sub-FM")
+                self._leave_out(node, "its machine did not keep the sub-FM", False)
                 continue
             # What a node of its own would have received, whether sent or not.
             base = self._base({self.nodes[node].installed})
@@ -284,7 +285,8 @@ class Federation:
             node = self.grid.node_of(reply)
             waiting.discard(node)
             if reply.has_error():
-                self._leave_out(node, reason_of(reply, self.name(node)))
+                refused = reply.error.code == REFUSED
+                self._leave_out(node, reason_of(reply, self.name(node)), refused)
             elif config_of(reply).get("installed") is True:
                 self._held[self.nodes[node].store].add(self._current)
             else:
@@ -295,9 +297,14 @@ class Federation:
             )
         return lost
 
-    def _leave_out(self, node: int, reason: str) -> None:
+    def _leave_out(self, node: int, reason: str, refused: bool = True) -> None:
+        """Go on without a node; before training only if it is gone, not if it refused.
+
+        Raises:
+            FedPFTError: it refused before training.
+        """
         line = f"{self.name(node)}: {reason}"
-        if not self.training:
+        if refused and not self.training:
             raise FedPFTError(line)
         logger.warning("left out: %s", line)
         self.refused[node] = line
@@ -327,7 +334,7 @@ class Federation:
                     f"{node.partitions} nodes; lower it or add nodes"
                 )
 
-    def _greet(self, nodes: list[int]) -> None:
+    def _greet(self, nodes: list[int], earlier: Set[int]) -> None:
         labels = ConfigRecord({"labels": json.dumps(list(self._labels))})
         messages = [
             Message(RecordDict({CONFIG: labels}), dst_node_id=n, message_type=HELLO)
@@ -348,7 +355,7 @@ class Federation:
             except FedPFTError as error:
                 self._leave_out(node, str(error))
                 continue
-            self._replace_twin(known.key, node)
+            self._replace_twin(known.key, node, earlier)
             known.installed = self._given.get(known.key, "")
             self.nodes[node] = known
             self._held.setdefault(known.store, set()).update(held)
@@ -364,10 +371,15 @@ class Federation:
         self._given = self.installs()
         self.nodes = {n: node for n, node in self.nodes.items() if n in online}
 
-    def _replace_twin(self, key: str, newcomer: int) -> None:
-        """Let a node that restarted under a new id take the place of its old self."""
-        twins = [number for number, node in self.nodes.items() if node.key == key]
-        for twin in twins if self.training else []:
+    def _replace_twin(self, key: str, newcomer: int, earlier: Set[int]) -> None:
+        """Let a node that restarted under a new id take the place of its old self.
+
+        Two that introduce themselves together before training are no such pair: there
+        is a mistake in a node's config, which `_check` reports.
+        """
+        for twin in [n for n, node in self.nodes.items() if node.key == key]:
+            if not self.training and twin not in earlier:
+                continue
             logger.warning("%s came back as node %d", key, newcomer)
             self._replaced.add(twin)
             self._given[key] = self.nodes.pop(twin).installed

@@ -20,7 +20,7 @@ from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
 from fedpft_flower.tasks import load_task
-from fedpft_flower.wire import Store, tensors_hash
+from fedpft_flower.wire import Store, config_of, tensors_hash
 
 NODES = 5
 
@@ -355,6 +355,46 @@ def test_a_node_that_comes_back_under_a_new_id_takes_its_old_place(
         and m.content["config"]["server-round"] > 1
     ]
     assert 77 in asked and first not in asked
+
+
+def test_a_node_that_restarts_before_training_takes_its_old_place(local_grid, settings):
+    """As after hours of alignment: its new id is online, its old one still listed."""
+    settings |= {"train.clients-per-round": NODES, "method": "fedpft-b", "rounds": 1}
+    grid = local_grid(client_app, NODES, settings)
+    first = next(iter(grid.contexts))
+
+    def restart(message, reply):
+        if 77 not in grid.contexts:
+            twin = copy.copy(grid.contexts[first])
+            twin.node_id = 77
+            grid.contexts[77] = twin
+        return reply
+
+    grid.faults = dict.fromkeys(range(NODES), restart)
+    serve(grid, Context(7, 0, {}, RecordDict(), settings))
+    assert results(settings)[2]["failures"] == 0
+    asked = {m.metadata.dst_node_id for m in grid.seen if "labels" not in config_of(m)}
+    assert 77 in asked and first not in asked
+
+
+def test_a_node_that_dies_in_the_first_install_does_not_end_the_run(
+    local_grid, settings
+):
+    settings |= {"train.clients-per-round": NODES, "method": "fedpft-b", "rounds": 1}
+    died = []
+
+    def die(message, reply):
+        if message.metadata.message_type == "query.install" and not died:
+            died.append(message.content["config"]["sub-fm"])
+            shutil.rmtree(Store().directory(died[0]))
+            return Message(Error(5, "node unavailable"), reply_to=message)
+        return reply
+
+    run(local_grid, settings, dict.fromkeys(range(NODES), die))
+    _, rounds, _, _ = results(settings)
+    assert died and any("unavailable" in x for x in rounds[1]["failures"].values())
+    outcomes = [one["outcome"] for one in rounds[1]["per-client"].values()]
+    assert outcomes.count("ok") == NODES
 
 
 def test_a_run_without_any_usable_reply_fails_in_one_line(local_grid, settings):
