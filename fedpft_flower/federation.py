@@ -118,7 +118,8 @@ class Federation:
         # Before training a node that cannot take part ends the run; later, such a node
         # is left out instead.
         self.training = False
-        self.refused: dict[int, str] = {}  # nodes left out this time, and why
+        # Nodes left out this time: what they are called, and why.
+        self.refused: dict[int, tuple[str, str]] = {}
         # Old ids of nodes that came back under new ones; Flower lists them for a while.
         self._replaced: set[int] = set()
         self._held: dict[str, set[str]] = {}  # store -> hashes of its sub-FMs
@@ -303,11 +304,11 @@ class Federation:
         Raises:
             FedPFTError: it refused before training.
         """
-        line = f"{self.name(node)}: {reason}"
+        name = self.name(node)
         if refused and not self.training:
-            raise FedPFTError(line)
-        logger.warning("left out: %s", line)
-        self.refused[node] = line
+            raise FedPFTError(f"{name}: {reason}")
+        logger.warning("left out: %s: %s", name, reason)
+        self.refused[node] = name, reason
         gone = self.nodes.pop(node, None)
         if gone is not None:
             self._given[gone.key] = gone.installed

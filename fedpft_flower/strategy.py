@@ -145,8 +145,8 @@ class FedPFT(Strategy):
         federation.offer(server)
         chosen = federation.install(chosen)
         federation.training = True
-        left_out = federation.refused
-        record["failures"] |= {f"node {node}": why for node, why in left_out.items()}
+        left_out = dict(federation.refused.values())
+        record["failures"] |= left_out
         record["clients"] = sorted(
             {*self._good, *(federation.name(node) for node in chosen)}
         )
@@ -161,7 +161,7 @@ class FedPFT(Strategy):
         if not chosen:
             raise RoundError(
                 f"round {server_round}: no chosen node holds the sub-FM; "
-                f"{'; '.join(left_out.values())}"
+                f"{'; '.join(f'{name}: {why}' for name, why in left_out.items())}"
             )
         view = ChosenNodes(federation.grid, chosen)
         messages = self.inner.configure_train(server_round, arrays, request, view)

@@ -41,9 +41,9 @@ def settings(tmp_path, vit_directory):
     return prepare(tmp_path, vit_directory) | {"rounds": 3, "timeout-seconds": 120.0}
 
 
-def is_training(deployment, site):
-    """Return whether a site's first training has begun."""
-    _, _, since = deployment.log(site).partition("Receiving: train")
+def works_on(deployment, site, message="train"):
+    """Return whether a site works, or has worked, on a message of this type."""
+    _, _, since = deployment.log(site).partition(f"Receiving: {message}")
     return "Start `flwr-clientapp` process" in since
 
 
@@ -58,13 +58,16 @@ def damage(store):
         weights.write_bytes(body)
 
 
-@pytest.mark.parametrize("harm", [None, empty, damage])
+@pytest.mark.parametrize(
+    ("message", "harm"),
+    [("query.install", None), ("train", None), ("train", empty), ("train", damage)],
+)
 def test_a_node_that_is_killed_and_restarted_takes_part_again(
-    tmp_path, settings, moment, harm
+    tmp_path, settings, moment, message, harm
 ):
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
-        wait_until(lambda: is_training(deployment, "south"), 400, "training")
+        wait_until(lambda: works_on(deployment, "south", message), 400, message)
         time.sleep(moment(0, 5))
         deployment.kill("south")
         if harm:
@@ -171,15 +174,14 @@ def test_a_node_with_a_full_disk_is_left_out_until_there_is_room(
     small_disk(tmp_path / "store-south", 1_000_000)
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
-        wait_until(lambda: is_training(deployment, "south"), 400, "training")
+        wait_until(lambda: works_on(deployment, "south"), 400, "training")
         filler = fill(deployment.store("south"))
         wait_until(lambda: "left out" in deployment.log("run"), 400, "it is left out")
         filler.unlink()
         assert deployment.status("run", 900) == "finished:completed"
     rounds = rounds_of(run_directory(tmp_path))
-    (reason,) = rounds[2]["failures"].values()
-    assert reason.startswith("south: cannot keep the sub-FM")
-    assert "No space left" in reason
+    reason = rounds[2]["failures"]["south"]
+    assert reason.startswith("cannot keep the sub-FM") and "No space left" in reason
     assert rounds[3]["per-client"]["south"]["outcome"] == "ok"
 
 
@@ -187,7 +189,7 @@ def test_a_reply_that_comes_too_late_is_not_used(tmp_path, settings):
     settings |= {"timeout-seconds": 50.0}
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
-        wait_until(lambda: is_training(deployment, "south"), 400, "training")
+        wait_until(lambda: works_on(deployment, "south"), 400, "training")
         app = apps_of(deployment, "south", CLIENT_APP)[-1]
         app.suspend()
         wait_until(lambda: "in time" in deployment.log("run"), 400, "the timeout")

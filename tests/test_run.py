@@ -175,7 +175,7 @@ def test_a_deployment_with_real_processes(tmp_path, vit_directory, local_grid):
         for site, tap in taps.items():
             start_site(deployment, site, tap.port)
         deployment.submit("run", settings)
-        status = deployment.status("run", seconds=400)
+        status = deployment.status("run", 900)
         assert status == "finished:completed", deployment.log("superlink")
         assert "[fedpft] results:" in deployment.log("run")
         captured = total(tap.counts() for tap in taps.values())
@@ -217,6 +217,6 @@ def test_a_deployment_whose_server_is_killed_is_resumed_to_the_same_end(
         server.kill()
         again = {"resume": str(run_directory(tmp_path))}
         deployment.submit("resumed", settings | again)
-        assert deployment.status("resumed", 400) == "finished:completed"
+        assert deployment.status("resumed", 900) == "finished:completed"
         assert "resumed after round 0" in deployment.log("resumed")
     assert adapter_of(run_directory(tmp_path)) == expected
