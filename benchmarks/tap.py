@@ -5,6 +5,7 @@ import threading
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Self
 
 from fedpft_flower.wire import HELLO, INSTALL, TRAIN
 
@@ -20,13 +21,20 @@ _KINDS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Count:
     """Hold bytes to and from a SuperLink, and how many requests they were."""
 
     up: int = 0
     down: int = 0
     requests: int = 0
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(
+            self.up + other.up,
+            self.down + other.down,
+            self.requests + other.requests,
+        )
 
 
 class Tap:
@@ -50,10 +58,7 @@ class Tap:
     def counts(self) -> dict[str, Count]:
         """Return what was counted so far."""
         with self._lock:
-            return {
-                kind: Count(count.up, count.down, count.requests)
-                for kind, count in self._counts.items()
-            }
+            return dict(self._counts)
 
     def kind(self, action: str, response: bytes = b"") -> str:
         """Return what to count a request as, or a piece of its response."""
@@ -70,16 +75,10 @@ class Tap:
             with far:
                 _Connection(self, near, far).serve()
 
-    def count_request(self, kind: str, size: int, begins: bool) -> None:
-        """Add bytes to the SuperLink; `begins` when they begin a request."""
+    def count(self, kind: str, more: Count) -> None:
+        """Add to what was counted of a kind."""
         with self._lock:
-            self._counts[kind].up += size
-            self._counts[kind].requests += begins
-
-    def count_response(self, kind: str, size: int) -> None:
-        """Add bytes from the SuperLink."""
-        with self._lock:
-            self._counts[kind].down += size
+            self._counts[kind] += more
 
 
 class NodeTap(Tap):
@@ -122,7 +121,7 @@ class _Connection:
                     path = chunk.split(b" ", 2)[1].decode()
                     self._action = path.rsplit("/", 1)[-1]
                 kind = self._tap.kind(self._action)
-                self._tap.count_request(kind, len(chunk), begins)
+                self._tap.count(kind, Count(up=len(chunk), requests=int(begins)))
                 self._far.sendall(chunk)
         _end(self._far)
 
@@ -131,7 +130,7 @@ class _Connection:
             while chunk := self._far.recv(1 << 16):
                 self._answered = True
                 kind = self._tap.kind(self._action, chunk)
-                self._tap.count_response(kind, len(chunk))
+                self._tap.count(kind, Count(down=len(chunk)))
                 self._near.sendall(chunk)
         _end(self._near)
 

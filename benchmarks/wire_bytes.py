@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +48,7 @@ def main() -> None:
                 node = f"partition-id={number} num-partitions={options.nodes}"
                 deployment.supernode(f"node-{number}", node, tap.port)
             time.sleep(START_SECONDS)
-            idle = _rates([*taps, server], options.idle)
+            idle = _rates([taps[0], server], options.idle)
             deployment.submit("run", settings)
             status = deployment.status("run", seconds=3600)
             if status != "finished:completed":
@@ -82,16 +83,11 @@ def deploy_tapped_superlink(deployment: Deployment) -> Tap:
 
 def total(counts: Iterable[Mapping[str, Count]]) -> dict[str, Count]:
     """Return the sums of what several taps have counted."""
-    sums: dict[str, Count] = {}
+    sums: dict[str, Count] = defaultdict(Count)
     for one in counts:
         for kind, count in one.items():
-            old = sums.get(kind, Count())
-            sums[kind] = Count(
-                old.up + count.up,
-                old.down + count.down,
-                old.requests + count.requests,
-            )
-    return sums
+            sums[kind] += count
+    return dict(sums)
 
 
 def ledger_bytes(rounds: Iterable[Metrics]) -> dict[tuple[str, str], int]:
@@ -137,14 +133,16 @@ def server_table(rounds: list[Metrics], captured: Mapping[str, Count]) -> str:
     ]
     ledger = ledger_bytes(rounds)
     sums = {way: sum(ledger[way, name] for name in KINDS) for way in ("down", "up")}
-    pushed = captured.get("push-object", Count())
-    pulled = captured.get("pull-object", Count())
+    rest = dict(captured)
+    pushed, pulled, polled = (
+        rest.pop(action, Count())
+        for action in ("push-object", "pull-object", "pull-messages")
+    )
+    other = sum(rest.values(), Count())
     lines.append(_row("down, objects", sums["down"], pushed.up, pushed))
     lines.append(_row("up, objects", sums["up"], pulled.down, pulled))
-    rest = [k for k in captured if k not in ("push-object", "pull-object")]
-    for action in sorted(rest, key=lambda k: -captured[k].up - captured[k].down):
-        count = captured[action]
-        lines.append(_row(f"both, {action}", 0, count.up + count.down, count))
+    lines.append(_row("both, polling for replies", 0, polled.up + polled.down, polled))
+    lines.append(_row("both, all else", 0, other.up + other.down, other))
     return "\n".join(lines)
 
 
@@ -154,19 +152,14 @@ def _row(name: str, ledger: int, captured: int, count: Count) -> str:
 
 
 def _rates(taps: list[Tap], seconds: float) -> list[tuple[float, float]]:
-    """Return bytes/s up and down of one node and of the last tap, while all is idle."""
-    before = [total([tap.counts()]) for tap in taps]
+    """Return bytes/s up and down of each tap while nothing happens."""
+    before = [sum(tap.counts().values(), Count()) for tap in taps]
     time.sleep(seconds)
     rates = []
     for tap, old in zip(taps, before, strict=True):
-        now = tap.counts()
-        up, down = (
-            sum(getattr(count, way) for count in now.values())
-            - sum(getattr(count, way) for count in old.values())
-            for way in ("up", "down")
-        )
-        rates.append((up / seconds, down / seconds))
-    return [rates[0], rates[-1]]
+        now = sum(tap.counts().values(), Count())
+        rates.append(((now.up - old.up) / seconds, (now.down - old.down) / seconds))
+    return rates
 
 
 if __name__ == "__main__":

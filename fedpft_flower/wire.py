@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
-_EXPIRED = {3, 4}  # codes for a message and for a reply that lived too long
+_EXPIRED = {3, 4}  # Flower's error codes for a message and a reply that lived too long
 PACKAGE = "package"  # key of a package's JSON in an install
 # What a node says of its training, and the most that is believed.
 TRAIN_METRICS = {
