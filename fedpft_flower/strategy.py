@@ -7,6 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
+from fedpft_flower.adapters import Adapter
 from fedpft_flower.config import FedPFTError, one_line
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.server import Metrics, ProxyServer, average_rates
@@ -220,12 +221,22 @@ class FedPFT(Strategy):
             name: tensor.to(self.server.adapter[name].dtype)
             for name, tensor in unpack_tensors(arrays).items()
         }
+        self._check_aggregated(server_round, adapter)
         record["train-loss"] = metrics["train_loss"]
         averaged = average_rates(rates, weights) if rates else None
         alignment = self.server.end_round(server_round, adapter, averaged)
         if alignment:
             record["alignment"] = alignment
         return pack_tensors(self.server.adapter)[0], metrics
+
+    def _check_aggregated(self, current: int, adapter: Adapter) -> None:
+        # All replies were finite, so it is the strategy that diverges.
+        if not all(bool(tensor.isfinite().all()) for tensor in adapter.values()):
+            name = self.server.config.strategy
+            raise FedPFTError(
+                f"round {current}: strategy {name!r} made an adapter that is not finite"
+                "; lower its step size in strategy-args, or train.lr"
+            )
 
     def _check_enough(self, current: int, bad: Mapping[str, str]) -> None:
         wanted, count = self.server.config.train.min_replies, len(self._good)

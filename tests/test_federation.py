@@ -8,7 +8,8 @@ import tomllib
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
@@ -692,3 +693,18 @@ def test_a_node_that_missed_some_versions_gets_a_change(
         behind.append(entry["round"] - last.get(key, entry["round"]))
         last[key] = entry["round"]
     assert max(behind) > 1
+
+
+def test_a_strategy_that_diverges_is_named(local_grid, settings, monkeypatch):
+    average = FedAvg.aggregate_train
+
+    def overflow(strategy, server_round, replies):
+        arrays, metrics = average(strategy, server_round, replies)
+        large = {
+            name: 1e300 * a.numpy().astype("float64") for name, a in arrays.items()
+        }
+        return ArrayRecord({n: Array(a) for n, a in large.items()}), metrics
+
+    monkeypatch.setattr(FedAvg, "aggregate_train", overflow)
+    with pytest.raises(FedPFTError, match="strategy 'FedAvg' made an adapter that is"):
+        run(local_grid, settings)
