@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import datasets
@@ -55,8 +56,12 @@ def _serve(grid: Grid, context: Context) -> None:
         torch.set_num_threads(config.server_threads)
     method_of(config)
     strategy_of(config.strategy, config.strategy_args)
-    directory = RunDirectory(config, context.run_id)
-    logger.info("run directory: %s", directory.path)
+    with closing(RunDirectory(config, context.run_id)) as directory:
+        logger.info("run directory: %s", directory.path)
+        _run(grid, config, directory)
+
+
+def _run(grid: Grid, config: Config, directory: RunDirectory) -> None:
     counting = CountingGrid(grid, Ledger())
     checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
     saved = checkpoints.load() if config.resume else None

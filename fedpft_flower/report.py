@@ -75,6 +75,10 @@ class RunDirectory:
         if not config.resume:
             self._write("config.toml", tomli_w.dumps(nest(config.flat())))
 
+    def close(self) -> None:
+        """Let another run continue in this directory."""
+        self._lock.close()
+
     @property
     def rounds(self) -> list[Metrics]:
         """Return the metrics of all rounds so far; round 0 is before training."""

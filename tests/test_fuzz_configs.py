@@ -432,7 +432,7 @@ def test_a_run_directory_is_made_or_refused(place, monkeypatch):
         tally[made is not None] += 1
         if made is not None:
             assert (made.path / "config.toml").is_file()
-            made._lock.close()
+            made.close()
 
     with both_outcomes(0.1) as tally:
         check()
