@@ -135,10 +135,15 @@ class Sweep:
 
 
 def table(sweep: Sweep) -> str:
-    """Return test accuracies as Markdown: mean and sample deviation over seeds."""
+    """Return test accuracies as Markdown: mean (sample deviation) over seeds.
+
+    `plugged in` is the FM with the averaged adapter, `refined` the same after its
+    refinement; gradient error and cosine are those before training.
+    """
     lines = [
-        "| task | recipe | lr | FM | spread | sub-FM | gradient error | cosine | n |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | recipe | lr | seeds | plugged in | refined | sub-FM | gradient error "
+        "| cosine |",
+        "|" + "---|" * 9,
     ]
     for task in sweep.spec["task"]:
         for recipe in sweep.spec["recipe"]:
@@ -147,15 +152,15 @@ def table(sweep: Sweep) -> str:
                 continue
             cells = [Cell(task, recipe, seed, lr) for seed in sweep.spec["seeds"]]
             found = [r for r in map(sweep.result, cells) if r is not None]
-            fm = [r["test"]["fm-accuracy"] for r in found]
-            sub = [r["test"]["sub-fm-accuracy"] for r in found]
-            errors = [_gradient(r) for r in found]
-            lines.append(
-                f"| {task} | {recipe} | {lr:g} | {statistics.mean(fm):.4f} | "
-                f"{_spread(fm)} | {statistics.mean(sub):.4f} | "
-                f"{statistics.mean(e[0] for e in errors):.3f} | "
-                f"{statistics.mean(e[1] for e in errors):.3f} | {len(found)} |"
-            )
+            columns = [
+                [r.get("test-plain", r["test"])["fm-accuracy"] for r in found],
+                [r["test"]["fm-accuracy"] for r in found if r.get("refinement")],
+                [r["test"]["sub-fm-accuracy"] for r in found],
+                [_gradient(r)[0] for r in found],
+                [_gradient(r)[1] for r in found],
+            ]
+            shown = " | ".join(map(_mean, columns))
+            lines.append(f"| {task} | {recipe} | {lr:g} | {len(found)} | {shown} |")
     return "\n".join(lines)
 
 
@@ -166,8 +171,11 @@ def _gradient(result: dict[str, Any]) -> tuple[float, float]:
     return (error["relative"], error["cosine"]) if error else (0.0, 1.0)
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+def _mean(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def _filled(text: str) -> str:
