@@ -50,6 +50,8 @@ class Deployment:
 
     def start(self, name: str, *command: str, **extra: str) -> None:
         """Start a process under a name that is new, or whose process has ended."""
+        if name in self.processes:
+            stop(self.processes[name])  # its children may have outlived it
         with (self.place / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command,
