@@ -60,7 +60,7 @@ def refine(
     sub_fm.eval()
     parameters = [p for name, p in fm.named_parameters() if ".lora_" in name]
     optimiser = torch.optim.Adam(parameters, lr=lr)
-    began, rows = time.monotonic(), 0
+    began, tokens = time.monotonic(), 0
     for step in range(1, steps + 1):
         optimiser.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
         batch = {n: v for n, v in next(batches).items() if n != "labels"}
@@ -76,8 +76,8 @@ def refine(
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimiser.step()
-        rows += len(teacher)
+        tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
         seconds = time.monotonic() - began
-        report(Progress(step / steps, step, rows, seconds, float(loss.detach())))
+        report(Progress(step / steps, step, tokens, seconds, float(loss.detach())))
     for parameter in parameters:
         parameter.grad = None

@@ -385,8 +385,16 @@ class ProxyServer:
         refine(self.fm, self.sub_fm, batches, steps, plug.lr, report)
         seconds = time.monotonic() - began
         after = getattr(evaluate(self.fm, self._splits["validation"]), key)
-        if after < before:
+        kept = after >= before
+        if not kept:
             plug_in(self.fm, self.adapter, self.plan)
+        logger.info(
+            "refine: %s on validation %.3f -> %.3f, %s",
+            self.config.data.metric,
+            before,
+            after,
+            "kept" if kept else "not kept",
+        )
         return {
             "steps": steps,
             "seconds": seconds,
@@ -394,7 +402,7 @@ class ProxyServer:
             "loss-last": losses[-1],
             "validation-before": before,
             "validation-after": after,
-            "kept": after >= before,
+            "kept": kept,
         }
 
     def evaluate(self, split: str) -> Metrics:
