@@ -24,7 +24,7 @@ def install(message: Message, context: Context) -> Message:
     """Keep a sub-FM on disk: a whole one, or the changes of one that is there."""
     most = float(context.node_config.get("max-install-mb", MAX_INSTALL_MB))
     size = sum(message_bytes(message).values())
-    if size > most * 1e6:
+    if not size <= most * 1e6:  # also true for NaN
         raise FedPFTError(
             f"the sub-FM has {size / 1e6:.0f} MB, this node takes max-install-mb = "
             f"{most:g}; raise it in the node's config, or let the server keep less"

@@ -159,6 +159,8 @@ def test_an_install_of_another_hash_or_size_is_refused(package):
         refused(reply, "does not have the hash")
     reply, _ = install(settings, tensors, text, node={"max-install-mb": 0.01})
     refused(reply, "this node takes max-install-mb = 0.01; raise it")
+    reply, _ = install(settings, tensors, text, node={"max-install-mb": float("nan")})
+    refused(reply, "this node takes max-install-mb = nan; raise it")
     assert Store().hashes() == []
 
 
