@@ -4,8 +4,11 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fedpft_flower.config import FedPFTError
+
+ROOT = Path(__file__).resolve().parent.parent  # of the checkout
 
 
 def run_main(main: Callable[[], None]) -> None:

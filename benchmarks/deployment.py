@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import tomli_w
 
+from benchmarks import ROOT
 from fedpft_flower.commands import (
     flower_home,
     free_port,
@@ -18,8 +19,6 @@ from fedpft_flower.commands import (
     wait_until_up,
 )
 from fedpft_flower.config import nest
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Deployment:

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks import run_main
-from benchmarks.deployment import ROOT, Deployment
+from benchmarks import ROOT, run_main
+from benchmarks.deployment import Deployment
 
 
 def main() -> None:

@@ -34,13 +34,11 @@ from flwr.app import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from benchmarks import run_main, spread
+from benchmarks import ROOT, run_main, spread
 from client_app import app
 from fedpft_flower.config import FedPFTError
 
 Values = dict[str, ConfigRecordValues]
-
-ROOT = Path(__file__).resolve().parent.parent
 
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 # What is heavy of the packages that this project or its dependencies load.

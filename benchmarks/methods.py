@@ -10,10 +10,8 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks import run_main
+from benchmarks import ROOT, run_main
 from fedpft_flower.commands import run_experiment
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import run_main, spread
+from benchmarks import ROOT, run_main, spread
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import Adapter, export_adapter
 from fedpft_flower.commands import read_config, run_experiment
@@ -38,8 +38,6 @@ from fedpft_flower.config import Config
 from fedpft_flower.report import RunDirectory
 from fedpft_flower.server import Metrics
 from fedpft_flower.tasks import load_task
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Relative L2 distance of the final adapters. With one thread everywhere it is 0; other
 # thread counts add floats in another order, and training makes that grow.

@@ -56,7 +56,7 @@ class Sweep:
     def run(self) -> None:
         """Run every cell that has no result, the grid of learning rates first."""
         for cell in self.cells():
-            place = self.out / f"{cell.name}.json"
+            place = self._place(cell)
             if place.exists() or self.only not in cell.name:
                 continue
             began = time.monotonic()
@@ -96,8 +96,11 @@ class Sweep:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """Return a cell's result, if there is one."""
-        place = self.out / f"{cell.name}.json"
+        place = self._place(cell)
         return json.loads(place.read_text()) if place.exists() else None
+
+    def _place(self, cell: Cell) -> Path:
+        return self.out / f"{cell.name}.json"
 
     def _grid(self, task: str, recipe: str) -> list[float]:
         table = self.spec["recipe"][recipe] | self.spec["task"][task]

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks import run_main
-from benchmarks.deployment import ROOT, Deployment
+from benchmarks import ROOT, run_main
+from benchmarks.deployment import Deployment
 from benchmarks.tap import APP, STANDBY, Count, NodeTap, Tap
 from fedpft_flower.commands import read_config
 from fedpft_flower.server import Metrics

@@ -216,37 +216,70 @@ def distil(
     student_ffns = compressed_ffns(base_model(sub_fm), plan)
     fm.eval()
     sub_fm.eval()
-    parameters = [parameter for parameter, _ in trainable]
-    optimiser = torch.optim.Adam(parameters, lr=lr)
-    began, tokens = time.monotonic(), 0
+
+    def loss_of(batch: Batch) -> tuple[Tensor, int]:
+        mask = batch.get("attention_mask")
+        with torch.no_grad(), _outputs(teacher_layers) as teacher:
+            fm(**batch)
+        with _outputs(student_layers) as student:
+            sub_fm(**batch)
+        loss = state_loss(teacher, student, mask)
+        if product_weight and student_ffns:
+            products = [weight_products(ffn) for ffn in student_ffns]
+            loss = loss + product_weight * product_loss(teacher_products, products)
+        return loss, len(real_tokens(teacher[0], mask))
+
+    remedy = f"lower the learning rate {lr:g} (align.lr, align.during-lr)"
+    with _learning([parameter for parameter, _ in trainable]):
+        return descend(
+            trainable, batches, loss_of, budget, lr, report, "alignment loss", remedy
+        )
+
+
+def descend(
+    trainable: Sequence[Trainable],
+    batches: Iterator[Batch],
+    loss_of: Callable[[Batch], tuple[Tensor, int]],
+    budget: Budget,
+    lr: float,
+    report: Callable[[Progress], None],
+    name: str,
+    remedy: str,
+) -> Progress:
+    """Lower a loss by Adam without weight decay, until a budget is used.
+
+    The learning rate falls linearly with the used budget.
+
+    Args:
+        trainable: the parameters that may change; they take gradients.
+        batches: endless inputs.
+        loss_of: returns the loss of a batch, and how many tokens it has.
+        budget: when to stop.
+        lr: the first step's learning rate.
+        report: called after every step.
+        name: of the loss, to people.
+        remedy: what they can do when it is not finite.
+
+    Returns:
+        The last step's progress.
+
+    Raises:
+        FedPFTError: the loss is not finite.
+    """
+    optimiser = torch.optim.Adam([parameter for parameter, _ in trainable], lr=lr)
+    began = time.monotonic()
     progress = Progress(share=0.0, steps=0, tokens=0, seconds=0.0, loss=float("nan"))
-    with _learning(parameters):
-        while progress.share < 1.0:
-            optimiser.param_groups[0]["lr"] = lr * (1.0 - progress.share)
-            batch = next(batches)
-            mask = batch.get("attention_mask")
-            with torch.no_grad(), _outputs(teacher_layers) as teacher:
-                fm(**batch)
-            with _outputs(student_layers) as student:
-                sub_fm(**batch)
-            loss = state_loss(teacher, student, mask)
-            if product_weight and student_ffns:
-                products = [weight_products(ffn) for ffn in student_ffns]
-                loss = loss + product_weight * product_loss(teacher_products, products)
-            _step(optimiser, loss, trainable)
-            steps, tokens = (
-                progress.steps + 1,
-                tokens + len(real_tokens(teacher[0], mask)),
-            )
-            seconds = time.monotonic() - began
-            if not bool(torch.isfinite(loss)):
-                raise FedPFTError(
-                    f"alignment loss is {loss.item()} at step {steps}; lower the "
-                    f"learning rate {lr:g} (align.lr, align.during-lr)"
-                )
-            share = budget.used(steps, tokens, seconds)
-            progress = Progress(share, steps, tokens, seconds, float(loss.detach()))
-            report(progress)
+    while progress.share < 1.0:
+        optimiser.param_groups[0]["lr"] = lr * (1.0 - progress.share)
+        loss, tokens = loss_of(next(batches))
+        steps, tokens = progress.steps + 1, progress.tokens + tokens
+        if not bool(torch.isfinite(loss)):
+            raise FedPFTError(f"{name} is {loss.item()} at step {steps}; {remedy}")
+        _step(optimiser, loss, trainable)
+        seconds = time.monotonic() - began
+        share = budget.used(steps, tokens, seconds)
+        progress = Progress(share, steps, tokens, seconds, float(loss.detach()))
+        report(progress)
     return progress
 
 

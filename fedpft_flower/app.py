@@ -58,10 +58,10 @@ def _serve(grid: Grid, context: Context) -> None:
     strategy_of(config.strategy, config.strategy_args)
     with closing(RunDirectory(config, context.run_id)) as directory:
         logger.info("run directory: %s", directory.path)
-        _run(grid, config, directory)
+        _federate(grid, config, directory)
 
 
-def _run(grid: Grid, config: Config, directory: RunDirectory) -> None:
+def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     counting = CountingGrid(grid, Ledger())
     checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
     saved = checkpoints.load() if config.resume else None

@@ -480,7 +480,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "sub-fm.layer-budget": (0, 1, True),
     "sub-fm.end-layers": (1, 1e6, True),
     "align.jacobian-weight": (0, 1e6, True),
-    "align.ridge": (0, 1e6, False),
+    "align.ridge": (1e-9, 1e6, True),
     "align.calibration-tokens": (0, 1e12, True),
     "align.steps": (0, 1e9, True),
     "align.tokens": (0, 1e15, True),

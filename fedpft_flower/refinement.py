@@ -6,7 +6,6 @@ unlabelled public rows: the mean over rows of KL(p_sub || p_FM). Only the FM's L
 changes, not its head, and not the sub-FM.
 """
 
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,8 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedpft_flower.activity import Batch
-from fedpft_flower.alignment import Progress
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.alignment import Budget, Progress, descend
 
 
 def logit_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -40,7 +38,7 @@ def refine(
     steps: int,
     lr: float,
     report: Callable[[Progress], None],
-) -> None:
+) -> Progress:
     """Train the FM's LoRA so that the FM's logits follow the sub-FM's.
 
     Adam without weight decay; the learning rate falls linearly to zero. Dropout is off.
@@ -53,31 +51,30 @@ def refine(
         lr: the first step's learning rate.
         report: called after every step.
 
+    Returns:
+        The last step's progress.
+
     Raises:
         FedPFTError: the loss is not finite.
     """
     fm.eval()
     sub_fm.eval()
-    parameters = [p for name, p in fm.named_parameters() if ".lora_" in name]
-    optimiser = torch.optim.Adam(parameters, lr=lr)
-    began, tokens = time.monotonic(), 0
-    for step in range(1, steps + 1):
-        optimiser.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
-        batch = {n: v for n, v in next(batches).items() if n != "labels"}
+    lora = [p for name, p in fm.named_parameters() if ".lora_" in name]
+
+    def loss_of(batch: Batch) -> tuple[Tensor, int]:
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
         with torch.no_grad():
-            teacher = sub_fm(**batch).logits
-        loss = logit_loss(teacher, fm(**batch).logits)
-        if not bool(torch.isfinite(loss)):
-            raise FedPFTError(
-                f"the loss of the refinement is {loss.item()} at step {step}; lower "
-                f"plug-in.lr = {lr:g}"
-            )
-        gradients = torch.autograd.grad(loss, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimiser.step()
-        tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
-        seconds = time.monotonic() - began
-        report(Progress(step / steps, step, tokens, seconds, float(loss.detach())))
-    for parameter in parameters:
-        parameter.grad = None
+            teacher = sub_fm(**inputs).logits
+        mask = batch.get("attention_mask")
+        tokens = 0 if mask is None else int(mask.sum())
+        return logit_loss(teacher, fm(**inputs).logits), tokens
+
+    name, remedy = "the loss of the refinement", f"lower plug-in.lr = {lr:g}"
+    trainable = [(parameter, None) for parameter in lora]
+    try:
+        return descend(
+            trainable, batches, loss_of, Budget(steps), lr, report, name, remedy
+        )
+    finally:
+        for parameter in lora:
+            parameter.grad = None

@@ -6,7 +6,7 @@ the same adapter as the same run through Flower.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -154,6 +154,13 @@ class ProxyServer:
 
     def _check_plan(self) -> None:
         steps, plan = self.method.steps_before, self.plan
+        refits = {"bias", "least-squares"} & {*steps, self.method.during}
+        if refits and plan.aligned and not plan.compressed:
+            raise FedPFTError(
+                f"method = {self.config.method!r} keeps whole layers only, and "
+                f"{sorted(refits)[0]!r} refits compressed ones; choose 'distill' or "
+                "'none' for align.before and align.during"
+            )
         if steps and plan.adapters and not plan.aligned:
             raise FedPFTError(
                 f"method = {self.config.method!r} has nothing to align: only layers "
@@ -363,7 +370,7 @@ class ProxyServer:
         The sub-FM's adapter stays as it is.
 
         Returns:
-            Steps, seconds, first and last loss, the FM's metric before and after on the
+            What it used, first and last loss, the FM's metric before and after on the
             validation split, and whether the refined adapter was kept; nothing where
             the method does not refine, or the sub-FM is the FM.
         """
@@ -373,18 +380,9 @@ class ProxyServer:
         assert self._public is not None
         seed = derive_seed(self.config.seed, "refine")
         batches = endless_batches(self._public, plug.batch_size, seed)
-        key = self.config.data.metric.replace("-", "_")
-        before = getattr(evaluate(self.fm, self._splits["validation"]), key)
-        losses, told = list[float](), _progress_lines("refine")
-        began = time.monotonic()
-
-        def report(progress: Progress) -> None:
-            losses.append(progress.loss)
-            told(progress)
-
-        refine(self.fm, self.sub_fm, batches, steps, plug.lr, report)
-        seconds = time.monotonic() - began
-        after = getattr(evaluate(self.fm, self._splits["validation"]), key)
+        told, before = _Told("refine"), self._score()
+        refine(self.fm, self.sub_fm, batches, steps, plug.lr, told)
+        after = self._score()
         kept = after >= before
         if not kept:
             plug_in(self.fm, self.adapter, self.plan)
@@ -396,14 +394,16 @@ class ProxyServer:
             "kept" if kept else "not kept",
         )
         return {
-            "steps": steps,
-            "seconds": seconds,
-            "loss-first": losses[0],
-            "loss-last": losses[-1],
+            **told.metrics(),
             "validation-before": before,
             "validation-after": after,
             "kept": kept,
         }
+
+    def _score(self) -> float:
+        """Return the FM's `data.metric` on the validation split."""
+        found = evaluate(self.fm, self._splits["validation"])
+        return float(getattr(found, self.config.data.metric.replace("-", "_")))
 
     def evaluate(self, split: str) -> Metrics:
         """Evaluate the adapter in the FM and in the sub-FM.
@@ -538,14 +538,8 @@ class ProxyServer:
         assert self._public is not None
         align = self.config.align
         seed = derive_seed(self.config.seed, "align", current)
-        first: list[float] = []
-        told = _progress_lines(what)
-
-        def report(progress: Progress) -> None:
-            first.append(progress.loss) if not first else None
-            told(progress)
-
-        last = distil(
+        told = _Told(what)
+        distil(
             self.fm,
             self.sub_fm,
             self.plan,
@@ -554,15 +548,9 @@ class ProxyServer:
             budget,
             lr,
             align.product_weight,
-            report,
+            told,
         )
-        return {
-            "steps": last.steps,
-            "tokens": last.tokens,
-            "seconds": last.seconds,
-            "loss-first": first[0],
-            "loss-last": last.loss,
-        }
+        return told.metrics()
 
     def _measure_limits(self) -> None:
         """Set the limits of activity from the public corpus, for the current sub-FM."""
@@ -618,17 +606,21 @@ def _prefixed(name: str, result: Evaluation) -> Metrics:
     }
 
 
-def _progress_lines(what: str) -> Callable[[Progress], None]:
-    """Log a line every few seconds, and the last one."""
-    last = [time.monotonic()]
+class _Told:
+    """Log a line every few seconds, and the last one; remember first and last step."""
 
-    def tell(progress: Progress) -> None:
+    def __init__(self, what: str) -> None:
+        self._what, self._shown = what, time.monotonic()
+        self._steps: list[Progress] = []
+
+    def __call__(self, progress: Progress) -> None:
+        self._steps = [*self._steps[:1], progress]
         now = time.monotonic()
-        if progress.share >= 1.0 or now - last[0] >= PROGRESS_SECONDS:
-            last[0] = now
+        if progress.share >= 1.0 or now - self._shown >= PROGRESS_SECONDS:
+            self._shown = now
             logger.info(
                 "%s: %3.0f %%, %d steps, %d tokens, loss %.4f, %.0f s",
-                what,
+                self._what,
                 100 * progress.share,
                 progress.steps,
                 progress.tokens,
@@ -636,4 +628,13 @@ def _progress_lines(what: str) -> Callable[[Progress], None]:
                 progress.seconds,
             )
 
-    return tell
+    def metrics(self) -> Metrics:
+        """Return what was used, and the loss of the first and the last step."""
+        first, last = self._steps[0], self._steps[-1]
+        return {
+            "steps": last.steps,
+            "tokens": last.tokens,
+            "seconds": last.seconds,
+            "loss-first": first.loss,
+            "loss-last": last.loss,
+        }

@@ -2,10 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
-from fedpft_flower.architectures import AUTO_MODELS, architecture_of
+from fedpft_flower.adapters import base_model
+from fedpft_flower.architectures import (
+    AUTO_MODELS,
+    architecture_of,
+    ffns_of,
+    layers_of,
+)
 
 WIDTH, LAYERS, CLASSES, VOCABULARY = 24, 3, 4, 60
 
@@ -70,3 +78,41 @@ def tiny_batch(family: str, seed: int = 0, rows: int = 5) -> dict[str, torch.Ten
     for row in range(rows):
         mask[row, 9 - row % 4 :] = 0
     return {"input_ids": ids * mask + (1 - mask), "attention_mask": mask}
+
+
+def recorded(model, layer, batches) -> dict[str, np.ndarray]:
+    """Return h, a, f, stream and output of a layer, by plain hooks.
+
+    Each is [tokens, ...] over all batches, float64, without padding.
+    """
+    base = base_model(model) if isinstance(model, PeftModel) else model
+    block, ffn = layers_of(base)[layer], ffns_of(base)[layer]
+    found: dict[str, list[np.ndarray]] = {}
+    mask = None
+
+    def keep(name, value):
+        value = value[0] if isinstance(value, tuple) else value
+        rows = value.detach().reshape(-1, value.shape[-1])
+        rows = rows if mask is None else rows[mask.reshape(-1).bool()]
+        found.setdefault(name, []).append(rows.double().numpy())
+
+    first = ffn.up[0][0]
+    handles = [
+        first.register_forward_pre_hook(lambda m, i: keep("h", i)),
+        ffn.down.register_forward_pre_hook(lambda m, i: keep("a", i)),
+        ffn.down.register_forward_hook(lambda m, i, o: keep("f", o)),
+        block.register_forward_hook(lambda m, i, o: keep("output", o)),
+    ]
+    if ffn.output_norm is not None:
+        handles.append(
+            ffn.output_norm.register_forward_pre_hook(lambda m, i: keep("stream", i))
+        )
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        with torch.no_grad():
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    joined = {name: np.concatenate(parts) for name, parts in found.items()}
+    joined.setdefault("stream", joined["output"])
+    return joined

@@ -55,6 +55,25 @@ def check_line(text):
     assert len(text) <= LONGEST, f"it has {len(text)} characters"
 
 
+def small_federation(place, fm):
+    """Write forty rows below a directory; return settings of a run on them."""
+    words = ["good fast film", "very bad film"]
+    rows = [f"{words[i % 2]} {'abcdef'[i % 6]},{'ab'[i % 2]}" for i in range(40)]
+    (place / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    return {
+        "fm.name": str(fm),
+        "data.task": "text",
+        "data.path": str(place / "rows.csv"),
+        "data.public-path": str(place / "rows.csv"),
+        "data.max-length": 16,
+        "partition.kind": "iid",
+        "rounds": 2,
+        "align.steps": 1,
+        "align.every": 1,
+        "align.during-steps": 1,
+    }
+
+
 # --------------------------------------------------------------------------- values
 
 odd_texts = st.one_of(

@@ -654,6 +654,13 @@ def test_layer_dropping_without_anything_to_align_is_refused(local_grid, setting
         run(local_grid, settings)
 
 
+@pytest.mark.parametrize("key", ["align.before", "align.during"])
+def test_refitting_whole_layers_is_refused(local_grid, settings, key):
+    settings |= {"method": "fedot-b", "sub-fm.end-layers": 1, key: "least-squares"}
+    with pytest.raises(FedPFTError, match="'least-squares' refits compressed ones"):
+        run(local_grid, settings)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

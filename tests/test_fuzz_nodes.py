@@ -50,6 +50,7 @@ from tests.fuzzing import (
     odd_numbers,
     odd_scalars,
     odd_texts,
+    small_federation,
 )
 
 
@@ -190,23 +191,10 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, bert_directory):
     place = tmp_path_factory.mktemp("site")
-    words = ["good fast film", "very bad film"]
-    rows = [f"{words[i % 2]} {'abcdef'[i % 6]},{'ab'[i % 2]}" for i in range(40)]
-    (place / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    settings = {
-        "fm.name": str(bert_directory),
-        "data.task": "text",
-        "data.path": str(place / "rows.csv"),
-        "data.public-path": str(place / "rows.csv"),
+    settings = small_federation(place, bert_directory) | {
         "data.public-rows": 8,
-        "data.max-length": 16,
-        "partition.kind": "iid",
-        "rounds": 2,
         "train.local-steps": 1,
         "train.batch-size": 4,
-        "align.steps": 1,
-        "align.every": 1,
-        "align.during-steps": 1,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDPFT_CACHE", str(place / "cache"))

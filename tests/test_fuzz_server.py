@@ -53,6 +53,7 @@ from tests.fuzzing import (
     odd_scalars,
     odd_texts,
     raw,
+    small_federation,
 )
 
 NODES = 3
@@ -154,24 +155,11 @@ def same(one, other):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, bert_directory):
     place = tmp_path_factory.mktemp("hub")
-    words = ["good fast film", "very bad film"]
-    rows = [f"{words[i % 2]} {'abcdef'[i % 6]},{'ab'[i % 2]}" for i in range(40)]
-    (place / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
-    settings = {
-        "fm.name": str(bert_directory),
-        "data.task": "text",
-        "data.path": str(place / "rows.csv"),
-        "data.public-path": str(place / "rows.csv"),
+    settings = small_federation(place, bert_directory) | {
         "data.public-rows": 4,
-        "data.max-length": 16,
-        "partition.kind": "iid",
-        "rounds": 2,
         "train.local-steps": 2,
         "train.fraction": 1.0,
         "train.max-retries": 0,
-        "align.steps": 1,
-        "align.every": 1,
-        "align.during-steps": 1,
         "align.batch-size": 4,
         "wait-seconds": 0.0,
     }

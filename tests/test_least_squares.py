@@ -8,10 +8,10 @@ import torch
 
 from fedpft_flower.adapters import base_model
 from fedpft_flower.alignment import state_loss
-from fedpft_flower.architectures import ffns_of, layers_of
+from fedpft_flower.architectures import ffns_of
 from fedpft_flower.config import AlignConfig, FedPFTError
 from fedpft_flower.least_squares import _objectives, refit
-from tests.families import CONFIGS, tiny_batch
+from tests.families import CONFIGS, recorded, tiny_batch
 from tests.test_architectures import adapted
 from tests.test_selection import slopes
 
@@ -23,47 +23,13 @@ def batches(family, count=20):
     return [tiny_batch(family, seed=seed, rows=8) for seed in range(count)]
 
 
-def recorded(model, layer, batch):
-    """Return h, a, f, stream and output of a layer, [tokens, ...] in float64."""
-    base = base_model(model)
-    block, ffn = layers_of(base)[layer], ffns_of(base)[layer]
-    found = {}
-
-    def keep(name, value):
-        value = value[0] if isinstance(value, tuple) else value
-        rows = value.detach().reshape(-1, value.shape[-1])
-        mask = batch.get("attention_mask")
-        rows = rows if mask is None else rows[mask.reshape(-1).bool()]
-        found[name] = rows.double().numpy()
-
-    first = ffn.up[0][0]
-    handles = [
-        first.register_forward_pre_hook(lambda m, i: keep("h", i)),
-        ffn.down.register_forward_pre_hook(lambda m, i: keep("a", i)),
-        ffn.down.register_forward_hook(lambda m, i, o: keep("f", o)),
-        block.register_forward_hook(lambda m, i, o: keep("output", o)),
-    ]
-    if ffn.output_norm is not None:
-        handles.append(
-            ffn.output_norm.register_forward_pre_hook(lambda m, i: keep("stream", i))
-        )
-    with torch.no_grad():
-        model(**batch)
-    for handle in handles:
-        handle.remove()
-    found.setdefault("stream", found["output"])
-    return found
-
-
 def reference(fm, sub, plan, layer, given, align):
     """Solve one layer's refit by an augmented least-squares problem, row by row."""
     place = plan.places([layer])[0]
     ffn, fm_ffn = ffns_of(base_model(sub))[place], ffns_of(base_model(fm))[layer]
-    teacher = [recorded(fm, layer, batch) for batch in given]
-    student = [recorded(sub, place, batch) for batch in given]
-    join = lambda found, name: np.concatenate([one[name] for one in found])  # noqa: E731
-    a, h = join(student, "a"), join(student, "h")
-    target = join(teacher, "stream") - (join(student, "stream") - join(student, "f"))
+    teacher, student = recorded(fm, layer, given), recorded(sub, place, given)
+    a, h = student["a"], student["h"]
+    target = teacher["stream"] - (student["stream"] - student["f"])
     tokens, columns = len(a), ffn.down.weight.detach().double().numpy()
     has_bias = ffn.down.bias is not None
     centred = a - a.mean(0) if has_bias else a
@@ -71,7 +37,7 @@ def reference(fm, sub, plan, layer, given, align):
     rows = [r.detach().double().numpy() for r in ffn.up_rows()]
     fm_rows = [r.detach().double().numpy() for r in fm_ffn.up_rows()]
     own = slopes(base_model(sub), place, h)
-    wide = slopes(base_model(fm), layer, join(teacher, "h"))
+    wide = slopes(base_model(fm), layer, teacher["h"])
     pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows))]
     k_own = sum(
         (rows[i] @ metric @ rows[j].T) * (own[i].T @ own[j] / tokens) for i, j in pairs
@@ -148,16 +114,12 @@ def test_errors_of_an_objective_are_those_of_its_tokens(family):
     layer, given = plan.compressed[0], batches(family, 10)
     one, held_out = _objectives(fm, sub, plan, layer, given, ALIGN)
     for objective, part in ((one, given[:9]), (held_out, given[9:])):
-        teacher = [recorded(fm, layer, batch) for batch in part]
-        student = [recorded(sub, layer, batch) for batch in part]
-        differences = [
-            s["stream"] - t["stream"] for t, s in zip(teacher, student, strict=True)
-        ]
-        expected = np.concatenate(differences)
-        expected = (expected**2).sum(1).mean()
+        teacher, student = recorded(fm, layer, part), recorded(sub, layer, part)
+        differences = student["stream"] - teacher["stream"]
+        expected = (differences**2).sum(1).mean()
         found = float(objective.error(objective.columns, objective.bias))
         assert found == pytest.approx(expected, rel=1e-3)
-        assert objective.tokens == sum(len(d) for d in differences)
+        assert objective.tokens == len(differences)
 
 
 @families
@@ -168,7 +130,7 @@ def test_the_layers_follow_the_fm_closer(family):
     batch = tiny_batch(family, seed=99, rows=8)
     layer = plan.compressed[-1]
     outputs = [
-        torch.tensor(recorded(model, layer, batch)["output"])
+        torch.tensor(recorded(model, layer, [batch])["output"])
         for model in (fm, untouched, sub)
     ]
     before = state_loss([outputs[0]], [outputs[1]], None)
@@ -225,7 +187,7 @@ def test_a_norm_that_distillation_changed_is_taken_into_account(monkeypatch):
                     parameter.add_(0.1 * noise)
         refit(fm, sub, plan, batches("bert"), ALIGN, lambda fit: None)
         batch = tiny_batch("bert", seed=99, rows=8)
-        wanted, found = (recorded(model, 0, batch)["output"] for model in (fm, sub))
+        wanted, found = (recorded(model, 0, [batch])["output"] for model in (fm, sub))
         return np.square(wanted - found).mean() / np.square(wanted).mean()
 
     aware = error()

@@ -16,7 +16,7 @@ from fedpft_flower.selection import (
     score,
     variance,
 )
-from tests.families import CONFIGS, LAYERS, WIDTH, tiny_batch, tiny_model
+from tests.families import CONFIGS, LAYERS, WIDTH, recorded, tiny_batch, tiny_model
 
 families = pytest.mark.parametrize("family", sorted(CONFIGS))
 GELU, SILU = torch.nn.functional.gelu, torch.nn.functional.silu
@@ -32,37 +32,6 @@ def moments_of(fm, family, grams=True):
 
 def evidence(ffn, moments=None, count=WIDTH, **align):
     return Evidence(ffn, moments, count, AlignConfig(**align), torch.Generator())
-
-
-class Recorder:
-    """Record a layer's FFN by plain hooks, in float64, without padding."""
-
-    def __init__(self, fm, layer, batches):
-        ffn = ffns_of(fm)[layer]
-        self.inputs, self.activations, self.down = [], [], []
-        mask = None
-
-        def keep(values, found):
-            rows = values.detach().reshape(-1, values.shape[-1])
-            rows = rows if mask is None else rows[mask.reshape(-1).bool()]
-            found.append(rows.double().numpy())
-
-        handles = [
-            ffn.up[0][0].register_forward_pre_hook(
-                lambda m, i: keep(i[0], self.inputs)
-            ),
-            ffn.down.register_forward_pre_hook(
-                lambda m, i: keep(i[0], self.activations)
-            ),
-        ]
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            with torch.no_grad():
-                fm(**batch)
-        for handle in handles:
-            handle.remove()
-        self.h = np.concatenate(self.inputs)
-        self.a = np.concatenate(self.activations)
 
 
 def slopes(fm, layer, h):
@@ -92,17 +61,17 @@ def biases(ffn):
 def test_moments_against_numpy(family):
     fm = tiny_model(family)
     for layer, found in enumerate(moments_of(fm, family)):
-        seen = Recorder(fm, layer, batches(family))
-        assert found.tokens == len(seen.a)
-        np.testing.assert_allclose(found.mean, seen.a.mean(0), atol=1e-6)
-        np.testing.assert_allclose(found.square, (seen.a**2).mean(0), atol=1e-6)
-        gram = seen.a.T @ seen.a / len(seen.a)
+        seen = recorded(fm, layer, batches(family))
+        assert found.tokens == len(seen["a"])
+        np.testing.assert_allclose(found.mean, seen["a"].mean(0), atol=1e-6)
+        np.testing.assert_allclose(found.square, (seen["a"] ** 2).mean(0), atol=1e-6)
+        gram = seen["a"].T @ seen["a"] / len(seen["a"])
         np.testing.assert_allclose(found.gram, gram, atol=1e-5)
-        metric = np.cov(seen.h.T, bias=True)
+        metric = np.cov(seen["h"].T, bias=True)
         rows = [r.detach().double().numpy() for r in ffns_of(fm)[layer].up_rows()]
-        g = slopes(fm, layer, seen.h)
+        g = slopes(fm, layer, seen["h"])
         expected = sum(
-            (rows[i] @ metric @ rows[j].T) * (g[i].T @ g[j] / len(seen.h))
+            (rows[i] @ metric @ rows[j].T) * (g[i].T @ g[j] / len(seen["h"]))
             for i in range(len(rows))
             for j in range(len(rows))
         )
@@ -115,8 +84,8 @@ def test_jacobian_gram_is_the_energy_of_directional_derivatives(family):
     """K_ij = E[(da_i . v)(da_j . v)] for v of covariance Q, by finite differences."""
     fm = tiny_model(family)
     (found, *_) = moments_of(fm, family)
-    seen, ffn = Recorder(fm, 0, batches(family)), ffns_of(fm)[0]
-    metric = np.cov(seen.h.T, bias=True)
+    seen, ffn = recorded(fm, 0, batches(family)), ffns_of(fm)[0]
+    metric = np.cov(seen["h"].T, bias=True)
     values, vectors = np.linalg.eigh(metric)
     root = vectors * np.sqrt(np.clip(values, 0, None))
     act = SILU if family == "llama" else GELU
@@ -128,12 +97,12 @@ def test_jacobian_gram_is_the_energy_of_directional_derivatives(family):
         ]
         return (act(z[0]) * (z[1] if len(z) == 2 else 1.0)).numpy()
 
-    np.testing.assert_allclose(activations(seen.h), seen.a, atol=1e-5)
+    np.testing.assert_allclose(activations(seen["h"]), seen["a"], atol=1e-5)
     gram = np.zeros((WIDTH, WIDTH))
     for direction in root.T:
         step = 1e-5 * direction
-        moved = (activations(seen.h + step) - activations(seen.h - step)) / 2e-5
-        gram += moved.T @ moved / len(seen.h)
+        moved = (activations(seen["h"] + step) - activations(seen["h"] - step)) / 2e-5
+        gram += moved.T @ moved / len(seen["h"])
     scale = np.abs(gram).max()
     np.testing.assert_allclose(found.jacobian, gram, atol=2e-5 * scale)
 
@@ -168,11 +137,11 @@ def test_observing_changes_nothing_and_stops_early(family):
 def test_energy_and_variance_against_numpy(family):
     fm = tiny_model(family)
     for layer, found in enumerate(moments_of(fm, family, grams=False)):
-        seen, ffn = Recorder(fm, layer, batches(family)), ffns_of(fm)[layer]
+        seen, ffn = recorded(fm, layer, batches(family)), ffns_of(fm)[layer]
         norms = np.linalg.norm(ffn.down.weight.detach().double().numpy(), axis=0)
-        expected = np.sqrt((seen.a**2).mean(0)) * norms
+        expected = np.sqrt((seen["a"] ** 2).mean(0)) * norms
         np.testing.assert_allclose(energy(evidence(ffn, found)), expected, rtol=1e-4)
-        expected = seen.a.std(0) * norms
+        expected = seen["a"].std(0) * norms
         np.testing.assert_allclose(variance(evidence(ffn, found)), expected, rtol=1e-3)
 
 
@@ -219,11 +188,11 @@ def test_greedy_order_is_nested_and_recomputed_in_numpy(family):
             scores.argsort(descending=True)[:count].tolist() == whole[:count].tolist()
         )
         assert scores.sort(descending=True).values[count:].max() < 1
-    seen = Recorder(fm, 1, batches(family))
+    seen = recorded(fm, 1, batches(family))
     weights = ffn.down.weight.detach().double().numpy()
-    gram = seen.a.T @ seen.a / len(seen.a)
+    gram = seen["a"].T @ seen["a"] / len(seen["a"])
     if ffn.down.bias is not None:
-        gram = np.cov(seen.a.T, bias=True)
+        gram = np.cov(seen["a"].T, bias=True)
     jacobian = found.jacobian.numpy()
     share = np.trace(weights @ gram @ weights.T) / np.trace(
         weights @ jacobian @ weights.T
