@@ -9,7 +9,8 @@ inputs, and the target t that would make the residual stream behind it the FM's:
 W_S are the FM's output columns of the kept neurons, J_a and J_a' the Jacobians of kept
 neurons (at the sub-FM's input) and of all the FM's neurons (at the FM's input), Q the
 covariance of the sub-FM's inputs, s the ratio of the energies of output and Jacobian at
-the present columns. Sums over tokens are float64, and so is the solution.
+the present columns. E is the mean over tokens with the weights of `moments`; sums are
+float64, and so is the solution.
 """
 
 from collections.abc import Callable, Sequence
@@ -201,7 +202,7 @@ def _is_held_out(place: int, batches: Sequence[Batch]) -> bool:
 def _add(sums: Sums, teacher: Seen, student: Seen, ffn: FFN) -> None:
     residual = student.stream - student.down
     wanted = _stream(teacher, ffn.output_norm) - residual
-    sums.tokens += len(wanted)
+    sums.begin(teacher.weights)
     sums.add("a", student.activations)
     sums.add("aa", student.activations, student.activations)
     sums.add("t", wanted)

@@ -2,6 +2,12 @@
 
 Everything is streamed: memory depends on the sizes of the FFNs, never on the number of
 tokens. Sums are float64, padding is excluded.
+
+Every token weighs 1 / Var[x], the variance over the entries of its residual stream x
+behind the FFN in the FM. The norm that reads the stream (behind a post-LN FFN, before a
+pre-LN block) divides by its standard deviation, so this is how much an error of the
+token counts for all that follows; unweighted, the few tokens with a huge stream
+(attention sinks) outweigh all others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +21,9 @@ from transformers import PreTrainedModel
 
 from fedpft_flower.activity import Batch, real_tokens
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
+
+# Keeps the weight of a token finite, as a norm's own epsilon does.
+LEAST_VARIANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,11 @@ class Seen:
     down: Tensor  # W_out a + b_out [tokens, D]
     stream: Tensor  # the residual stream behind the FFN, before a post-LN norm
     output: Tensor  # of the layer
+
+    @property
+    def weights(self) -> Tensor:
+        """Return the weight of every token, [tokens]."""
+        return 1.0 / (self.stream.var(dim=-1, unbiased=False) + LEAST_VARIANCE)
 
 
 class _ReachedError(Exception):
@@ -145,21 +159,32 @@ def count_tokens(model: PreTrainedModel, batch: Batch) -> int:
 
 
 class Sums:
-    """Add up products over tokens, in float64."""
+    """Add up products over weighted tokens, in float64."""
 
     def __init__(self) -> None:
         self.tokens = 0
+        self._weights = torch.zeros(())  # of the tokens that are being added [tokens]
+        self._total = 0.0
         self._sums: dict[str, Tensor] = {}
 
+    def begin(self, weights: Tensor) -> None:
+        """Begin a batch of tokens with these weights [tokens]."""
+        self._weights = weights
+        self.tokens += len(weights)
+        self._total += float(weights.double().sum())
+
     def add(self, name: str, left: Tensor, right: Tensor | None = None) -> None:
-        """Add the sum over tokens of x, or of x y^T.
+        """Add the weighted sum over the batch's tokens of x, or of x y^T.
 
         Args:
             name: which sum.
-            left: x [tokens, N].
+            left: x [tokens, N], or a scalar each [tokens].
             right: y [tokens, M], or None.
         """
-        product = left.sum(dim=0) if right is None else left.T @ right
+        if right is None:
+            product = self._weights @ left
+        else:
+            product = left.T @ (self._weights[:, None] * right)
         total = self._sums.get(name)
         if total is None:
             self._sums[name] = product.double()
@@ -167,8 +192,8 @@ class Sums:
             total += product
 
     def mean(self, name: str) -> Tensor:
-        """Return a sum divided by the number of tokens, float64."""
-        return self._sums[name] / max(self.tokens, 1)
+        """Return a sum divided by the sum of the weights, float64."""
+        return self._sums[name] / max(self._total, 1e-300)
 
     def add_slopes(
         self, left: Sequence[Tensor], right: Sequence[Tensor], name: str
@@ -208,7 +233,7 @@ def covariance(sums: Sums, product: str, left: str, right: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """Hold moments of one FFN's activations a over `tokens` public tokens, float64."""
+    """Hold weighted moments of one FFN's activations a over public tokens, float64."""
 
     tokens: int
     mean: Tensor  # E[a] [N]
@@ -236,7 +261,7 @@ def neuron_moments(
     sums = [Sums() for _ in ffns]
     for batch in batches:
         for one, seen in zip(sums, observe(model, layers, ffns, batch), strict=True):
-            one.tokens += len(seen.inputs)
+            one.begin(seen.weights)
             one.add("a", seen.activations)
             one.add("a^2", seen.activations.square())
             if grams:

@@ -81,9 +81,10 @@ def tiny_batch(family: str, seed: int = 0, rows: int = 5) -> dict[str, torch.Ten
 
 
 def recorded(model, layer, batches) -> dict[str, np.ndarray]:
-    """Return h, a, f, stream and output of a layer, by plain hooks.
+    """Return h, a, f, stream, output and weights of a layer, by plain hooks.
 
-    Each is [tokens, ...] over all batches, float64, without padding.
+    Each is [tokens, ...] over all batches, float64, without padding; weights are those
+    of the tokens, with the sum 1.
     """
     base = base_model(model) if isinstance(model, PeftModel) else model
     block, ffn = layers_of(base)[layer], ffns_of(base)[layer]
@@ -115,4 +116,11 @@ def recorded(model, layer, batches) -> dict[str, np.ndarray]:
         handle.remove()
     joined = {name: np.concatenate(parts) for name, parts in found.items()}
     joined.setdefault("stream", joined["output"])
+    weights = 1 / (joined["stream"].var(1) + 1e-6)
+    joined["weights"] = weights / weights.sum()
     return joined
+
+
+def covariance(x, weights) -> np.ndarray:
+    """Return the covariance [N, N] of the columns of x [tokens, N], weighted."""
+    return np.cov(x.T, bias=True, aweights=weights)

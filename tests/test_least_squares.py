@@ -11,7 +11,7 @@ from fedpft_flower.alignment import state_loss
 from fedpft_flower.architectures import ffns_of
 from fedpft_flower.config import AlignConfig, FedPFTError
 from fedpft_flower.least_squares import _objectives, refit
-from tests.families import CONFIGS, recorded, tiny_batch
+from tests.families import CONFIGS, covariance, recorded, tiny_batch
 from tests.test_architectures import adapted
 from tests.test_selection import slopes
 
@@ -28,34 +28,36 @@ def reference(fm, sub, plan, layer, given, align):
     place = plan.places([layer])[0]
     ffn, fm_ffn = ffns_of(base_model(sub))[place], ffns_of(base_model(fm))[layer]
     teacher, student = recorded(fm, layer, given), recorded(sub, place, given)
-    a, h = student["a"], student["h"]
+    a, h, w = student["a"], student["h"], teacher["weights"]
     target = teacher["stream"] - (student["stream"] - student["f"])
-    tokens, columns = len(a), ffn.down.weight.detach().double().numpy()
+    columns = ffn.down.weight.detach().double().numpy()
     has_bias = ffn.down.bias is not None
-    centred = a - a.mean(0) if has_bias else a
-    metric = np.cov(h.T, bias=True)
+    centred = a - w @ a if has_bias else a
+    metric = covariance(h, w)
     rows = [r.detach().double().numpy() for r in ffn.up_rows()]
     fm_rows = [r.detach().double().numpy() for r in fm_ffn.up_rows()]
     own = slopes(base_model(sub), place, h)
     wide = slopes(base_model(fm), layer, teacher["h"])
     pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows))]
     k_own = sum(
-        (rows[i] @ metric @ rows[j].T) * (own[i].T @ own[j] / tokens) for i, j in pairs
-    )
-    k_cross = sum(
-        (fm_rows[i] @ metric @ rows[j].T) * (wide[i].T @ own[j] / tokens)
+        (rows[i] @ metric @ rows[j].T) * (own[i].T @ (w[:, None] * own[j]))
         for i, j in pairs
     )
-    gram = centred.T @ centred / tokens
+    k_cross = sum(
+        (fm_rows[i] @ metric @ rows[j].T) * (wide[i].T @ (w[:, None] * own[j]))
+        for i, j in pairs
+    )
+    weighted = w[:, None] * centred
+    gram = centred.T @ weighted
     share = np.trace(columns @ gram @ columns.T) / np.trace(columns @ k_own @ columns.T)
     scale = align.jacobian_weight * share
     ridge = align.ridge * np.diag(gram).mean()
-    goal = target - target.mean(0) if has_bias else target
+    goal = target - w @ target if has_bias else target
     left = gram + scale * k_own + ridge * np.eye(len(gram))
     wide_columns = fm_ffn.down.weight.detach().double().numpy()
-    right = goal.T @ centred / tokens + scale * wide_columns @ k_cross + ridge * columns
+    right = goal.T @ weighted + scale * wide_columns @ k_cross + ridge * columns
     found = np.linalg.lstsq(left, right.T, rcond=None)[0].T
-    return found, target.mean(0) - found @ a.mean(0) if has_bias else None
+    return found, w @ target - found @ (w @ a) if has_bias else None
 
 
 @families
@@ -116,7 +118,7 @@ def test_errors_of_an_objective_are_those_of_its_tokens(family):
     for objective, part in ((one, given[:9]), (held_out, given[9:])):
         teacher, student = recorded(fm, layer, part), recorded(sub, layer, part)
         differences = student["stream"] - teacher["stream"]
-        expected = (differences**2).sum(1).mean()
+        expected = teacher["weights"] @ (differences**2).sum(1)
         found = float(objective.error(objective.columns, objective.bias))
         assert found == pytest.approx(expected, rel=1e-3)
         assert objective.tokens == len(differences)

@@ -16,7 +16,15 @@ from fedpft_flower.selection import (
     score,
     variance,
 )
-from tests.families import CONFIGS, LAYERS, WIDTH, recorded, tiny_batch, tiny_model
+from tests.families import (
+    CONFIGS,
+    LAYERS,
+    WIDTH,
+    covariance,
+    recorded,
+    tiny_batch,
+    tiny_model,
+)
 
 families = pytest.mark.parametrize("family", sorted(CONFIGS))
 GELU, SILU = torch.nn.functional.gelu, torch.nn.functional.silu
@@ -63,15 +71,16 @@ def test_moments_against_numpy(family):
     for layer, found in enumerate(moments_of(fm, family)):
         seen = recorded(fm, layer, batches(family))
         assert found.tokens == len(seen["a"])
-        np.testing.assert_allclose(found.mean, seen["a"].mean(0), atol=1e-6)
-        np.testing.assert_allclose(found.square, (seen["a"] ** 2).mean(0), atol=1e-6)
-        gram = seen["a"].T @ seen["a"] / len(seen["a"])
+        w = seen["weights"]
+        np.testing.assert_allclose(found.mean, w @ seen["a"], atol=1e-6)
+        np.testing.assert_allclose(found.square, w @ seen["a"] ** 2, atol=1e-6)
+        gram = seen["a"].T @ (w[:, None] * seen["a"])
         np.testing.assert_allclose(found.gram, gram, atol=1e-5)
-        metric = np.cov(seen["h"].T, bias=True)
+        metric = covariance(seen["h"], seen["weights"])
         rows = [r.detach().double().numpy() for r in ffns_of(fm)[layer].up_rows()]
         g = slopes(fm, layer, seen["h"])
         expected = sum(
-            (rows[i] @ metric @ rows[j].T) * (g[i].T @ g[j] / len(seen["h"]))
+            (rows[i] @ metric @ rows[j].T) * (g[i].T @ (w[:, None] * g[j]))
             for i in range(len(rows))
             for j in range(len(rows))
         )
@@ -85,7 +94,7 @@ def test_jacobian_gram_is_the_energy_of_directional_derivatives(family):
     fm = tiny_model(family)
     (found, *_) = moments_of(fm, family)
     seen, ffn = recorded(fm, 0, batches(family)), ffns_of(fm)[0]
-    metric = np.cov(seen["h"].T, bias=True)
+    metric = covariance(seen["h"], seen["weights"])
     values, vectors = np.linalg.eigh(metric)
     root = vectors * np.sqrt(np.clip(values, 0, None))
     act = SILU if family == "llama" else GELU
@@ -102,7 +111,7 @@ def test_jacobian_gram_is_the_energy_of_directional_derivatives(family):
     for direction in root.T:
         step = 1e-5 * direction
         moved = (activations(seen["h"] + step) - activations(seen["h"] - step)) / 2e-5
-        gram += moved.T @ moved / len(seen["h"])
+        gram += moved.T @ (seen["weights"][:, None] * moved)
     scale = np.abs(gram).max()
     np.testing.assert_allclose(found.jacobian, gram, atol=2e-5 * scale)
 
@@ -139,9 +148,10 @@ def test_energy_and_variance_against_numpy(family):
     for layer, found in enumerate(moments_of(fm, family, grams=False)):
         seen, ffn = recorded(fm, layer, batches(family)), ffns_of(fm)[layer]
         norms = np.linalg.norm(ffn.down.weight.detach().double().numpy(), axis=0)
-        expected = np.sqrt((seen["a"] ** 2).mean(0)) * norms
+        square, mean = (seen["weights"] @ seen["a"] ** power for power in (2, 1))
+        expected = np.sqrt(square) * norms
         np.testing.assert_allclose(energy(evidence(ffn, found)), expected, rtol=1e-4)
-        expected = seen["a"].std(0) * norms
+        expected = np.sqrt(square - mean**2) * norms
         np.testing.assert_allclose(variance(evidence(ffn, found)), expected, rtol=1e-3)
 
 
@@ -190,9 +200,9 @@ def test_greedy_order_is_nested_and_recomputed_in_numpy(family):
         assert scores.sort(descending=True).values[count:].max() < 1
     seen = recorded(fm, 1, batches(family))
     weights = ffn.down.weight.detach().double().numpy()
-    gram = seen["a"].T @ seen["a"] / len(seen["a"])
+    gram = seen["a"].T @ (seen["weights"][:, None] * seen["a"])
     if ffn.down.bias is not None:
-        gram = np.cov(seen["a"].T, bias=True)
+        gram = covariance(seen["a"], seen["weights"])
     jacobian = found.jacobian.numpy()
     share = np.trace(weights @ gram @ weights.T) / np.trace(
         weights @ jacobian @ weights.T
