@@ -13,8 +13,9 @@ the present columns. E is the mean over tokens with the weights of `moments`; su
 float64, and so is the solution.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,7 +25,14 @@ from fedpft_flower.activity import Batch
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, FedPFTError
-from fedpft_flower.moments import Seen, Sums, covariance, observe
+from fedpft_flower.moments import (
+    Seen,
+    Sums,
+    covariance,
+    observe,
+    output_of,
+    skipped,
+)
 from fedpft_flower.plan import Plan
 from fedpft_flower.selection import energy_ratio
 
@@ -138,8 +146,12 @@ def refit(
             "least squares needs two batches of public rows, one to learn from and one "
             "held out; raise data.public-rows or lower align.batch-size"
         )
+    fm.eval()
+    sub_fm.eval()
+    walks = Walk(fm, batches, changes=False), Walk(sub_fm, batches, changes=True)
     for layer in plan.compressed:
-        learnt, held_out = _objectives(fm, sub_fm, plan, layer, batches, align)
+        (place,) = plan.places([layer])
+        learnt, held_out = objectives(walks, (layer, place), align)
         if bias_only and learnt.bias is None:
             raise FedPFTError(
                 "align.before = 'bias', but the FFNs of this FM have no output bias; "
@@ -154,7 +166,7 @@ def refit(
         errors = [float(held_out.error(*solution)) for solution in solutions]
         best = min(range(len(errors)), key=errors.__getitem__)
         present = learnt.columns, learnt.bias
-        _write(_ffn(sub_fm, plan, layer), *solutions[best])
+        _write(walks[1].ffns[place], *solutions[best])
         report(
             Fit(
                 layer=layer,
@@ -168,23 +180,57 @@ def refit(
         )
 
 
-def _objectives(
-    fm: PeftModel,
-    sub_fm: PeftModel,
-    plan: Plan,
-    layer: int,
-    batches: Sequence[Batch],
-    align: AlignConfig,
+class Walk:
+    """Go through a model layer by layer; each batch stays at the layer it reached."""
+
+    def __init__(
+        self, model: PeftModel, batches: Sequence[Batch], changes: bool
+    ) -> None:
+        """Begin before the first layer.
+
+        Args:
+            model: the model, in evaluation mode.
+            batches: its inputs.
+            changes: whether a layer may change once it has been observed.
+        """
+        base = base_model(model)
+        self.ffns, self.batches = ffns_of(base), batches
+        self._model, self._layers, self._changes = model, layers_of(base), changes
+        self._at = 0  # the layer that all batches reached
+        self._outputs: list[Any] = [None] * len(batches)  # of the layer before it
+
+    def observe(self, place: int) -> Iterator[Seen]:
+        """Yield what the FFN of a layer does on every batch, going there first."""
+        for i, batch in enumerate(self.batches):
+            if place > self._at:
+                with skipped(self._layers[: self._at], self._outputs[i]):
+                    before = self._layers[place - 1]
+                    self._outputs[i] = output_of(self._model, before, batch)
+            with skipped(self._layers[:place], self._outputs[i]):
+                chosen = [self._layers[place]], [self.ffns[place]]
+                (seen,) = observe(self._model, *chosen, batch)
+            if not self._changes:
+                self._outputs[i] = seen.returned
+            yield seen
+        self._at = place if self._changes else place + 1
+
+
+def objectives(
+    walks: tuple[Walk, Walk], places: tuple[int, int], align: AlignConfig
 ) -> tuple[Objective, Objective]:
-    """Return the objective of most batches, and that of those held out."""
-    fm_layer, place = layers_of(base_model(fm))[layer], plan.places([layer])[0]
-    fm_ffn, ffn = ffns_of(base_model(fm))[layer], _ffn(sub_fm, plan, layer)
-    sub_fm_layer = layers_of(base_model(sub_fm))[place]
+    """Return the objective of a layer on most batches, and on those held out.
+
+    Args:
+        walks: through the FM and through the sub-FM.
+        places: of the layer in the FM and in the sub-FM.
+        align: `jacobian_weight` and `ridge`.
+    """
+    fm_ffn, ffn = (walk.ffns[i] for walk, i in zip(walks, places, strict=True))
     learnt, held_out = Sums(), Sums()
-    for i, batch in enumerate(batches):
-        (teacher,) = observe(fm, [fm_layer], [fm_ffn], batch)
-        (student,) = observe(sub_fm, [sub_fm_layer], [ffn], batch)
-        _add(held_out if _is_held_out(i, batches) else learnt, teacher, student, ffn)
+    seen = (walk.observe(i) for walk, i in zip(walks, places, strict=True))
+    for i, (teacher, student) in enumerate(zip(*seen, strict=True)):
+        out = _is_held_out(i, walks[0].batches)
+        _add(held_out if out else learnt, teacher, student, ffn)
     fm_rows = [rows.detach() for rows in fm_ffn.up_rows()]
     columns = fm_ffn.down_columns().detach().double()
     return (
@@ -257,10 +303,6 @@ def _objective(
         jacobian_cross=scale * fm_columns @ cross,
         ridge=align.ridge * centred.diagonal().mean().clamp_min(1e-30),
     )
-
-
-def _ffn(sub_fm: PeftModel, plan: Plan, layer: int) -> FFN:
-    return ffns_of(base_model(sub_fm))[plan.places([layer])[0]]
 
 
 @torch.no_grad()

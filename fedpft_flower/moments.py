@@ -10,7 +10,8 @@ token counts for all that follows; unweighted, the few tokens with a huge stream
 (attention sinks) outweigh all others.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ class Seen:
     down: Tensor  # W_out a + b_out [tokens, D]
     stream: Tensor  # the residual stream behind the FFN, before a post-LN norm
     output: Tensor  # of the layer
+    returned: Any  # by the layer: the output as the model passes it on, with padding
 
     @property
     def weights(self) -> Tensor:
@@ -64,8 +66,8 @@ class _Watched:
             first.register_forward_pre_hook(self._enter),
             *(linear.register_forward_hook(self._cut_graph) for linear, _ in ffn.up),
             ffn.down.register_forward_pre_hook(self._differentiate),
-            ffn.down.register_forward_hook(self._keep("down")),
-            layer.register_forward_hook(self._keep("output")),
+            ffn.down.register_forward_hook(self._leave_ffn),
+            layer.register_forward_hook(self._leave),
         ]
         if ffn.output_norm is not None:
             self.handles.append(ffn.output_norm.register_forward_pre_hook(self._sum))
@@ -73,15 +75,14 @@ class _Watched:
     def seen(self, mask: Tensor | None) -> Seen:
         """Return what passed, without padding."""
         raw = {name: real_tokens(tensor, mask) for name, tensor in self._raw.items()}
-        slopes = tuple(real_tokens(slope, mask) for slope in self._slopes)
-        stream = raw.get("stream", raw["output"])
         return Seen(
-            raw["inputs"],
-            raw["activations"],
-            slopes,
-            raw["down"],
-            stream,
-            raw["output"],
+            inputs=raw["inputs"],
+            activations=raw["activations"],
+            slopes=tuple(real_tokens(slope, mask) for slope in self._slopes),
+            down=raw["down"],
+            stream=raw.get("stream", raw["output"]),
+            output=raw["output"],
+            returned=self._returned,
         )
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -107,11 +108,55 @@ class _Watched:
     def _sum(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._raw["stream"] = inputs[0]
 
-    def _keep(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: object, output: Any) -> None:
-            self._raw[name] = output[0] if isinstance(output, tuple) else output
+    def _leave_ffn(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        self._raw["down"] = output
 
-        return hook
+    def _leave(self, module: nn.Module, inputs: object, output: Any) -> None:
+        self._returned = output
+        self._raw["output"] = output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def output_of(model: nn.Module, layer: nn.Module, batch: Batch) -> Any:
+    """Run one batch through a model, and return what a layer of it returned.
+
+    Args:
+        model: the model, in evaluation mode.
+        layer: one of its layers; what is behind it does not run.
+        batch: inputs of the model.
+    """
+    found: list[Any] = []
+
+    def stop(module: nn.Module, inputs: object, output: Any) -> None:
+        found.append(output)
+        raise _ReachedError
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        model(**batch)
+    except _ReachedError:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@contextmanager
+def skipped(layers: Iterable[nn.Module], output: Any) -> Iterator[None]:
+    """Let the first layers of a model not run: the last of them returned `output`.
+
+    Args:
+        layers: the model's layers, from the first.
+        output: what the last of them returned on the batch that will run.
+    """
+    given = list(layers)
+    for layer in given:
+        layer.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        for layer in given:
+            del layer.forward
 
 
 @torch.no_grad()
@@ -126,19 +171,11 @@ def observe(
         ffns: their FFNs.
         batch: its inputs; `attention_mask` [B, T] marks real tokens where present.
     """
-
-    def stop(module: nn.Module, inputs: object, output: object) -> None:
-        raise _ReachedError
-
     watched = [_Watched(*pair) for pair in zip(layers, ffns, strict=True)]
-    handles = [handle for one in watched for handle in one.handles]
-    handles.append(layers[-1].register_forward_hook(stop))
     try:
-        model(**batch)
-    except _ReachedError:
-        pass
+        output_of(model, layers[-1], batch)
     finally:
-        for handle in handles:
+        for handle in (handle for one in watched for handle in one.handles):
             handle.remove()
     mask = batch.get("attention_mask")
     return [one.seen(mask) for one in watched]

@@ -10,7 +10,7 @@ from fedpft_flower.adapters import base_model
 from fedpft_flower.alignment import state_loss
 from fedpft_flower.architectures import ffns_of
 from fedpft_flower.config import AlignConfig, FedPFTError
-from fedpft_flower.least_squares import _objectives, refit
+from fedpft_flower.least_squares import Walk, objectives, refit
 from tests.families import CONFIGS, covariance, recorded, tiny_batch
 from tests.test_architectures import adapted
 from tests.test_selection import slopes
@@ -21,6 +21,12 @@ ALIGN = AlignConfig()
 
 def batches(family, count=20):
     return [tiny_batch(family, seed=seed, rows=8) for seed in range(count)]
+
+
+def objective_of(fm, sub, plan, layer, given, align):
+    (place,) = plan.places([layer])
+    walks = Walk(fm, given, changes=False), Walk(sub, given, changes=True)
+    return objectives(walks, (layer, place), align)
 
 
 def reference(fm, sub, plan, layer, given, align):
@@ -95,7 +101,7 @@ def test_the_solution_is_a_minimum_and_never_above_the_original_columns(family):
     for ridge, weight in ((1e-3, 0.3), (1e-6, 0.0), (10.0, 3.0)):
         align = replace(ALIGN, ridge=ridge, jacobian_weight=weight)
         for layer in plan.compressed:
-            one, _ = _objectives(fm, sub, plan, layer, batches(family, 6), align)
+            one, _ = objective_of(fm, sub, plan, layer, batches(family, 6), align)
             columns, bias = one.solve()
             lowest = one.value(columns, bias)
             assert lowest <= one.value(one.columns, one.bias)
@@ -114,7 +120,7 @@ def test_the_solution_is_a_minimum_and_never_above_the_original_columns(family):
 def test_errors_of_an_objective_are_those_of_its_tokens(family):
     fm, sub, plan = adapted(family)
     layer, given = plan.compressed[0], batches(family, 10)
-    one, held_out = _objectives(fm, sub, plan, layer, given, ALIGN)
+    one, held_out = objective_of(fm, sub, plan, layer, given, ALIGN)
     for objective, part in ((one, given[:9]), (held_out, given[9:])):
         teacher, student = recorded(fm, layer, part), recorded(sub, layer, part)
         differences = student["stream"] - teacher["stream"]

@@ -6,7 +6,13 @@ import torch
 
 from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, FedPFTError
-from fedpft_flower.moments import count_tokens, neuron_moments, observe
+from fedpft_flower.moments import (
+    count_tokens,
+    neuron_moments,
+    observe,
+    output_of,
+    skipped,
+)
 from fedpft_flower.selection import (
     Evidence,
     energy,
@@ -140,6 +146,25 @@ def test_observing_changes_nothing_and_stops_early(family):
         torch.testing.assert_close(norm(second.stream), second.output)
     else:
         assert torch.equal(second.stream, second.output)
+
+
+@families
+def test_skipping_layers_changes_nothing(family):
+    fm, batch = tiny_model(family), tiny_batch(family)
+    layers, ran = layers_of(fm), []
+    with torch.no_grad():
+        expected = fm(**batch).logits
+    given = output_of(fm, layers[1], batch)
+    inner = next(layers[1].children())
+    handle = inner.register_forward_hook(lambda *_: ran.append(1))
+    with torch.no_grad(), skipped(layers[:2], given):
+        found = fm(**batch).logits
+    assert torch.equal(found, expected)
+    assert not ran
+    with torch.no_grad():
+        assert torch.equal(fm(**batch).logits, expected)
+    handle.remove()
+    assert ran
 
 
 @families
