@@ -12,7 +12,6 @@ term from detached weights, so there it has no gradient; the method needs one, a
 it has one. Teacher and student are always given the same adapter by the caller.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,41 +23,10 @@ from torch import Tensor, nn
 from fedpft_flower.activity import Batch, real_tokens
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
-from fedpft_flower.config import FedPFTError, derive_seed
+from fedpft_flower.config import derive_seed
+from fedpft_flower.descent import Progress, Schedule, Trainable, descend
 from fedpft_flower.plan import Plan
 from fedpft_flower.sub_fm import compressed_ffns
-
-# A parameter that may change, and the mask of its entries that may (None: all).
-Trainable = tuple[Tensor, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Limit an alignment by steps, tokens and seconds; 0 means no such limit."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def used(self, steps: int, tokens: int, seconds: float) -> float:
-        """Return the used share of the limit that is closest, in [0, 1]."""
-        pairs = (
-            (steps, self.steps),
-            (tokens, self.tokens),
-            (seconds, self.seconds),
-        )
-        return min(1.0, max(used / limit for used, limit in pairs if limit))
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Tell how far an alignment is."""
-
-    share: float
-    steps: int
-    tokens: int
-    seconds: float
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -180,15 +148,14 @@ def distil(
     plan: Plan,
     trainable: Sequence[Trainable],
     batches: Iterator[Batch],
-    budget: Budget,
-    lr: float,
+    schedule: Schedule,
     product_weight: float,
     report: Callable[[Progress], None],
+    held_out: Sequence[Batch] = (),
 ) -> Progress:
     """Train a part of the sub-FM to follow the FM on public batches.
 
-    Adam without weight decay, so that an entry outside its mask stays bit-identical;
-    the learning rate falls linearly with the used budget. Dropout is off in both.
+    Dropout is off in both.
 
     Args:
         fm: the teacher.
@@ -196,10 +163,10 @@ def distil(
         plan: what the student kept.
         trainable: the parameters that may change.
         batches: endless public inputs.
-        budget: when to stop.
-        lr: the first step's learning rate.
+        schedule: how fast and how long.
         product_weight: alpha of the loss.
         report: called after every step.
+        held_out: public inputs to watch for overfit, where the schedule has a patience.
 
     Returns:
         The last step's progress.
@@ -229,67 +196,12 @@ def distil(
             loss = loss + product_weight * product_loss(teacher_products, products)
         return loss, len(real_tokens(teacher[0], mask))
 
+    name, lr = "alignment loss", schedule.lr
     remedy = f"lower the learning rate {lr:g} (align.lr, align.during-lr)"
     with _learning([parameter for parameter, _ in trainable]):
         return descend(
-            trainable, batches, loss_of, budget, lr, report, "alignment loss", remedy
+            trainable, batches, loss_of, schedule, report, name, remedy, held_out
         )
-
-
-def descend(
-    trainable: Sequence[Trainable],
-    batches: Iterator[Batch],
-    loss_of: Callable[[Batch], tuple[Tensor, int]],
-    budget: Budget,
-    lr: float,
-    report: Callable[[Progress], None],
-    name: str,
-    remedy: str,
-) -> Progress:
-    """Lower a loss by Adam without weight decay, until a budget is used.
-
-    The learning rate falls linearly with the used budget.
-
-    Args:
-        trainable: the parameters that may change; they take gradients.
-        batches: endless inputs.
-        loss_of: returns the loss of a batch, and how many tokens it has.
-        budget: when to stop.
-        lr: the first step's learning rate.
-        report: called after every step.
-        name: of the loss, to people.
-        remedy: what they can do when it is not finite.
-
-    Returns:
-        The last step's progress.
-
-    Raises:
-        FedPFTError: the loss is not finite.
-    """
-    optimiser = torch.optim.Adam([parameter for parameter, _ in trainable], lr=lr)
-    began = time.monotonic()
-    progress = Progress(share=0.0, steps=0, tokens=0, seconds=0.0, loss=float("nan"))
-    while progress.share < 1.0:
-        optimiser.param_groups[0]["lr"] = lr * (1.0 - progress.share)
-        loss, tokens = loss_of(next(batches))
-        steps, tokens = progress.steps + 1, progress.tokens + tokens
-        if not bool(torch.isfinite(loss)):
-            raise FedPFTError(f"{name} is {loss.item()} at step {steps}; {remedy}")
-        _step(optimiser, loss, trainable)
-        seconds = time.monotonic() - began
-        share = budget.used(steps, tokens, seconds)
-        progress = Progress(share, steps, tokens, seconds, float(loss.detach()))
-        report(progress)
-    return progress
-
-
-def _step(
-    optimiser: torch.optim.Optimizer, loss: Tensor, trainable: Sequence[Trainable]
-) -> None:
-    gradients = torch.autograd.grad(loss, [parameter for parameter, _ in trainable])
-    for (parameter, mask), gradient in zip(trainable, gradients, strict=True):
-        parameter.grad = gradient if mask is None else torch.where(mask, gradient, 0.0)
-    optimiser.step()
 
 
 @contextmanager

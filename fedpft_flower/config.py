@@ -196,6 +196,10 @@ class AlignConfig:
     tokens: int = 0
     seconds: float = 0.0
     lr: float = 0.001
+    # It ends early when so many held-out losses in a row, each a tenth of its budget
+    # behind the last, were no new best; the best weights stay. 0 holds nothing out, -1
+    # is the method's choice.
+    patience: int = -1
     # Alignment during training, and neuron-level distillation.
     every: int = 5
     during_steps: int = 20
@@ -479,6 +483,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "sub-fm.keep-neurons": (0, 1e9, True),
     "sub-fm.layer-budget": (0, 1, True),
     "sub-fm.end-layers": (1, 1e6, True),
+    "align.patience": (-1, 1e6, True),
     "align.jacobian-weight": (0, 1e6, True),
     "align.ridge": (1e-9, 1e6, True),
     "align.calibration-tokens": (0, 1e12, True),

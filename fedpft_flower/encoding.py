@@ -108,6 +108,26 @@ class ImageRows:
         return batch
 
 
+class Part:
+    """Give some of the rows of others."""
+
+    def __init__(self, rows: Rows, chosen: Sequence[int]) -> None:
+        self._rows, self._chosen = rows, chosen
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._chosen)
+
+    def lengths(self) -> list[int]:
+        """Return what each row costs, to put similar ones into one batch."""
+        lengths = self._rows.lengths()
+        return [lengths[i] for i in self._chosen]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return model inputs of these rows."""
+        return self._rows.batch([self._chosen[i] for i in indices])
+
+
 _ENCODERS: dict[Modality, Any] = {"text": TextRows, "image": ImageRows}
 
 
@@ -115,6 +135,13 @@ def encode(rows: Dataset, processor: Any, modality: Modality, max_length: int) -
     """Encode rows for a model of this modality."""
     encoded: Rows = _ENCODERS[modality](rows, processor, max_length)
     return encoded
+
+
+def hold_out(rows: Rows, count: int, seed: int) -> tuple[Part, Part]:
+    """Split rows at random: `count` that are held out, and all others."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    return Part(rows, order[:count]), Part(rows, order[count:])
 
 
 def shuffled_batches(rows: Rows, size: int, seed: int) -> Iterator[Batch]:

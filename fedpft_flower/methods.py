@@ -12,9 +12,10 @@ class Method:
     """Describe a method: what the clients get, and when it is aligned with the FM.
 
     `selection` says how neurons are scored, `before` and `during` how the sub-FM is
-    aligned, `refine` how long the adapter is adjusted in the FM at the end; where they
-    are given, the settings `sub-fm.selection`, `align.before`, `align.during` and
-    `plug-in.steps` take their place.
+    aligned, `patience` when that ends early, `refine` how long the adapter is adjusted
+    in the FM at the end; where they are given, the settings `sub-fm.selection`,
+    `align.before`, `align.during`, `align.patience` and `plug-in.steps` take their
+    place.
     """
 
     paper: str
@@ -22,6 +23,8 @@ class Method:
     selection: str = "norm"
     before: str = "none"
     during: str = "none"
+    # Of the layer-level distillation (`align.patience`).
+    patience: int = 0
     # Steps of the plug-in's refinement after the last round.
     refine: int = 0
 
@@ -56,6 +59,7 @@ METHODS: dict[str, Method] = {
         keep_salient,
         selection="greedy",
         before="least-squares+distill",
+        patience=3,
         refine=100,
     ),
     # Whole layers dropped, adapters in the end layers; B: the rest distilled before.
@@ -83,10 +87,11 @@ def method_of(config: Config) -> Method:
         return row
     if row.plan is keep_salient:
         row = replace(row, selection=config.sub_fm.selection or row.selection)
-    steps = config.plug_in.steps
+    patience, steps = config.align.patience, config.plug_in.steps
     return replace(
         row,
         before=config.align.before or row.before,
         during=config.align.during or row.during,
+        patience=row.patience if patience < 0 else patience,
         refine=row.refine if steps < 0 else steps,
     )

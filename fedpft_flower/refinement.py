@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedpft_flower.activity import Batch
-from fedpft_flower.alignment import Budget, Progress, descend
+from fedpft_flower.descent import Progress, Schedule, descend
 
 
 def logit_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -35,20 +35,18 @@ def refine(
     fm: PeftModel,
     sub_fm: PeftModel,
     batches: Iterator[Batch],
-    steps: int,
-    lr: float,
+    schedule: Schedule,
     report: Callable[[Progress], None],
 ) -> Progress:
     """Train the FM's LoRA so that the FM's logits follow the sub-FM's.
 
-    Adam without weight decay; the learning rate falls linearly to zero. Dropout is off.
+    Dropout is off.
 
     Args:
         fm: the FM with the plugged-in adapter.
         sub_fm: the sub-FM with the adapter, which stays as it is.
         batches: endless public inputs.
-        steps: how many.
-        lr: the first step's learning rate.
+        schedule: how fast and how long.
         report: called after every step.
 
     Returns:
@@ -69,12 +67,10 @@ def refine(
         tokens = 0 if mask is None else int(mask.sum())
         return logit_loss(teacher, fm(**inputs).logits), tokens
 
-    name, remedy = "the loss of the refinement", f"lower plug-in.lr = {lr:g}"
+    name, remedy = "the loss of the refinement", f"lower plug-in.lr = {schedule.lr:g}"
     trainable = [(parameter, None) for parameter in lora]
     try:
-        return descend(
-            trainable, batches, loss_of, Budget(steps), lr, report, name, remedy
-        )
+        return descend(trainable, batches, loss_of, schedule, report, name, remedy)
     finally:
         for parameter in lora:
             parameter.grad = None

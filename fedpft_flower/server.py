@@ -30,9 +30,6 @@ from fedpft_flower.adapters import (
     plug_in,
 )
 from fedpft_flower.alignment import (
-    Budget,
-    Progress,
-    Trainable,
     distil,
     emulator_level,
     gradient_error,
@@ -42,7 +39,14 @@ from fedpft_flower.alignment import (
 )
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import Config, FedPFTError, derive_seed
-from fedpft_flower.encoding import Rows, encode, endless_batches, shuffled_batches
+from fedpft_flower.descent import Progress, Schedule, Trainable
+from fedpft_flower.encoding import (
+    Rows,
+    encode,
+    endless_batches,
+    hold_out,
+    shuffled_batches,
+)
 from fedpft_flower.evaluation import Evaluation, evaluate
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.least_squares import Fit, refit
@@ -66,6 +70,8 @@ logger = logging.getLogger(__name__)
 
 GRADIENT_BATCHES, GRADIENT_ROWS = 8, 8
 ACTIVITY_BATCHES = 16
+# Of public rows, where a distillation watches for overfit; at most a fifth of them.
+HELD_OUT_BATCHES = 2
 # Public tokens for each kept neuron of a layer: looked at, and at least needed. With
 # fewer, a least-squares refit fits the tokens that it sees and no others.
 CALIBRATION_TOKENS, LEAST_TOKENS = 40, 25
@@ -328,9 +334,10 @@ class ProxyServer:
         steps = self.method.steps_before if self.plan.aligned else []
         for step in steps:
             if step == "distill":
-                align = self.config.align
-                budget = Budget(align.steps, align.tokens, align.seconds)
-                metrics |= self._distil("align", self._alignable(), budget, align.lr, 0)
+                align, patience = self.config.align, self.method.patience
+                limits = align.steps, align.tokens, align.seconds
+                schedule = Schedule(align.lr, *limits, patience)
+                metrics |= self._distil("align", self._alignable(), schedule, 0)
             else:
                 metrics[step] = self._refit(bias_only=step == "bias")
         if steps:
@@ -381,7 +388,7 @@ class ProxyServer:
         seed = derive_seed(self.config.seed, "refine")
         batches = endless_batches(self._public, plug.batch_size, seed)
         told, before = _Told("refine"), self._score()
-        refine(self.fm, self.sub_fm, batches, steps, plug.lr, told)
+        refine(self.fm, self.sub_fm, batches, Schedule(plug.lr, steps), told)
         after = self._score()
         kept = after >= before
         if not kept:
@@ -466,8 +473,9 @@ class ProxyServer:
                 "'public'"
             )
         trainable = neuron_level(ffns, most_inactive(rates, align.proportion))
-        budget = Budget(align.during_steps, align.during_tokens, align.during_seconds)
-        return self._distil("realign", trainable, budget, align.during_lr, current)
+        limits = align.during_steps, align.during_tokens, align.during_seconds
+        schedule = Schedule(align.during_lr, *limits)
+        return self._distil("realign", trainable, schedule, current)
 
     def _refit(self, bias_only: bool = False) -> Metrics:
         """Refit output weights by least squares; the seconds and every layer's fit."""
@@ -528,29 +536,34 @@ class ProxyServer:
         return batches
 
     def _distil(
-        self,
-        what: str,
-        trainable: list[Trainable],
-        budget: Budget,
-        lr: float,
-        current: int,
+        self, what: str, trainable: list[Trainable], schedule: Schedule, current: int
     ) -> Metrics:
         assert self._public is not None
-        align = self.config.align
-        seed = derive_seed(self.config.seed, "align", current)
+        align, held_out = self.config.align, list[Batch]()
+        seed, rows = derive_seed(self.config.seed, "align", current), self._public
+        if schedule.patience:
+            count = min(HELD_OUT_BATCHES * align.batch_size, len(rows) // 5)
+            if not count:
+                raise FedPFTError(
+                    f"align.patience = {schedule.patience}, but of {len(rows)} public "
+                    "rows none can be held out; raise data.public-rows to 5 or more, "
+                    "or set align.patience = 0"
+                )
+            kept_back, rows = hold_out(rows, count, derive_seed(seed, "held out"))
+            held_out = list(shuffled_batches(kept_back, align.batch_size, seed))
         told = _Told(what)
-        distil(
+        last = distil(
             self.fm,
             self.sub_fm,
             self.plan,
             trainable,
-            endless_batches(self._public, align.batch_size, seed),
-            budget,
-            lr,
+            endless_batches(rows, align.batch_size, seed),
+            schedule,
             align.product_weight,
             told,
+            held_out,
         )
-        return told.metrics()
+        return told.metrics() | {"ended-early": last.share < 1.0}
 
     def _measure_limits(self) -> None:
         """Set the limits of activity from the public corpus, for the current sub-FM."""
@@ -615,17 +628,23 @@ class _Told:
 
     def __call__(self, progress: Progress) -> None:
         self._steps = [*self._steps[:1], progress]
-        now = time.monotonic()
-        if progress.share >= 1.0 or now - self._shown >= PROGRESS_SECONDS:
+        now, held_out = time.monotonic(), progress.held_out
+        if progress.done or now - self._shown >= PROGRESS_SECONDS:
             self._shown = now
             logger.info(
-                "%s: %3.0f %%, %d steps, %d tokens, loss %.4f, %.0f s",
+                "%s: %3.0f %%, %d steps, %d tokens, loss %.4f%s, %.0f s",
                 self._what,
                 100 * progress.share,
                 progress.steps,
                 progress.tokens,
                 progress.loss,
+                f" (held out {held_out:.4f})" if held_out is not None else "",
                 progress.seconds,
+            )
+        if progress.done and progress.share < 1.0:
+            logger.info(
+                "%s: ended, the held-out loss no longer falls; its best weights stay",
+                self._what,
             )
 
     def metrics(self) -> Metrics:

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from fedpft_flower.alignment import (
-    Budget,
     most_inactive,
     product_loss,
     state_loss,
     weight_products,
 )
 from fedpft_flower.architectures import FFN
+from fedpft_flower.descent import Schedule
 
 
 def ffn(seed, dim=4, width=6, gates=1, blocks=1):
@@ -91,11 +91,11 @@ def test_most_inactive_takes_the_least_used_and_lower_positions_at_ties():
 
 
 def test_budget_ends_at_the_closest_limit():
-    budget = Budget(steps=10, tokens=100, seconds=50)
-    assert budget.used(1, 50, 5) == 0.5
-    assert budget.used(9, 10, 100) == 1.0
-    assert Budget(seconds=4).used(1000, 10**9, 1) == 0.25
-    assert math.isclose(Budget(tokens=10).used(0, 3, 0), 0.3)
+    schedule = Schedule(1.0, steps=10, tokens=100, seconds=50)
+    assert schedule.used(1, 50, 5) == 0.5
+    assert schedule.used(9, 10, 100) == 1.0
+    assert Schedule(1.0, seconds=4).used(1000, 10**9, 1) == 0.25
+    assert math.isclose(Schedule(1.0, tokens=10).used(0, 3, 0), 0.3)
 
 
 def test_fused_gate_places_its_rows_in_both_blocks():

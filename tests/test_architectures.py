@@ -15,7 +15,6 @@ from fedpft_flower.adapters import (
     plug_in,
 )
 from fedpft_flower.alignment import (
-    Budget,
     distil,
     emulator_level,
     gradient_error,
@@ -29,6 +28,7 @@ from fedpft_flower.architectures import (
     layers_of,
 )
 from fedpft_flower.config import AlignConfig, FedPFTError, LoraConfig, SubFMConfig
+from fedpft_flower.descent import Schedule
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import (
     keep_all,
@@ -364,7 +364,9 @@ def test_thinned_sub_fm_trains_and_its_frozen_weights_stay(family):
 def align(fm, sub, plan, trainable, family, steps=30, weight=0.01):
     batches = iter(lambda: tiny_batch(family, rows=8), None)
     seen = []
-    distil(fm, sub, plan, trainable, batches, Budget(steps), 0.01, weight, seen.append)
+    distil(
+        fm, sub, plan, trainable, batches, Schedule(0.01, steps), weight, seen.append
+    )
     return seen
 
 

@@ -9,6 +9,7 @@ import torch
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.descent import Schedule
 from fedpft_flower.refinement import logit_loss, refine
 from tests.families import tiny_batch
 from tests.test_architectures import adapted
@@ -40,7 +41,7 @@ def test_the_fm_follows_the_sub_fm_by_its_lora_alone(family):
         {**tiny_batch(family, seed), "labels": torch.zeros(5)} for seed in (1, 2)
     ]
     seen = []
-    refine(fm, sub, cycle(batches), 60, 0.01, seen.append)
+    refine(fm, sub, cycle(batches), Schedule(0.01, 60), seen.append)
     assert seen[-1].loss < 0.5 * seen[0].loss
     assert (seen[-1].share, seen[-1].steps) == (1.0, 60)
     for name, model in (("fm", fm), ("sub", sub)):
@@ -56,7 +57,7 @@ def test_the_fm_follows_the_sub_fm_by_its_lora_alone(family):
 def test_a_rate_that_is_too_large_is_named():
     fm, sub, _ = adapted("bert")
     with pytest.raises(FedPFTError, match=r"refinement is nan.*lower plug-in.lr"):
-        refine(fm, sub, cycle([tiny_batch("bert")]), 50, 1e30, lambda progress: None)
+        refine(fm, sub, cycle([tiny_batch("bert")]), Schedule(1e30, 50), print)
 
 
 @pytest.fixture

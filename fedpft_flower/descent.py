@@ -1,0 +1,162 @@
+"""Lower a loss by gradient steps, within a budget: the server's every training loop."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedpft_flower.activity import Batch
+from fedpft_flower.config import FedPFTError
+
+# A parameter that may change, and the mask of its entries that may (None: all).
+Trainable = tuple[Tensor, Tensor | None]
+# Returns the loss of a batch, and how many tokens it has.
+Loss = Callable[[Batch], tuple[Tensor, int]]
+
+# How often the held-out loss is measured during a budget.
+CHECKS = 10
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Say how fast and how long a loss is lowered; 0 means no such limit."""
+
+    lr: float
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    # End when so many held-out losses in a row were no new best one; 0 never does.
+    patience: int = 0
+
+    def used(self, steps: int, tokens: int, seconds: float) -> float:
+        """Return the used share of the limit that is closest, in [0, 1]."""
+        pairs = (
+            (steps, self.steps),
+            (tokens, self.tokens),
+            (seconds, self.seconds),
+        )
+        return min(1.0, max(used / limit for used, limit in pairs if limit))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Tell how far a descent is."""
+
+    share: float
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+    # The last one that was measured; None where none is.
+    held_out: float | None = None
+    done: bool = False
+
+
+def descend(
+    trainable: Sequence[Trainable],
+    batches: Iterator[Batch],
+    loss_of: Loss,
+    schedule: Schedule,
+    report: Callable[[Progress], None],
+    name: str,
+    remedy: str,
+    held_out: Sequence[Batch] = (),
+) -> Progress:
+    """Lower a loss by Adam without weight decay, until a budget is used.
+
+    An entry outside its mask stays bit-identical; the learning rate falls linearly with
+    the used budget. With a patience, the parameters end as they were at the lowest
+    held-out loss.
+
+    Args:
+        trainable: the parameters that may change; they take gradients.
+        batches: endless inputs.
+        loss_of: the loss.
+        schedule: how fast and how long.
+        report: called after every step.
+        name: of the loss, to people.
+        remedy: what they can do when it is not finite.
+        held_out: inputs that nothing is learnt from, where there is a patience.
+
+    Returns:
+        The last step's progress.
+
+    Raises:
+        FedPFTError: the loss is not finite.
+    """
+    parameters = [parameter for parameter, _ in trainable]
+    optimiser = torch.optim.Adam(parameters, lr=schedule.lr)
+    watch = _Watch(parameters, loss_of, held_out) if schedule.patience else None
+    began = time.monotonic()
+    progress = Progress(share=0.0, steps=0, tokens=0, seconds=0.0, loss=float("nan"))
+    while not progress.done:
+        optimiser.param_groups[0]["lr"] = schedule.lr * (1.0 - progress.share)
+        loss, tokens = loss_of(next(batches))
+        steps, tokens = progress.steps + 1, progress.tokens + tokens
+        if not bool(torch.isfinite(loss)):
+            raise FedPFTError(f"{name} is {loss.item()} at step {steps}; {remedy}")
+        _step(optimiser, loss, trainable)
+        share = schedule.used(steps, tokens, time.monotonic() - began)
+        failed = watch.failures(share) if watch else 0
+        progress = Progress(
+            share,
+            steps,
+            tokens,
+            seconds=time.monotonic() - began,
+            loss=float(loss.detach()),
+            held_out=watch.last if watch else None,
+            done=share >= 1.0 or (failed > 0 and failed >= schedule.patience),
+        )
+        report(progress)
+    if watch:
+        watch.restore()
+    return progress
+
+
+def _step(
+    optimiser: torch.optim.Optimizer, loss: Tensor, trainable: Sequence[Trainable]
+) -> None:
+    gradients = torch.autograd.grad(loss, [parameter for parameter, _ in trainable])
+    for (parameter, mask), gradient in zip(trainable, gradients, strict=True):
+        parameter.grad = gradient if mask is None else torch.where(mask, gradient, 0.0)
+    optimiser.step()
+
+
+class _Watch:
+    """Measure a loss on held-out batches now and then; keep the best parameters."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], loss_of: Loss, batches: Sequence[Batch]
+    ) -> None:
+        self._parameters, self._loss_of, self._batches = parameters, loss_of, batches
+        self._checks, self._failures = 0, 0
+        self.last = self._lowest = self._measure()
+        self._best = [parameter.detach().clone() for parameter in parameters]
+
+    def failures(self, share: float) -> int:
+        """Return how many measured losses in a row were no new best one.
+
+        It is measured whenever another part of the budget is used.
+        """
+        if int(CHECKS * share) > self._checks:
+            self._checks = int(CHECKS * share)
+            self.last = self._measure()
+            self._failures += 1
+            if self.last < self._lowest:
+                self._lowest, self._failures = self.last, 0
+                for best, parameter in zip(self._best, self._parameters, strict=True):
+                    best.copy_(parameter.detach())
+        return self._failures
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring the best parameters back."""
+        for best, parameter in zip(self._best, self._parameters, strict=True):
+            parameter.copy_(best)
+
+    @torch.no_grad()
+    def _measure(self) -> float:
+        losses = [float(self._loss_of(batch)[0]) for batch in self._batches]
+        return sum(losses) / len(losses)
