@@ -19,12 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
+from torch import nn
 
 from benchmarks import run_main
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config, flatten
+from fedpft_flower.encoding import Rows
+from fedpft_flower.evaluation import predict
 
 KEPT_ROUNDS = ("round", "fm-accuracy", "sub-fm-accuracy", "alignment")
 
@@ -64,12 +69,11 @@ class Sweep:
             draft = place.with_suffix(".partial")
             draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
             draft.replace(place)
-            print(
-                f"{cell.name}: FM {result['test']['fm-accuracy']:.4f}, sub-FM "
-                f"{result['test']['sub-fm-accuracy']:.4f}, "
-                f"{time.monotonic() - began:.0f} s",
-                flush=True,
+            found = ", ".join(
+                f"{model} {_accuracy(hits):.4f}"
+                for model, hits in result["hits"].items()
             )
+            print(f"{cell.name}: {found}, {time.monotonic() - began:.0f} s", flush=True)
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cells in the order in which they are run."""
@@ -120,8 +124,14 @@ class Sweep:
             {key: entry[key] for key in KEPT_ROUNDS if key in entry}
             for entry in loop.run()
         ]
-        server = loop.server
-        plain = server.evaluate("test")
+        server, rows = loop.server, loop.server.encode(loop.task.test)
+        hits = {"plugged in": _hits(server.fm, rows)}
+        hits["sub-FM"] = (
+            hits["plugged in"] if server.plan.is_whole else _hits(server.sub_fm, rows)
+        )
+        refinement = server.refine()
+        if refinement:
+            hits["refined"] = _hits(server.fm, rows)
         state = {name: one.contiguous() for name, one in server.state().items()}
         (self.out / "states").mkdir(exist_ok=True)
         save_file(state, self.out / "states" / f"{cell.name}.safetensors")
@@ -131,9 +141,8 @@ class Sweep:
             "plan": server.plan.to_json(),
             "share-withheld": server.share_withheld,
             "rounds": rounds,
-            "test-plain": plain,
-            "refinement": server.refine(),
-            "test": server.evaluate("test"),
+            "refinement": refinement,
+            "hits": hits,
         }
 
 
@@ -141,14 +150,16 @@ def table(sweep: Sweep) -> str:
     """Return test accuracies as Markdown: mean (sample deviation) over seeds.
 
     `plugged in` is the FM with the averaged adapter, `refined` the same after its
-    refinement; gradient error and cosine are those before training.
+    refinement; gradient error and cosine are those before training. `points` is the
+    FM's distance from the first recipe, with a 95 % interval.
     """
     lines = [
-        "| task | recipe | lr | seeds | plugged in | refined | sub-FM | gradient error "
-        "| cosine |",
-        "|" + "---|" * 9,
+        "| task | recipe | lr | seeds | plugged in | refined | sub-FM | points "
+        "| gradient error | cosine |",
+        "|" + "---|" * 10,
     ]
     for task in sweep.spec["task"]:
+        first: list[dict[str, Any]] = []
         for recipe in sweep.spec["recipe"]:
             lr = sweep.best_lr(task, recipe)
             if lr is None:
@@ -156,15 +167,60 @@ def table(sweep: Sweep) -> str:
             cells = [Cell(task, recipe, seed, lr) for seed in sweep.spec["seeds"]]
             found = [r for r in map(sweep.result, cells) if r is not None]
             columns = [
-                [r.get("test-plain", r["test"])["fm-accuracy"] for r in found],
-                [r["test"]["fm-accuracy"] for r in found if r.get("refinement")],
-                [r["test"]["sub-fm-accuracy"] for r in found],
+                *(
+                    [_accuracy(r["hits"][model]) for r in found if model in r["hits"]]
+                    for model in ("plugged in", "refined", "sub-FM")
+                ),
                 [_gradient(r)[0] for r in found],
                 [_gradient(r)[1] for r in found],
             ]
-            shown = " | ".join(map(_mean, columns))
-            lines.append(f"| {task} | {recipe} | {lr:g} | {len(found)} | {shown} |")
+            shown = list(map(_mean, columns))
+            shown.insert(3, _points(found, first) if first else "-")
+            first = first or found
+            row = " | ".join(shown)
+            lines.append(f"| {task} | {recipe} | {lr:g} | {len(found)} | {row} |")
     return "\n".join(lines)
+
+
+def _points(found: list[dict[str, Any]], first: list[dict[str, Any]]) -> str:
+    """Return a difference of accuracies in points, and its 95 % interval."""
+    pairs = zip(map(_fm_hits, found), map(_fm_hits, first), strict=False)
+    difference = np.stack([100 * (one - other) for one, other in pairs])
+    low, high = interval(difference)
+    return f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def interval(values: NDArray[np.float64], draws: int = 4000) -> tuple[float, float]:
+    """Return the middle 95 % of the mean by a bootstrap over seeds and examples.
+
+    Args:
+        values: of every seed and example [S, N]; differences make it a paired one.
+        draws: how many samples.
+    """
+    generator = np.random.default_rng(0)
+    seeds, examples = values.shape
+    means = np.empty(draws)
+    for draw in range(draws):
+        rows = generator.integers(seeds, size=seeds)
+        columns = generator.integers(examples, size=examples)
+        means[draw] = values[rows].mean(axis=0)[columns].mean()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _hits(model: nn.Module, rows: Rows) -> str:
+    """Return a 1 for every row that a model classifies rightly, and a 0 for others."""
+    logits, labels = predict(model, rows)
+    return "".join(map(str, (logits.argmax(dim=-1) == labels).int().tolist()))
+
+
+def _fm_hits(result: dict[str, Any]) -> NDArray[np.float64]:
+    hits = result["hits"]
+    return np.array(list(hits.get("refined", hits["plugged in"])), dtype=np.float64)
+
+
+def _accuracy(hits: str) -> float:
+    return hits.count("1") / len(hits)
 
 
 def _gradient(result: dict[str, Any]) -> tuple[float, float]:

@@ -27,29 +27,33 @@ class Evaluation:
     examples: int
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, rows: Rows) -> Evaluation:
-    """Evaluate a model on labelled rows, in batches of similar length."""
-    model.eval()
-    lengths = rows.lengths()
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    found: list[Tensor] = []
-    wanted: list[Tensor] = []
-    loss = 0.0
-    for start in range(0, len(order), EVALUATION_BATCH):
-        batch = rows.batch(order[start : start + EVALUATION_BATCH])
-        labels = batch.pop("labels")
-        logits: Tensor = model(**batch).logits
-        found.append(logits.argmax(dim=-1).cpu())
-        wanted.append(labels)
-        loss += float(
-            nn.functional.cross_entropy(logits.cpu(), labels, reduction="sum")
-        )
-    truth, said = torch.cat(wanted).numpy(), torch.cat(found).numpy()
+    """Evaluate a model on labelled rows."""
+    logits, labels = predict(model, rows)
+    truth, said = labels.numpy(), logits.argmax(dim=-1).numpy()
     return Evaluation(
         accuracy=float(accuracy_score(truth, said)),
         macro_f1=float(f1_score(truth, said, average="macro", labels=np.unique(truth))),
         matthews=float(matthews_corrcoef(truth, said)),
-        loss=loss / len(order),
-        examples=len(order),
+        loss=float(nn.functional.cross_entropy(logits, labels)),
+        examples=len(rows),
     )
+
+
+@torch.no_grad()
+def predict(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return logits [rows, classes] and labels [rows], in the order of the rows.
+
+    They run in batches of similar length.
+    """
+    model.eval()
+    lengths = rows.lengths()
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    for start in range(0, len(order), EVALUATION_BATCH):
+        batch = rows.batch(order[start : start + EVALUATION_BATCH])
+        labels.append(batch.pop("labels"))
+        logits.append(model(**batch).logits.float().cpu())
+    back = torch.tensor(order).argsort()
+    return torch.cat(logits)[back], torch.cat(labels)[back]

@@ -3,6 +3,7 @@
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from benchmarks import bounds, imports, overhead, recipes
@@ -169,7 +170,22 @@ def test_a_sweep_chooses_the_rate_by_validation_and_runs_each_cell_once(
     }
     assert sweep.best_lr("digits", "n") == max(scores, key=scores.get)
     lines = recipes.table(sweep).splitlines()
-    assert lines[2].startswith("| digits | n | ") and lines[2].count(" - ") == 1
+    assert lines[2].startswith("| digits | n | ") and lines[2].count(" - ") == 2
     assert lines[3].startswith("| digits | refined | ") and " - " not in lines[3]
     monkeypatch.setattr(sweep, "_run", None)  # nothing is run again
     sweep.run()
+
+
+def test_the_interval_covers_seeds_and_examples():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 400)) + 0.5
+    low, high = recipes.interval(values)
+    assert low < values.mean() < high
+    # Over the examples alone: 1.96 standard errors of the mean over the seeds.
+    alike = np.repeat(values[:1], 3, axis=0)
+    low, high = recipes.interval(alike)
+    error = 1.96 * alike[0].std(ddof=1) / 20
+    assert (high - low) / 2 == pytest.approx(error, rel=0.1)
+    # Seeds that differ widen it.
+    wide = alike + np.array([[-1.0], [0.0], [1.0]])
+    assert recipes.interval(wide)[1] > high + 0.5
