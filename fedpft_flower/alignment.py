@@ -12,6 +12,7 @@ term from detached weights, so there it has no gradient; the method needs one, a
 it has one. Teacher and student are always given the same adapter by the caller.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,21 +43,17 @@ class GradientError:
 # -------------------------------------------------------------------------- losses
 
 
-def state_loss(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], mask: Tensor | None
-) -> Tensor:
+def state_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
     """Return the mean over layers of MSE(h_FM, h_sub) / mean(h_FM^2).
 
     Args:
-        teacher: outputs [B, T, D] of the FM's layers.
-        student: outputs [B, T, D] of the sub-FM's layers at the same places.
-        mask: attention mask [B, T]; padding does not count.
+        teacher: outputs [tokens, D] of the FM's layers, without padding.
+        student: outputs [tokens, D] of the sub-FM's layers at the same places.
     """
-    losses = []
-    for h_fm, h_sub in zip(teacher, student, strict=True):
-        target = real_tokens(h_fm, mask)
-        error = (target - real_tokens(h_sub, mask)).square().mean()
-        losses.append(error / target.square().mean())
+    losses = [
+        (h_fm - h_sub).square().mean() / h_fm.square().mean()
+        for h_fm, h_sub in zip(teacher, student, strict=True)
+    ]
     return torch.stack(losses).mean()
 
 
@@ -152,6 +149,7 @@ def distil(
     product_weight: float,
     report: Callable[[Progress], None],
     held_out: Sequence[Batch] = (),
+    memory: float = 0.0,
 ) -> Progress:
     """Train a part of the sub-FM to follow the FM on public batches.
 
@@ -167,6 +165,7 @@ def distil(
         product_weight: alpha of the loss.
         report: called after every step.
         held_out: public inputs to watch for overfit, where the schedule has a patience.
+        memory: bytes for the teacher's hidden states, to compute them once a row.
 
     Returns:
         The last step's progress.
@@ -181,20 +180,19 @@ def distil(
     with torch.no_grad():
         teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
     student_ffns = compressed_ffns(base_model(sub_fm), plan)
+    states_of = Teacher(fm, teacher_layers, memory)
     fm.eval()
     sub_fm.eval()
 
     def loss_of(batch: Batch) -> tuple[Tensor, int]:
-        mask = batch.get("attention_mask")
-        with torch.no_grad(), _outputs(teacher_layers) as teacher:
-            fm(**batch)
-        with _outputs(student_layers) as student:
+        mask, teacher = batch.get("attention_mask"), states_of(batch)
+        with _outputs(student_layers) as outputs:
             sub_fm(**batch)
-        loss = state_loss(teacher, student, mask)
+        loss = state_loss(teacher, [real_tokens(h, mask) for h in outputs])
         if product_weight and student_ffns:
             products = [weight_products(ffn) for ffn in student_ffns]
             loss = loss + product_weight * product_loss(teacher_products, products)
-        return loss, len(real_tokens(teacher[0], mask))
+        return loss, len(teacher[0])
 
     name, lr = "alignment loss", schedule.lr
     remedy = f"lower the learning rate {lr:g} (align.lr, align.during-lr)"
@@ -202,6 +200,64 @@ def distil(
         return descend(
             trainable, batches, loss_of, schedule, report, name, remedy, held_out
         )
+
+
+class Teacher:
+    """Give hidden states of the FM, computed once a row while memory allows."""
+
+    def __init__(
+        self, fm: nn.Module, layers: Sequence[nn.Module], memory: float
+    ) -> None:
+        """Begin without any row.
+
+        Args:
+            fm: the FM, which does not change, in evaluation mode.
+            layers: whose outputs to give.
+            memory: bytes that may be kept; rows beyond it are computed every time.
+        """
+        self._fm, self._layers, self._free = fm, layers, memory
+        self._rows: dict[bytes, Tensor] = {}
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        """Return outputs [tokens, D] of the layers, without padding."""
+        keys = _row_keys(batch) if self._rows or self._free > 0 else []
+        rows = [self._rows[key] for key in keys if key in self._rows]
+        if not keys or len(rows) < len(keys):
+            with torch.no_grad(), _outputs(self._layers) as outputs:
+                self._fm(**batch)
+            rows = _by_row(outputs, batch.get("attention_mask"))
+            self._keep(keys, rows)
+        return list(torch.cat(rows, dim=1))
+
+    def _keep(self, keys: Sequence[bytes], rows: Sequence[Tensor]) -> None:
+        for key, states in zip(keys, rows, strict=False):
+            size = states.numel() * states.element_size()
+            if key not in self._rows and size <= self._free:
+                self._rows[key] = states.clone()
+                self._free -= size
+
+
+def _row_keys(batch: Batch) -> list[bytes]:
+    """Return a hash of every row's inputs, whatever its padding."""
+    mask = batch.get("attention_mask")
+    keys = []
+    for row in range(len(next(iter(batch.values())))):
+        digest = hashlib.sha256()
+        for values in batch.values():
+            one = values[row]
+            if mask is not None and values.shape == mask.shape:
+                one = one[mask[row].bool()]
+            digest.update(one.contiguous().cpu().numpy().tobytes())
+        keys.append(digest.digest())
+    return keys
+
+
+def _by_row(outputs: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
+    """Return the outputs [B, T, D] of layers as [layers, tokens, D] for every row."""
+    stacked = torch.stack([real_tokens(h, mask) for h in outputs])
+    rows, tokens = outputs[0].shape[:2]
+    lengths = [tokens] * rows if mask is None else mask.sum(dim=1).tolist()
+    return list(stacked.split(lengths, dim=1))
 
 
 @contextmanager

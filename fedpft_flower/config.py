@@ -200,6 +200,9 @@ class AlignConfig:
     # behind the last, were no new best; the best weights stay. 0 holds nothing out, -1
     # is the method's choice.
     patience: int = -1
+    # MB for the FM's hidden states of public rows, where the budget is larger than the
+    # public corpus: they are then computed once. 0 keeps none.
+    memory_mb: float = 0.0
     # Alignment during training, and neuron-level distillation.
     every: int = 5
     during_steps: int = 20
@@ -484,6 +487,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "sub-fm.layer-budget": (0, 1, True),
     "sub-fm.end-layers": (1, 1e6, True),
     "align.patience": (-1, 1e6, True),
+    "align.memory-mb": (0, 1e9, True),
     "align.jacobian-weight": (0, 1e6, True),
     "align.ridge": (1e-9, 1e6, True),
     "align.calibration-tokens": (0, 1e12, True),

@@ -562,6 +562,7 @@ class ProxyServer:
             align.product_weight,
             told,
             held_out,
+            align.memory_mb * 1e6,
         )
         return told.metrics() | {"ended-early": last.share < 1.0}
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedpft_flower.activity import real_tokens
 from fedpft_flower.alignment import (
     most_inactive,
     product_loss,
@@ -33,9 +34,10 @@ def test_state_loss_against_numpy_without_padding():
         error = np.mean([np.mean((x - y) ** 2) for x, y in pairs])
         expected.append(error / np.mean([np.mean(x**2) for x, _ in pairs]))
     found = state_loss(
-        [torch.tensor(h) for h in teacher],
-        [torch.tensor(h) for h in student],
-        torch.tensor(mask),
+        *(
+            [real_tokens(torch.tensor(h), torch.tensor(mask)) for h in states]
+            for states in (teacher, student)
+        )
     )
     assert float(found) == pytest.approx(np.mean(expected))
 
@@ -78,7 +80,7 @@ def test_product_loss_has_a_gradient_in_all_its_weights():
 
 def test_losses_are_zero_for_equal_models():
     one, states = ffn(0), [torch.randn(2, 3, 4)]
-    assert state_loss(states, states, None) == 0
+    assert state_loss(states, states) == 0
     assert product_loss([weight_products(one)], [weight_products(one)]).item() == 0
 
 

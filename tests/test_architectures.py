@@ -15,6 +15,7 @@ from fedpft_flower.adapters import (
     plug_in,
 )
 from fedpft_flower.alignment import (
+    Teacher,
     distil,
     emulator_level,
     gradient_error,
@@ -388,6 +389,38 @@ def test_layer_distillation_reduces_the_error_and_changes_only_ffns(family):
     allowed = {id(parameter) for parameter, _ in trainable}
     names = {n for n, p in sub.named_parameters() if id(p) in allowed}
     assert changed == names
+
+
+def halves(batch, order):
+    """Return two batches of the rows in this order, without needless padding."""
+    mask, found = batch.get("attention_mask"), []
+    for rows in (order[:2], order[2:]):
+        length = int(mask[rows].sum(1).max()) if mask is not None else None
+        found.append({name: one[rows, :length] for name, one in batch.items()})
+    return found
+
+
+@families
+@pytest.mark.parametrize("rows", [0, 2, 5])
+def test_hidden_states_are_computed_once_a_row_while_memory_allows(family, rows):
+    fm, runs = tiny_model(family), []
+    layers = layers_of(fm)[1:]
+    first, again = (
+        halves(tiny_batch(family), o) for o in ([0, 1, 2, 3, 4], [4, 1, 3, 0, 2])
+    )
+    plain = Teacher(fm, layers, 0.0)
+    size = max(one[0].numel() for one in map(plain, first)) * len(layers) * 4 / 2
+    kept = Teacher(fm, layers, rows * size)
+    for batch in first:
+        kept(batch)
+    handle = fm.register_forward_hook(lambda *_: runs.append(1))
+    for batch in again:
+        expected = plain(batch)
+        runs.clear()
+        for one, other in zip(kept(batch), expected, strict=True):
+            torch.testing.assert_close(one, other)
+        assert (len(runs) == 0) == (rows == 5)
+    handle.remove()
 
 
 @families
