@@ -45,7 +45,7 @@ def attach_adapter(
     Raises:
         FedPFTError: `lora.targets` names a module that the model does not have.
     """
-    row = architecture_of(model.config.model_type)
+    row = architecture_of(model.config)
     targets = list(names_in(config.targets) or row.attention)
     _check_targets(model, targets)
     lora = peft.LoraConfig(
@@ -73,7 +73,7 @@ def attach_adapter(
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    row, prefix = architecture_of(model.config.model_type), layer_prefix(model)
+    row, prefix = architecture_of(model.config), layer_prefix(model)
     names = [name for name, _ in model.named_modules()]
     ffn = {*(path for path, _ in row.up), row.down}
     for target in targets:

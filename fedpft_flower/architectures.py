@@ -1,21 +1,24 @@
 """Describe each transformer family in one row of data.
 
 To add a family: one row in `ARCHITECTURES` and one tiny config in
-`tests/families.py`; the conformance suite then runs over it.
+`tests/families.py`; the conformance suite then runs over it (docs/families.md).
 """
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from fedpft_flower.config import FedPFTError, Modality
 
@@ -33,8 +36,8 @@ AUTO_PROCESSORS: dict[Modality, Any] = {
 class Architecture:
     """Name the parts of one transformer family.
 
-    Paths are dotted; `layers` starts at the model's base (`model.bert`), the other
-    paths start at one layer.
+    Paths are dotted; `layers` starts at the model's base (`model.bert`), `head` at the
+    model, the other paths at one layer.
     """
 
     modality: Modality
@@ -46,14 +49,20 @@ class Architecture:
     down: str
     # The modules that LoRA adapts.
     attention: tuple[str, ...]
-    # The modules of the task head, starting at the model.
+    # The modules of the task head.
     head: tuple[str, ...]
     # Post-LN blocks: the norm behind the FFN. None in pre-LN blocks.
     output_norm: str | None
     # The config field of the FFN width, or None where the config cannot say it.
     width_field: str | None
+    # A vector that multiplies what `down` gives (layer scale); it may be absent.
+    output_scale: str | None = None
     # Positions that no token can take (RoBERTa starts to count behind its padding).
     reserved_positions: int = 0
+    # The class of the model where its `Auto` class leaves a choice.
+    model_class: str | None = None
+    # (config field, value, name of the row to take where the field has that value).
+    variant: tuple[str, Any, str] | None = None
 
 
 _BERT = Architecture(
@@ -71,12 +80,78 @@ _BERT = Architecture(
     output_norm="output.LayerNorm",
     width_field="intermediate_size",
 )
+_ROBERTA = replace(_BERT, reserved_positions=2)
+# Decoders classify from the last token that is no padding.
+_LLAMA = Architecture(
+    modality="text",
+    layers="layers",
+    up=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)),
+    down="mlp.down_proj",
+    attention=(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+    ),
+    head=("score",),
+    output_norm=None,
+    width_field="intermediate_size",
+)
+_OPT = Architecture(
+    modality="text",
+    layers="decoder.layers",
+    up=(("fc1", 1),),
+    down="fc2",
+    attention=(
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.out_proj",
+    ),
+    head=("score",),
+    output_norm=None,
+    width_field="ffn_dim",
+)
+_VIT = Architecture(
+    modality="image",
+    layers="layers",
+    up=(("mlp.fc1", 1),),
+    down="mlp.fc2",
+    attention=(
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+    ),
+    head=("classifier",),
+    output_norm=None,
+    width_field="intermediate_size",
+)
+_DINOV2 = replace(
+    _VIT,
+    layers="encoder.layer",
+    width_field=None,  # the config has a ratio
+    output_scale="layer_scale2.lambda1",
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     # The pooler is the first layer of BERT's head, as `classifier.dense` is of
     # RoBERTa's: left frozen, training is much slower (docs/results.md).
     "bert": replace(_BERT, head=("bert.pooler", "classifier")),
-    "roberta": replace(_BERT, reserved_positions=2),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "electra": _BERT,
+    "deberta-v2": replace(  # and version 3
+        _BERT,
+        attention=(
+            "attention.self.query_proj",
+            "attention.self.key_proj",
+            "attention.self.value_proj",
+            "attention.output.dense",
+        ),
+        head=("pooler", "classifier"),
+    ),
     "distilbert": Architecture(
         modality="text",
         layers="transformer.layer",
@@ -92,22 +167,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         output_norm="output_layer_norm",
         width_field="hidden_dim",
     ),
-    # Decoders classify from the last token that is no padding.
-    "llama": Architecture(
-        modality="text",
-        layers="layers",
-        up=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)),
-        down="mlp.down_proj",
-        attention=(
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
-        ),
-        head=("score",),
-        output_norm=None,
-        width_field="intermediate_size",
-    ),
     "modernbert": Architecture(
         modality="text",
         layers="layers",
@@ -118,22 +177,46 @@ ARCHITECTURES: dict[str, Architecture] = {
         output_norm=None,
         width_field="intermediate_size",
     ),
-    "vit": Architecture(
-        modality="image",
+    "gpt2": Architecture(
+        modality="text",
+        layers="h",
+        up=(("mlp.c_fc", 1),),
+        down="mlp.c_proj",
+        attention=("attn.c_attn", "attn.c_proj"),
+        head=("score",),
+        output_norm=None,
+        width_field="n_inner",
+    ),
+    "gpt_neox": Architecture(  # Pythia
+        modality="text",
         layers="layers",
-        up=(("mlp.fc1", 1),),
-        down="mlp.fc2",
-        attention=(
-            "attention.q_proj",
-            "attention.k_proj",
-            "attention.v_proj",
-            "attention.o_proj",
-        ),
-        head=("classifier",),
+        up=(("mlp.dense_h_to_4h", 1),),
+        down="mlp.dense_4h_to_h",
+        attention=("attention.query_key_value", "attention.dense"),
+        head=("score",),
         output_norm=None,
         width_field="intermediate_size",
     ),
+    "opt": replace(_OPT, variant=("do_layer_norm_before", False, "opt-post-ln")),
+    "opt-post-ln": replace(_OPT, output_norm="final_layer_norm"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "vit": _VIT,
+    "deit": replace(_VIT, model_class="DeiTForImageClassification"),
+    "beit": replace(_VIT, output_scale="lambda_2"),
+    "dinov2": replace(_DINOV2, variant=("use_swiglu_ffn", True, "dinov2-swiglu")),
+    "dinov2-swiglu": replace(
+        _DINOV2,
+        up=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)),
+        down="mlp.down_proj",
+    ),
 }
+
+# What multiplies by a matrix: GPT-2's stores it transposed.
+Projection = nn.Linear | Conv1D
 
 
 @dataclass(frozen=True)
@@ -141,29 +224,68 @@ class FFN:
     """Show one layer's feed-forward network as its neurons.
 
     `up` holds each projection into the N neurons with its number of blocks, `down` the
-    projection out of them, `output_norm` the norm behind a post-LN FFN.
+    projection out of them, `output_norm` the norm behind a post-LN FFN, `output_scale`
+    a vector [D] that multiplies what `down` gives.
     """
 
-    up: tuple[tuple[nn.Linear, int], ...]
-    down: nn.Linear
-    output_norm: nn.Module | None
+    up: tuple[tuple[Projection, int], ...]
+    down: Projection
+    output_norm: nn.Module | None = None
+    output_scale: Tensor | None = None
 
     @property
     def width(self) -> int:
         """Return N, the number of neurons."""
-        return self.down.in_features
+        return self.down_columns().shape[1]
 
     def up_rows(self) -> list[Tensor]:
         """Return the input weights of the neurons, one [N, D] matrix a block."""
         return [
             block
-            for linear, blocks in self.up
-            for block in linear.weight.chunk(blocks, dim=0)
+            for projection, blocks in self.up
+            for block in matrix_of(projection).chunk(blocks, dim=0)
         ]
 
     def down_columns(self) -> Tensor:
         """Return the output weights of the neurons, [D, N]."""
-        return self.down.weight
+        return matrix_of(self.down)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Return what `down` gave, [..., D], as it reaches the residual stream."""
+        scale = self.output_scale
+        return values if scale is None else values * scale.detach()
+
+    def output_columns(self) -> Tensor:
+        """Return what the neurons give to the residual stream, [D, N], float64."""
+        return self.scaled(self.down_columns().detach().double().T).T
+
+    def output_bias(self) -> Tensor | None:
+        """Return what `down`'s bias gives to the residual stream, [D], float64."""
+        bias = self.down.bias
+        return None if bias is None else self.scaled(bias.detach().double())
+
+    @torch.no_grad()
+    def write_output(self, columns: Tensor, bias: Tensor | None) -> None:
+        """Set `down` so that the residual stream gets these columns and this bias.
+
+        Where the scale is zero nothing reaches the stream; that stays as it is.
+
+        Args:
+            columns: [D, N], as of `output_columns`.
+            bias: [D], as of `output_bias`; None where `down` has none.
+        """
+        scale = self.output_scale
+        if scale is not None:
+            reached = scale.abs() > 1e-9
+            inverse = torch.where(reached, 1 / scale.double(), 0.0)
+            columns = torch.where(
+                reached[:, None], columns * inverse[:, None], self.down_columns()
+            )
+            if bias is not None:
+                bias = torch.where(reached, bias * inverse, self.down.bias)
+        self.down_columns().copy_(columns)
+        if bias is not None:
+            self.down.bias.copy_(bias)
 
     def parameters_by_axis(self, neurons: Tensor) -> list[tuple[Tensor, int, Tensor]]:
         """Return every parameter that belongs to neurons, with their places in it.
@@ -172,22 +294,30 @@ class FFN:
             neurons: positions [K] of the neurons, int64.
 
         Returns:
-            (parameter, axis, indices): the rows (axis 0) of each `up` weight and bias
-            and the columns (axis 1) of `down`; `down`'s bias belongs to no neuron.
+            (parameter, axis, indices): the rows of each `up` matrix, its bias, and the
+            columns of `down`; `down`'s bias belongs to no neuron.
         """
         places: list[tuple[Tensor, int, Tensor]] = []
-        for linear, blocks in self.up:
-            width = linear.out_features // blocks
+        for projection, blocks in self.up:
+            width = len(matrix_of(projection)) // blocks
             rows = torch.cat([neurons + block * width for block in range(blocks)])
-            places.append((linear.weight, 0, rows))
-            if linear.bias is not None:
-                places.append((linear.bias, 0, rows))
-        places.append((self.down.weight, 1, neurons))
+            axis = 1 if isinstance(projection, Conv1D) else 0
+            places.append((projection.weight, axis, rows))
+            if projection.bias is not None:
+                places.append((projection.bias, 0, rows))
+        axis = 0 if isinstance(self.down, Conv1D) else 1
+        places.append((self.down.weight, axis, neurons))
         return places
 
 
-def architecture_of(model_type: str) -> Architecture:
-    """Return the row of a transformer family.
+def matrix_of(projection: Projection) -> Tensor:
+    """Return the matrix [outputs, inputs] of a projection, not a copy."""
+    weight = projection.weight
+    return weight.T if isinstance(projection, Conv1D) else weight
+
+
+def family_of(model_type: str) -> Architecture:
+    """Return the row of a transformer family, whatever the config says further.
 
     Raises:
         FedPFTError: there is no row for it.
@@ -200,26 +330,57 @@ def architecture_of(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Return the row of a model with this config.
+
+    Raises:
+        FedPFTError: there is no row for its family.
+    """
+    row = family_of(config.model_type)
+    if row.variant:
+        field, value, name = row.variant
+        if getattr(config, field) == value:
+            return ARCHITECTURES[name]
+    return row
+
+
+def model_class_of(row: Architecture) -> Any:
+    """Return the class whose `from_pretrained` loads models of a row."""
+    if row.model_class is None:
+        return AUTO_MODELS[row.modality]
+    return getattr(transformers, row.model_class)
+
+
+def new_model(row: Architecture, config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model of a row with initial weights."""
+    if row.model_class is None:
+        model: PreTrainedModel = AUTO_MODELS[row.modality].from_config(config)
+        return model
+    built: PreTrainedModel = model_class_of(row)(config)
+    return built
+
+
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """Return the transformer layers of a model, first to last."""
-    row = architecture_of(model.config.model_type)
+    row = architecture_of(model.config)
     base = model.get_submodule(model.base_model_prefix)
     return list(base.get_submodule(row.layers).children())
 
 
 def layer_prefix(model: PreTrainedModel) -> str:
     """Return what the parameter names of layer i start with, before `i.`."""
-    row = architecture_of(model.config.model_type)
+    row = architecture_of(model.config)
     return f"{model.base_model_prefix}.{row.layers}."
 
 
 def ffn_of(model: PreTrainedModel, layer: nn.Module) -> FFN:
     """Return the feed-forward network of one layer of a model."""
-    row = architecture_of(model.config.model_type)
+    row = architecture_of(model.config)
     return FFN(
-        up=tuple((_linear(layer, path), blocks) for path, blocks in row.up),
-        down=_linear(layer, row.down),
+        up=tuple((_projection(layer, path), blocks) for path, blocks in row.up),
+        down=_projection(layer, row.down),
         output_norm=layer.get_submodule(row.output_norm) if row.output_norm else None,
+        output_scale=_vector(layer, row.output_scale) if row.output_scale else None,
     )
 
 
@@ -228,7 +389,13 @@ def ffns_of(model: PreTrainedModel) -> list[FFN]:
     return [ffn_of(model, layer) for layer in layers_of(model)]
 
 
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
+def _projection(layer: nn.Module, path: str) -> Projection:
     module = layer.get_submodule(path)
-    assert isinstance(module, nn.Linear), f"{path} is {type(module).__name__}"
+    assert isinstance(module, Projection), f"{path} is {type(module).__name__}"
     return module
+
+
+def _vector(layer: nn.Module, path: str) -> Tensor | None:
+    module, _, name = path.rpartition(".")
+    vector: Tensor | None = getattr(layer.get_submodule(module), name)
+    return vector

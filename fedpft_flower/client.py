@@ -136,13 +136,13 @@ def _load_sub_fm_cached(content: str, lora: LoraConfig, seed: int) -> SubFM:
     if held is None:
         raise _MissingError(content)
     package = package_from(held[1], held[0])
-    architecture = architecture_of(str(package.model_config["model_type"]))
+    model = build_from_package(package, lora, seed)
+    architecture = architecture_of(base_model(model).config)
     processor = AUTO_PROCESSORS[architecture.modality].from_pretrained(
         store.directory(content) / "processor",
         local_files_only=True,
         trust_remote_code=False,
     )
-    model = build_from_package(package, lora, seed)
     return SubFM(model, package, processor, architecture)
 
 

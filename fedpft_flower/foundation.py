@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from fedpft_flower.architectures import (
-    AUTO_MODELS,
     AUTO_PROCESSORS,
     Architecture,
     architecture_of,
+    model_class_of,
 )
 from fedpft_flower.config import FedPFTError, Modality, derive_seed, existing_path
 
@@ -62,7 +62,7 @@ def load_fm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "head"))
         try:
-            model, report = AUTO_MODELS[modality].from_pretrained(
+            model, report = model_class_of(row).from_pretrained(
                 source,
                 num_labels=len(labels),
                 id2label=dict(enumerate(labels)),
@@ -124,14 +124,14 @@ def _bundled() -> Path:
 
 def _check_family(name: str, source: str, modality: Modality) -> Architecture:
     try:
-        model_type = AutoConfig.from_pretrained(source).model_type
+        config = AutoConfig.from_pretrained(source)
     except Exception as error:  # a broken config.json raises almost anything
         raise FedPFTError(_unreadable(name, error)) from error
-    row = architecture_of(model_type)
+    row = architecture_of(config)
     if row.modality != modality:
         raise FedPFTError(
-            f"fm.name = {name!r} ({model_type}) takes {row.modality} inputs, the task "
-            f"has {modality}; choose another FM or data.task"
+            f"fm.name = {name!r} ({config.model_type}) takes {row.modality} inputs, "
+            f"the task has {modality}; choose another FM or data.task"
         )
     return row
 

@@ -9,8 +9,9 @@ inputs, and the target t that would make the residual stream behind it the FM's:
 W_S are the FM's output columns of the kept neurons, J_a and J_a' the Jacobians of kept
 neurons (at the sub-FM's input) and of all the FM's neurons (at the FM's input), Q the
 covariance of the sub-FM's inputs, s the ratio of the energies of output and Jacobian at
-the present columns. E is the mean over tokens with the weights of `moments`; sums are
-float64, and so is the solution.
+the present columns; with layer scale, V and c are what reaches the residual stream. E
+is the mean over tokens with the weights of `moments`; sums are float64, and so is the
+solution.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -166,7 +167,7 @@ def refit(
         errors = [float(held_out.error(*solution)) for solution in solutions]
         best = min(range(len(errors)), key=errors.__getitem__)
         present = learnt.columns, learnt.bias
-        _write(walks[1].ffns[place], *solutions[best])
+        walks[1].ffns[place].write_output(*solutions[best])
         report(
             Fit(
                 layer=layer,
@@ -232,7 +233,7 @@ def objectives(
         out = _is_held_out(i, walks[0].batches)
         _add(held_out if out else learnt, teacher, student, ffn)
     fm_rows = [rows.detach() for rows in fm_ffn.up_rows()]
-    columns = fm_ffn.down_columns().detach().double()
+    columns = fm_ffn.output_columns()
     return (
         _objective(learnt, ffn, fm_rows, columns, align),
         _objective(held_out, ffn, fm_rows, columns, align),
@@ -246,7 +247,7 @@ def _is_held_out(place: int, batches: Sequence[Batch]) -> bool:
 
 
 def _add(sums: Sums, teacher: Seen, student: Seen, ffn: FFN) -> None:
-    residual = student.stream - student.down
+    residual = student.stream - ffn.scaled(student.down)
     wanted = _stream(teacher, ffn.output_norm) - residual
     sums.begin(teacher.weights)
     sums.add("a", student.activations)
@@ -282,18 +283,18 @@ def _objective(
     fm_columns: Tensor,
     align: AlignConfig,
 ) -> Objective:
-    columns = ffn.down_columns().detach().double()
+    columns = ffn.output_columns()
     rows = [block.detach() for block in ffn.up_rows()]
     metric = covariance(sums, "hh", "h", "h")
     jacobian = sums.jacobian(rows, rows, metric, "gg")
     cross = sums.jacobian(fm_rows, rows, metric, "GG")
-    gram, bias = sums.mean("aa"), ffn.down.bias
+    gram, bias = sums.mean("aa"), ffn.output_bias()
     centred = covariance(sums, "aa", "a", "a") if bias is not None else gram
     scale = align.jacobian_weight * energy_ratio(columns, centred, jacobian)
     return Objective(
         tokens=sums.tokens,
         columns=columns,
-        bias=None if bias is None else bias.detach().double(),
+        bias=bias,
         gram=gram,
         cross=sums.mean("ta"),
         mean=sums.mean("a"),
@@ -303,10 +304,3 @@ def _objective(
         jacobian_cross=scale * fm_columns @ cross,
         ridge=align.ridge * centred.diagonal().mean().clamp_min(1e-30),
     )
-
-
-@torch.no_grad()
-def _write(ffn: FFN, columns: Tensor, bias: Tensor | None) -> None:
-    ffn.down.weight.copy_(columns)
-    if bias is not None:
-        ffn.down.bias.copy_(bias)

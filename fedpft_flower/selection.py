@@ -101,7 +101,7 @@ def greedy(evidence: Evidence) -> Tensor:
         Scores [N], float64: N for the first, N - 1 for the second; those behind `count`
         have their remaining gain, below 1.
     """
-    width, columns = evidence.ffn.width, evidence.ffn.down_columns().detach().double()
+    width, columns = evidence.ffn.width, evidence.ffn.output_columns()
     metric = output_metric(evidence)
     order, gains = greedy_columns(columns @ metric, metric, evidence.count)
     scores = 0.5 * gains / gains.max().clamp_min(1e-300)
@@ -122,7 +122,7 @@ def output_metric(evidence: Evidence) -> Tensor:
     assert seen.jacobian is not None
     centred = ffn.down.bias is not None
     gram = seen.gram - torch.outer(seen.mean, seen.mean) if centred else seen.gram
-    weights = ffn.down_columns().detach().double()
+    weights = ffn.output_columns()
     share = energy_ratio(weights, gram, seen.jacobian)
     metric = gram + align.jacobian_weight * share * seen.jacobian
     ridge = align.ridge * metric.diagonal().mean().clamp_min(1e-30)
@@ -176,7 +176,7 @@ def _gains(target: Tensor, rest: Tensor, open_: Tensor, floor: float) -> Tensor:
 
 
 def _column_norms(ffn: FFN) -> Tensor:
-    return ffn.down_columns().detach().double().square().sum(dim=0).sqrt()
+    return ffn.output_columns().square().sum(dim=0).sqrt()
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,19 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedpft_flower.architectures import (
-    AUTO_MODELS,
     FFN,
+    Projection,
     architecture_of,
+    family_of,
     ffn_of,
     ffns_of,
     layer_prefix,
     layers_of,
+    matrix_of,
+    new_model,
 )
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.plan import MOST_LAYERS, Plan
@@ -45,7 +49,7 @@ def build_skeleton(fm_config: PreTrainedConfig, plan: Plan) -> PreTrainedModel:
         A model with parameters on the meta device. Its config names the width where
         all layers share one, so that it opens with stock `transformers`.
     """
-    row = architecture_of(fm_config.model_type)
+    row = architecture_of(fm_config)
     config = copy.deepcopy(fm_config)
     config.num_hidden_layers = len(plan.layers)
     if kinds := getattr(config, "layer_types", None):  # one entry a layer
@@ -54,7 +58,7 @@ def build_skeleton(fm_config: PreTrainedConfig, plan: Plan) -> PreTrainedModel:
     if row.width_field and len(widths) == 1:
         setattr(config, row.width_field, widths.pop())
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AUTO_MODELS[row.modality].from_config(config)
+        model: PreTrainedModel = new_model(row, config)
     for layer, fm_layer in zip(layers_of(model), plan.layers, strict=True):
         _resize(model, layer, len(plan.kept[fm_layer]))
     return model
@@ -79,7 +83,7 @@ def config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
             that no sound config has.
     """
     model_type = str(fields.get("model_type"))
-    architecture_of(model_type)
+    family_of(model_type)
     extra = sorted(fields.keys() - _allowed_fields(model_type))
     if extra:
         raise FedPFTError(
@@ -154,19 +158,27 @@ def frozen_weights(model: PreTrainedModel, head: tuple[str, ...]) -> dict[str, T
 
 
 def _resize(model: PreTrainedModel, layer: nn.Module, width: int) -> None:
-    row = architecture_of(model.config.model_type)
+    row = architecture_of(model.config)
     ffn = ffn_of(model, layer)
     for (path, blocks), (up, _) in zip(row.up, ffn.up, strict=True):
-        _replace(layer, path, up, up.in_features, blocks * width)
-    _replace(layer, row.down, ffn.down, width, ffn.down.out_features)
+        _replace(layer, path, up, (blocks * width, matrix_of(up).shape[1]))
+    _replace(layer, row.down, ffn.down, (len(ffn.down_columns()), width))
 
 
 def _replace(
-    layer: nn.Module, path: str, old: nn.Linear, inputs: int, outputs: int
+    layer: nn.Module, path: str, old: Projection, shape: tuple[int, int]
 ) -> None:
-    if (old.in_features, old.out_features) != (inputs, outputs):
-        new = nn.Linear(inputs, outputs, bias=old.bias is not None, device="meta")
-        layer.set_submodule(path, new)
+    """Put a projection of another shape, [outputs, inputs], in the place of one."""
+    if matrix_of(old).shape == shape:
+        return
+    outputs, inputs = shape
+    with torch.device("meta"):
+        new = (
+            Conv1D(outputs, inputs)
+            if isinstance(old, Conv1D)
+            else nn.Linear(inputs, outputs, bias=old.bias is not None)
+        )
+    layer.set_submodule(path, new)
 
 
 def _cut_weights(fm: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:

@@ -6,13 +6,15 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import (
-    AUTO_MODELS,
-    architecture_of,
+    ARCHITECTURES,
     ffns_of,
     layers_of,
+    matrix_of,
+    new_model,
 )
 
 WIDTH, LAYERS, CLASSES, VOCABULARY = 24, 3, 4, 60
@@ -23,9 +25,48 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": WIDTH,
 }
+_TEXT = {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40}
+_DECODER = {
+    **_TEXT,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 1,
+}
+_IMAGE = {**_SIZES, "image_size": 8, "patch_size": 4}
+_OPT = {
+    "hidden_size": 16,
+    "word_embed_proj_dim": 16,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "ffn_dim": WIDTH,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+    "init_std": 0.2,
+}
+# Its width is a multiple of its size; with SwiGLU two thirds of it.
+_DINOV2 = {
+    **{name: size for name, size in _IMAGE.items() if name != "intermediate_size"},
+    "hidden_size": 12,
+    "layerscale_value": 0.5,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "bert": {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40},
-    "roberta": {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40},
+    "bert": _TEXT,
+    "roberta": _TEXT,
+    "xlm-roberta": _TEXT,
+    "camembert": _TEXT,
+    "electra": {**_TEXT, "embedding_size": 8},
+    # As in DeBERTa-v3: keys and queries also see relative positions.
+    "deberta-v2": {
+        **_TEXT,
+        "pad_token_id": 1,
+        "relative_attention": True,
+        "pos_att_type": "p2c|c2p",
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+    },
     "distilbert": {
         "dim": 16,
         "n_layers": LAYERS,
@@ -34,34 +75,53 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 40,
     },
-    "llama": {
-        **_SIZES,
-        "num_key_value_heads": 1,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 40,
-        "pad_token_id": 1,
-    },
     "modernbert": {
-        **_SIZES,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 40,
+        **_TEXT,
         "pad_token_id": 1,
         "global_attn_every_n_layers": 2,
         "mlp_bias": True,
         # At its usual 0.02 so small a model hardly feels its FFNs.
         "initializer_range": 0.2,
     },
-    "vit": {**_SIZES, "image_size": 8, "patch_size": 4},
+    "gpt2": {
+        "n_embd": 16,
+        "n_layer": LAYERS,
+        "n_head": 2,
+        "n_inner": WIDTH,
+        "vocab_size": VOCABULARY,
+        "n_positions": 40,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+    },
+    "gpt_neox": {**_TEXT, "pad_token_id": 1, "initializer_range": 0.2},
+    "opt": _OPT,
+    "opt-post-ln": {**_OPT, "do_layer_norm_before": False},
+    "llama": _DECODER,
+    "mistral": {**_DECODER, "sliding_window": 4},
+    "qwen2": {**_DECODER, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": _DECODER,
+    "gemma": _DECODER,
+    "vit": _IMAGE,
+    "deit": _IMAGE,
+    "beit": {**_IMAGE, "layer_scale_init_value": 0.5},
+    "dinov2": {**_DINOV2, "mlp_ratio": WIDTH // 12},
+    "dinov2-swiglu": {**_DINOV2, "mlp_ratio": WIDTH * 3 // 24, "use_swiglu_ffn": True},
 }
+# Rows that are variants of a family are no model types themselves.
+MODEL_TYPES = {"opt-post-ln": "opt", "dinov2-swiglu": "dinov2"}
 
 
 def tiny_model(family: str, seed: int = 0, layers: int = LAYERS) -> PreTrainedModel:
     """Build a random model whose biases are not zero, so that nothing cancels out."""
     sizes = CONFIGS[family]
-    depth = {k: layers for k in ("num_hidden_layers", "n_layers") if k in sizes}
-    config = AutoConfig.for_model(family, num_labels=CLASSES, **{**sizes, **depth})
+    names = ("num_hidden_layers", "n_layers", "n_layer")
+    depth = {name: layers for name in names if name in sizes}
+    model_type = MODEL_TYPES.get(family, family)
+    config = AutoConfig.for_model(model_type, num_labels=CLASSES, **{**sizes, **depth})
     torch.manual_seed(seed)
-    model = AUTO_MODELS[architecture_of(family).modality].from_config(config)
+    model = new_model(ARCHITECTURES[family], config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -71,7 +131,7 @@ def tiny_model(family: str, seed: int = 0, layers: int = LAYERS) -> PreTrainedMo
 def tiny_batch(family: str, seed: int = 0, rows: int = 5) -> dict[str, torch.Tensor]:
     """Build a batch; texts have different lengths, so there is padding."""
     generator = torch.Generator().manual_seed(seed)
-    if architecture_of(family).modality == "image":
+    if ARCHITECTURES[family].modality == "image":
         return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator)}
     ids = torch.randint(5, VOCABULARY, (rows, 9), generator=generator)
     mask = torch.ones_like(ids)
@@ -83,8 +143,8 @@ def tiny_batch(family: str, seed: int = 0, rows: int = 5) -> dict[str, torch.Ten
 def recorded(model, layer, batches) -> dict[str, np.ndarray]:
     """Return h, a, f, stream, output and weights of a layer, by plain hooks.
 
-    Each is [tokens, ...] over all batches, float64, without padding; weights are those
-    of the tokens, with the sum 1.
+    f is what the FFN adds to the stream. Each is [tokens, ...] over all batches,
+    float64, without padding; weights are those of the tokens, with the sum 1.
     """
     base = base_model(model) if isinstance(model, PeftModel) else model
     block, ffn = layers_of(base)[layer], ffns_of(base)[layer]
@@ -116,6 +176,7 @@ def recorded(model, layer, batches) -> dict[str, np.ndarray]:
         handle.remove()
     joined = {name: np.concatenate(parts) for name, parts in found.items()}
     joined.setdefault("stream", joined["output"])
+    joined["f"] = joined["f"] * layer_scale(ffn)
     weights = 1 / (joined["stream"].var(1) + 1e-6)
     joined["weights"] = weights / weights.sum()
     return joined
@@ -124,3 +185,25 @@ def recorded(model, layer, batches) -> dict[str, np.ndarray]:
 def covariance(x, weights) -> np.ndarray:
     """Return the covariance [N, N] of the columns of x [tokens, N], weighted."""
     return np.cov(x.T, bias=True, aweights=weights)
+
+
+def activation_of(model):
+    """Return the function of a family's FFN."""
+    config = model.config
+    if getattr(config, "use_swiglu_ffn", False):
+        return torch.nn.functional.silu  # whatever the config says else
+    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    name = next(name for name in names if getattr(config, name, None))
+    return ACT2FN[getattr(config, name)]
+
+
+def layer_scale(ffn):
+    """Return what multiplies the output of an FFN, [D] or 1."""
+    scale = ffn.output_scale
+    return 1.0 if scale is None else scale.detach().double().numpy()
+
+
+def columns_of(ffn) -> np.ndarray:
+    """Return what each neuron gives to the residual stream, [D, N]."""
+    columns = matrix_of(ffn.down).detach().double().numpy()
+    return (columns.T * layer_scale(ffn)).T

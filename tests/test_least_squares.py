@@ -11,7 +11,14 @@ from fedpft_flower.alignment import state_loss
 from fedpft_flower.architectures import ffns_of
 from fedpft_flower.config import AlignConfig, FedPFTError
 from fedpft_flower.least_squares import Walk, objectives, refit
-from tests.families import CONFIGS, covariance, recorded, tiny_batch
+from tests.families import (
+    CONFIGS,
+    columns_of,
+    covariance,
+    layer_scale,
+    recorded,
+    tiny_batch,
+)
 from tests.test_architectures import adapted
 from tests.test_selection import slopes
 
@@ -36,7 +43,7 @@ def reference(fm, sub, plan, layer, given, align):
     teacher, student = recorded(fm, layer, given), recorded(sub, place, given)
     a, h, w = student["a"], student["h"], teacher["weights"]
     target = teacher["stream"] - (student["stream"] - student["f"])
-    columns = ffn.down.weight.detach().double().numpy()
+    columns = columns_of(ffn)
     has_bias = ffn.down.bias is not None
     centred = a - w @ a if has_bias else a
     metric = covariance(h, w)
@@ -60,7 +67,7 @@ def reference(fm, sub, plan, layer, given, align):
     ridge = align.ridge * np.diag(gram).mean()
     goal = target - w @ target if has_bias else target
     left = gram + scale * k_own + ridge * np.eye(len(gram))
-    wide_columns = fm_ffn.down.weight.detach().double().numpy()
+    wide_columns = columns_of(fm_ffn)
     right = goal.T @ weighted + scale * wide_columns @ k_cross + ridge * columns
     found = np.linalg.lstsq(left, right.T, rcond=None)[0].T
     return found, w @ target - found @ (w @ a) if has_bias else None
@@ -77,9 +84,10 @@ def test_refit_against_numpy_layer_after_layer(family):
         columns, bias = reference(fm, twin, plan, layer, learnt, ALIGN)
         ffn = ffns_of(base_model(twin))[plan.places([layer])[0]]
         with torch.no_grad():
-            ffn.down.weight.copy_(torch.tensor(columns))
+            raw = (columns.T / layer_scale(ffn)).T
+            ffn.down_columns().copy_(torch.tensor(raw))
             if bias is not None:
-                ffn.down.bias.copy_(torch.tensor(bias))
+                ffn.down.bias.copy_(torch.tensor(bias / layer_scale(ffn)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedpft_flower.least_squares.RIDGE_FACTORS", (1.0,))
         refit(fm, sub, plan, given, ALIGN, fits.append)

@@ -26,6 +26,8 @@ from tests.families import (
     CONFIGS,
     LAYERS,
     WIDTH,
+    activation_of,
+    columns_of,
     covariance,
     recorded,
     tiny_batch,
@@ -33,7 +35,6 @@ from tests.families import (
 )
 
 families = pytest.mark.parametrize("family", sorted(CONFIGS))
-GELU, SILU = torch.nn.functional.gelu, torch.nn.functional.silu
 
 
 def batches(family, count=3):
@@ -55,7 +56,7 @@ def slopes(fm, layer, h):
         torch.tensor(h) @ rows.detach().double().T + bias
         for rows, bias in zip(ffn.up_rows(), biases(ffn), strict=True)
     ]
-    act = SILU if fm.config.model_type == "llama" else GELU
+    act = activation_of(fm)
     leaves = [one.requires_grad_(True) for one in z]
     out = act(leaves[0]) * (leaves[1] if len(leaves) == 2 else 1.0)
     return [g.numpy() for g in torch.autograd.grad(out.sum(), leaves)]
@@ -103,7 +104,7 @@ def test_jacobian_gram_is_the_energy_of_directional_derivatives(family):
     metric = covariance(seen["h"], seen["weights"])
     values, vectors = np.linalg.eigh(metric)
     root = vectors * np.sqrt(np.clip(values, 0, None))
-    act = SILU if family == "llama" else GELU
+    act = activation_of(fm)
 
     def activations(h):
         z = [
@@ -172,7 +173,7 @@ def test_energy_and_variance_against_numpy(family):
     fm = tiny_model(family)
     for layer, found in enumerate(moments_of(fm, family, grams=False)):
         seen, ffn = recorded(fm, layer, batches(family)), ffns_of(fm)[layer]
-        norms = np.linalg.norm(ffn.down.weight.detach().double().numpy(), axis=0)
+        norms = np.linalg.norm(columns_of(ffn), axis=0)
         square, mean = (seen["weights"] @ seen["a"] ** power for power in (2, 1))
         expected = np.sqrt(square) * norms
         np.testing.assert_allclose(energy(evidence(ffn, found)), expected, rtol=1e-4)
@@ -224,7 +225,7 @@ def test_greedy_order_is_nested_and_recomputed_in_numpy(family):
         )
         assert scores.sort(descending=True).values[count:].max() < 1
     seen = recorded(fm, 1, batches(family))
-    weights = ffn.down.weight.detach().double().numpy()
+    weights = columns_of(ffn)
     gram = seen["a"].T @ (seen["weights"][:, None] * seen["a"])
     if ffn.down.bias is not None:
         gram = covariance(seen["a"], seen["weights"])
