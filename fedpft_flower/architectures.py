@@ -61,6 +61,8 @@ class Architecture:
     reserved_positions: int = 0
     # The class of the model where its `Auto` class leaves a choice.
     model_class: str | None = None
+    # Fields of the config that the model reads although its class declares none such.
+    undeclared: tuple[str, ...] = ()
     # (config field, value, name of the row to take where the field has that value).
     variant: tuple[str, Any, str] | None = None
 
@@ -151,6 +153,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             "attention.output.dense",
         ),
         head=("pooler", "classifier"),
+        undeclared=(
+            "attention_head_size",
+            "cls_dropout",
+            "conv_act",
+            "conv_groups",
+            "conv_kernel_size",
+            "embedding_size",
+            "norm_rel_ebd",
+            "position_buckets",
+            "share_att_key",
+        ),
     ),
     "distilbert": Architecture(
         modality="text",

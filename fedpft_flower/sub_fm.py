@@ -104,7 +104,8 @@ def config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
 def _allowed_fields(model_type: str) -> set[str]:
     family = AutoConfig.for_model(model_type).to_dict().keys()
     own = family - PreTrainedConfig().to_dict().keys()
-    return {*own, "model_type", "id2label", "label2id", "problem_type"}
+    undeclared = family_of(model_type).undeclared
+    return {*own, *undeclared, "model_type", "id2label", "label2id", "problem_type"}
 
 
 def _is_sound(value: Any, depth: int = 0) -> bool:

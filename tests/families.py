@@ -56,7 +56,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "xlm-roberta": _TEXT,
     "camembert": _TEXT,
     "electra": {**_TEXT, "embedding_size": 8},
-    # As in DeBERTa-v3: keys and queries also see relative positions.
+    # As in DeBERTa-v3, and with the convolution of v2's largest models.
     "deberta-v2": {
         **_TEXT,
         "pad_token_id": 1,
@@ -64,6 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "pos_att_type": "p2c|c2p",
         "position_buckets": 8,
         "norm_rel_ebd": "layer_norm",
+        "conv_kernel_size": 3,
         "share_att_key": True,
         "position_biased_input": False,
     },

@@ -40,7 +40,14 @@ from fedpft_flower.planners import (
     size_of,
 )
 from fedpft_flower.selection import Evidence, norm
-from fedpft_flower.sub_fm import build_sub_fm, frozen_weights
+from fedpft_flower.sub_fm import (
+    build_skeleton,
+    build_sub_fm,
+    config_fields,
+    config_from,
+    frozen_weights,
+    load_weights,
+)
 from tests.families import CLASSES, CONFIGS, WIDTH, tiny_batch, tiny_model
 
 families = pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -217,6 +224,16 @@ def test_uniform_width_opens_with_stock_transformers(family, tmp_path):
         return  # the config has a ratio, which few widths fit
     stock = model_class_of(row).from_pretrained(tmp_path)
     assert torch.equal(logits(stock.eval(), batch), logits(sub, batch))
+
+
+@families
+def test_a_client_rebuilds_it_from_the_fields_of_the_config(family):
+    fm, batch = tiny_model(family), tiny_batch(family)
+    for plan in (plans(fm, keep_neurons=7, whole_layers="0"), whole(fm)):
+        sub = build_sub_fm(fm, plan)
+        skeleton = build_skeleton(config_from(config_fields(fm.config)), plan)
+        load_weights(skeleton, sub.state_dict())
+        assert torch.equal(logits(skeleton.eval(), batch), logits(sub, batch))
 
 
 @families

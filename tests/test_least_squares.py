@@ -223,6 +223,19 @@ def test_bias_only_moves_the_mean_and_keeps_the_columns():
     assert all(fit.after < fit.before for fit in fits)
 
 
+def test_where_the_layer_scale_is_zero_nothing_is_refitted():
+    fm, sub, plan = adapted("dinov2")
+    with torch.no_grad():
+        for model in (fm, sub):
+            for ffn in ffns_of(base_model(model)):
+                ffn.output_scale[3] = 0.0
+    before = [ffn.down.weight.clone() for ffn in ffns_of(base_model(sub))]
+    refit(fm, sub, plan, batches("dinov2"), ALIGN, lambda fit: None)
+    for ffn, old in zip(ffns_of(base_model(sub)), before, strict=True):
+        same = (ffn.down.weight == old).all(dim=1).tolist()
+        assert same == [row == 3 for row in range(12)]
+
+
 def test_bias_only_needs_a_bias():
     fm, sub, plan = adapted("llama")
     with pytest.raises(FedPFTError, match="no output bias; choose 'least-squares'"):
