@@ -10,6 +10,7 @@ from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.descent import Schedule
+from fedpft_flower.evaluation import Evaluation
 from fedpft_flower.refinement import logit_loss, refine
 from tests.families import tiny_batch
 from tests.test_architectures import adapted
@@ -72,12 +73,12 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_server_keeps_what_validation_says_is_no_worse(trained, monkeypatch):
+def test_the_server_keeps_what_lowers_the_loss_on_validation(trained, monkeypatch):
     plain, sub = get_adapter(trained.fm), get_adapter(trained.sub_fm)
-    scores = iter([0.5, 0.5, 0.5, 0.4])
+    losses = iter([0.5, 0.4, 0.4, 0.5])
 
     def evaluation(model, rows):
-        return type("Evaluation", (), {"accuracy": next(scores)})
+        return Evaluation(0.5, 0.5, 0.5, next(losses), len(rows))
 
     monkeypatch.setattr("fedpft_flower.server.evaluate", evaluation)
     report = trained.refine()
