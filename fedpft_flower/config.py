@@ -83,7 +83,8 @@ class DataConfig:
     min_words: int = 0
     # Longer texts are cut, in tokens.
     max_length: int = 64
-    # The public corpus for alignment; "" takes the embedded task's own.
+    # The public corpus for alignment; "" takes the embedded task's own. Its column is
+    # that of texts or images; two columns are pairs of texts.
     public_path: str = ""
     public_subset: str = ""
     public_column: str = ""

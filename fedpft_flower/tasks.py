@@ -5,6 +5,7 @@ A task is a row of `TASKS`. Loaded rows have the columns `text` (and `text_pair`
 they are.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -124,20 +125,15 @@ def _for_training(rows: Dataset, config: DataConfig, seed: int) -> Dataset:
 def load_public(config: DataConfig, seed: int) -> Dataset:
     """Load the public, unlabelled rows that align the sub-FM.
 
+    Where the task is about pairs of texts they become pairs too, so that the models
+    are aligned on inputs like the task's.
+
     Raises:
         FedPFTError: there is no public corpus, or it cannot be read.
     """
     task = task_of(config.task)
     if config.public_path:
-        place = replace(config, path=config.public_path, subset=config.public_subset)
-        source = source_of(place, "data.public-path")
-        split = _split(source, config.public_split, "data.public-split")
-        kind = "image" if task.modality == "image" else "text"
-        wanted = {kind: config.public_column or kind}
-        settings = {kind: "data.public-column"}
-        public = cast_input(choose_columns(split, wanted, settings), kind)
-        if kind == "text":
-            public = public.filter(lambda row: bool((row["text"] or "").strip()))
+        public = _own_public(config)
     elif task.public is not None:
         public = task.public()
     else:
@@ -147,7 +143,70 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
         )
     if not len(public):
         raise FedPFTError("data.public-path has no usable row; give another corpus")
-    return _sample(public, config.public_rows, seed, "public")
+    public = _sample(public, config.public_rows, seed, "public")
+    pairs = task.inputs is not None and "text_pair" in task.inputs(config)
+    if pairs and "text_pair" not in public.column_names:
+        public = paired(public, seed)
+    return public
+
+
+def _own_public(config: DataConfig) -> Dataset:
+    task = task_of(config.task)
+    place = replace(config, path=config.public_path, subset=config.public_subset)
+    source = source_of(place, "data.public-path")
+    split = _split(source, config.public_split, "data.public-split")
+    kind = "image" if task.modality == "image" else "text"
+    roles = (kind, "text_pair") if kind == "text" else (kind,)
+    columns = names_in(config.public_column) or (kind,)
+    if len(columns) > len(roles):
+        raise FedPFTError(
+            f"data.public-column = {config.public_column!r}; name one column"
+            f"{', or two of texts that are pairs' if kind == 'text' else ''}"
+        )
+    wanted = dict(zip(roles, columns, strict=False))
+    public = choose_columns(split, wanted, dict.fromkeys(roles, "data.public-column"))
+    for role in wanted:
+        public = cast_input(public, role)
+    if kind == "image":
+        return public
+    return public.filter(
+        lambda row: all((row[role] or "").strip() for role in wanted),
+    )
+
+
+def paired(rows: Dataset, seed: int) -> Dataset:
+    """Make pairs of texts out of texts.
+
+    A pair is two sentences in a row; for every other text the second one is that of
+    another text, so that some pairs belong together and others do not.
+
+    Args:
+        rows: with the column `text`.
+        seed: of what is chosen.
+
+    Returns:
+        As many rows, with the columns `text` and `text_pair`.
+    """
+    generator = np.random.default_rng(derive_seed(seed, "pairs"))
+    firsts, seconds = [], []
+    for text in rows["text"]:
+        parts = _sentences(text)
+        place = int(generator.integers(len(parts) - 1))
+        firsts.append(parts[place])
+        seconds.append(parts[place + 1])
+    moved = seconds[1::2]
+    seconds[1::2] = moved[1:] + moved[:1]
+    return Dataset.from_dict({"text": firsts, "text_pair": seconds})
+
+
+def _sentences(text: str) -> list[str]:
+    """Return the sentences of a text, two at least: of a single one its halves."""
+    parts = [part for part in re.split(r"(?<=[.!?])\s+|(?<=。)", text) if part.strip()]
+    if len(parts) > 1:
+        return parts
+    words = text.split()
+    middle = (len(words) + 1) // 2
+    return [" ".join(words[:middle]), " ".join(words[middle:] or words)]
 
 
 def task_of(name: str) -> Task:

@@ -3,6 +3,7 @@ import stat
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from datasets import (
@@ -20,7 +21,7 @@ from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.encoding import content_hash, encode
 from fedpft_flower.partitions import load_partition
 from fedpft_flower.reading import _read_hub
-from fedpft_flower.tasks import load_public, load_site, load_task
+from fedpft_flower.tasks import _sentences, load_public, load_site, load_task
 
 DIGITS = DataConfig(task="digits")
 
@@ -433,3 +434,63 @@ def test_a_folder_of_images_of_one_class_is_a_site(tmp_path):
         Picture.new("L", (9, 9)).save(tmp_path / "dog" / f"{i}.png")
     config = DataConfig(task="image", path=str(tmp_path))
     assert load_site(config, ("cat", "dog"), 0)["label"][:] == [1, 1, 1]
+
+
+def public_of(tmp_path, column="text", **rows):
+    path = str(tmp_path / "public.csv")
+    pandas.DataFrame(rows).to_csv(path, index=False)
+    config = DataConfig(
+        task="text",
+        path="unused",
+        text_columns="question,sentence",
+        public_path=path,
+        public_column=column,
+    )
+    return load_public(config, 0)
+
+
+def test_public_texts_become_pairs_for_a_task_of_pairs(tmp_path):
+    texts = [f"{n} first. {n} second! {n} third?" for n in ("a", "b", "c", "d", "e")]
+    public = public_of(tmp_path, text=[*texts, "one single line"])
+    assert sorted(public.column_names) == ["text", "text_pair"]
+    together = 0
+    for place, (one, other) in enumerate(
+        zip(public["text"], public["text_pair"], strict=True)
+    ):
+        if one == "one single":
+            continue
+        source, order = one.split()
+        assert order in ("first.", "second!")
+        if place % 2:  # the second one is another text's
+            assert other.split()[0] != source
+        else:
+            following = {"first.": "second!", "second!": "third?"}[order]
+            assert other in (f"{source} {following}", "line")
+            together += other != "line"
+    assert together >= 2
+    again = public_of(tmp_path, text=[*texts, "one single line"])
+    assert again["text_pair"] == public["text_pair"]
+
+
+def test_public_pairs_are_taken_as_they_are(tmp_path):
+    columns = {"q": ["one?", "two?", " "], "s": ["1", "2", "3"]}
+    public = public_of(tmp_path, "q,s", **columns)
+    assert sorted(zip(public["text"], public["text_pair"], strict=True)) == [
+        ("one?", "1"),
+        ("two?", "2"),
+    ]
+    with pytest.raises(FedPFTError, match="name one column, or two of texts"):
+        public_of(tmp_path, "q,s,t", **columns)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("It is 6.5 m (a.b). Yes.", ["It is 6.5 m (a.b).", "Yes."]),
+        ("one two three", ["one two", "three"]),
+        ("word", ["word", "word"]),
+        ("他来了。她走了。", ["他来了。", "她走了。"]),
+    ],
+)
+def test_sentences(text, parts):
+    assert _sentences(text) == parts
