@@ -71,6 +71,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
         "train": task.train,
         "validation": task.validation,
         "test": task.test,
+        **task.more_tests,
         "public": public,
     }
     hashes = _hashes(splits, server)
@@ -110,6 +111,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     after = server.evaluate("test") if refinement.get("kept") else plain
     summary = _summary(run, plain, after, counting.ledger)
     summary["refinement"] = refinement
+    summary["more-tests"] = {name: server.evaluate(name) for name in task.more_tests}
     federation.offer(server)  # a run that was over when it was resumed has not yet
     manifest = _manifest(config, task, splits, hashes, server, federation)
     directory.finish(server, summary, manifest)
@@ -136,6 +138,7 @@ def load(
     for split, rows in (
         ("validation", task.validation),
         ("test", task.test),
+        *task.more_tests.items(),
         ("public", public),
     ):
         if rows is not None:
@@ -356,6 +359,11 @@ def _show(summary: Metrics, metric: str) -> None:
             else []
         ),
         (f"sub-FM {metric} after (test)", f"{after[f'sub-fm-{metric}']:.3f}"),
+        *(
+            (f"{model} {metric} after ({name})", f"{found[f'{key}-{metric}']:.3f}")
+            for name, found in summary["more-tests"].items()
+            for model, key in (("FM", "fm"), ("sub-FM", "sub-fm"))
+        ),
         ("FM weights never sent", f"{100 * summary['share-withheld']:.1f} %"),
         (
             "bytes per client, once (install)",

@@ -74,6 +74,8 @@ class DataConfig:
     client_column: str = ""
     train_split: str = "train"
     validation_split: str = "validation"
+    # Several, as in "validation_matched,validation_mismatched", are reported apart; the
+    # first is "the" test split.
     test_split: str = "test"
     # Seeded samples of this many rows; 0 keeps all.
     max_train_rows: int = 0

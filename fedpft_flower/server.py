@@ -137,6 +137,7 @@ class ProxyServer:
         self._splits = {
             "validation": self.encode(task.validation),
             "test": self.encode(task.test),
+            **{name: self.encode(rows) for name, rows in task.more_tests.items()},
         }
         # Of activity, [K] for each compressed layer (see `Package`); none at first.
         self.limits: list[Tensor] = []
@@ -418,7 +419,8 @@ class ProxyServer:
         """Evaluate the adapter in the FM and in the sub-FM.
 
         Args:
-            split: "validation" (for every choice) or "test" (only to report).
+            split: "validation" (for every choice), "test" or the name of a further test
+                split (only to report).
         """
         rows = self._splits[split]
         fm = evaluate(self.fm, rows)

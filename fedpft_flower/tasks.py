@@ -48,6 +48,8 @@ class TaskData:
     test: Dataset
     labels: tuple[str, ...]
     notes: dict[str, str] = field(default_factory=dict)
+    # Further test splits, each reported apart.
+    more_tests: dict[str, Dataset] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ def load_task(config: DataConfig, seed: int) -> TaskData:
         test=_sample(data.test, config.max_test_rows, seed, "test"),
         labels=data.labels,
         notes=data.notes,
+        more_tests={
+            name: _sample(rows, config.max_test_rows, seed, name)
+            for name, rows in data.more_tests.items()
+        },
     )
 
 
@@ -324,12 +330,17 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
     source = source_of(config, "data.path")
     parts: dict[str, Dataset] = {}
     notes: dict[str, str] = {}
-    for role, split in _roles(config, source).items():
+    roles = _roles(config, source)
+    for role, split in roles.items():
         wanted = dict(columns)
         if role == "train" and config.client_column:
             wanted["client"] = config.client_column
         part = choose_columns(source[split], wanted, _SETTINGS)
         parts[role], notes[role] = complete_rows(part, split), split
+    more = {
+        split: complete_rows(choose_columns(source[split], columns, _SETTINGS), split)
+        for split in _more_tests(config, source, {*roles, *roles.values(), "public"})
+    }
     if not parts:
         raise FedPFTError(
             f"data.path = {config.path!r} has the splits {', '.join(source)}; say what "
@@ -343,7 +354,8 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
         validation=ready["validation"],
         test=ready["test"],
         labels=names,
-        notes=notes,
+        notes=notes | {split: split for split in more},
+        more_tests={s: _labelled(part, names, s) for s, part in more.items()},
     )
 
 
@@ -369,17 +381,14 @@ def _roles(config: DataConfig, source: Splits) -> dict[str, str]:
     """
     named = {
         "train": config.train_split,
-        "test": config.test_split,
+        "test": next(iter(names_in(config.test_split)), ""),
         "validation": config.validation_split,
     }
     asked = {role: split for role, split in named.items() if role != split}
     for role, split in asked.items():
         part = _split(source, split, f"data.{role}-split")
-        if role != "train" and not has_labels(part, config.label_column):
-            raise FedPFTError(
-                f"data.{role}-split = {split!r} has no labels in column "
-                f"{config.label_column!r}; name another split or column"
-            )
+        if role != "train":
+            _check_labels(part, config, role, split)
         if list(asked.values()).count(split) > 1:
             raise FedPFTError(
                 f"data.{role}-split = {split!r}, and another split too; no row may be "
@@ -392,6 +401,27 @@ def _roles(config: DataConfig, source: Splits) -> dict[str, str]:
         and role not in asked.values()
         and (role == "train" or has_labels(source[role], config.label_column))
     }
+
+
+def _check_labels(part: Dataset, config: DataConfig, role: str, split: str) -> None:
+    if not has_labels(part, config.label_column):
+        raise FedPFTError(
+            f"data.{role}-split = {split!r} has no labels in column "
+            f"{config.label_column!r}; name another split or column"
+        )
+
+
+def _more_tests(config: DataConfig, source: Splits, taken: set[str]) -> list[str]:
+    """Return the second and further names of `data.test-split`."""
+    splits = list(names_in(config.test_split)[1:])
+    for split in splits:
+        _check_labels(_split(source, split, "data.test-split"), config, "test", split)
+        if split in taken or splits.count(split) > 1:
+            raise FedPFTError(
+                f"data.test-split = {config.test_split!r} names {split!r}, which has "
+                "another use already; name each split once"
+            )
+    return splits
 
 
 def _complete(parts: dict[str, Dataset], notes: dict[str, str], seed: int) -> None:

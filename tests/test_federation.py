@@ -8,6 +8,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
@@ -16,7 +17,7 @@ from client_app import app as client_app
 from fedpft_flower import client, federation, node
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.app import serve
-from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
@@ -500,6 +501,25 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
     fm = load_fm(str(vit_directory), task.labels, "image", config.seed)
     rows = encode(task.test, fm.processor, "image", 0)
     assert evaluate(model, rows).accuracy == summary["test-after"]["fm-accuracy"]
+
+
+def test_further_test_splits_are_reported_apart(local_grid, settings, tmp_path):
+    task = load_task(DataConfig(task="digits"), 0)
+    splits = {"train": task.train, "near": task.validation, "far": task.test}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    settings |= {
+        "rounds": 1,
+        "data.task": "image",
+        "data.path": str(tmp_path / "data"),
+        "data.public-path": str(tmp_path / "data"),
+        "data.test-split": "near,far",
+    }
+    run(local_grid, settings)
+    _, _, summary, manifest = results(settings)
+    assert summary["more-tests"].keys() == {"far"}
+    assert summary["more-tests"]["far"].keys() == summary["test-after"].keys()
+    assert summary["more-tests"]["far"] != summary["test-after"]
+    assert manifest["splits"]["far"]["rows"] == len(task.test)
 
 
 # ------------------------------------------------------- nodes with rows of their own

@@ -305,6 +305,34 @@ def test_splits_of_other_names_are_asked_for(tmp_path):
     assert len(load_task(replace(config, train_split="mine"), 0).train) == 48
 
 
+def test_further_test_splits_are_loaded_apart(tmp_path):
+    labels = {"train": [0, 1] * 30, "matched": [0, 1] * 4, "mismatched": [1, 0] * 3}
+    splits = {
+        name: Dataset.from_dict({"s": [f"{name} {i}" for i in range(len(y))], "y": y})
+        for name, y in labels.items()
+    }
+    DatasetDict(splits).save_to_disk(tmp_path)
+    config = DataConfig(path=str(tmp_path), **COLUMNS)
+    task = load_task(replace(config, test_split="matched,mismatched"), 0)
+    assert len(task.test) == 8
+    assert {name: len(rows) for name, rows in task.more_tests.items()} == {
+        "mismatched": 6
+    }
+    assert task.notes["test"] == "matched"
+    assert task.more_tests["mismatched"]["label"][:2] == [1, 0]
+    few = load_task(
+        replace(config, test_split="matched,mismatched", max_test_rows=2), 0
+    )
+    assert [len(few.test), len(few.more_tests["mismatched"])] == [2, 2]
+    for names, said in (
+        ("matched,odd", r"data.test-split = 'odd'; this data has"),
+        ("matched,train", "'train', which has another use"),
+        ("matched,mismatched,mismatched", "'mismatched', which has another use"),
+    ):
+        with pytest.raises(FedPFTError, match=said):
+            load_task(replace(config, test_split=names), 0)
+
+
 # ----------------------------------------------------------------------- rows of a site
 
 
