@@ -158,7 +158,7 @@ def _rows(config: Config, sub_fm: SubFM, node: Identity) -> Rows:
     labels = [named[str(place)] for place in range(len(named))]
     part = local_rows(node, config, labels)
     modality = sub_fm.architecture.modality
-    return encode(part, sub_fm.processor, modality, config.data.max_length)
+    return encode(part, sub_fm.processor, modality, config.data)
 
 
 def _measure(sub_fm: SubFM, rows: Rows, config: Config) -> list[torch.Tensor]:

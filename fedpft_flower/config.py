@@ -85,12 +85,16 @@ class DataConfig:
     min_words: int = 0
     # Longer texts are cut, in tokens.
     max_length: int = 64
+    # What training does to images: "none", or "crop-flip" (random resized crop and
+    # horizontal flip).
+    augment: str = "none"
     # The public corpus for alignment; "" takes the embedded task's own. Its column is
     # that of texts or images; two columns are pairs of texts.
     public_path: str = ""
     public_subset: str = ""
     public_column: str = ""
     public_split: str = "train"
+    # A seeded sample of so many, streamed where it is on a hub; 0 takes all.
     public_rows: int = 4000
     # What rounds are judged and shown by; all three are recorded.
     metric: str = "accuracy"
@@ -516,6 +520,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "select": ("last", "best"),
     "wire.frozen": ("fp32", "bf16", "fp16", "int8"),
     "wire.adapter": ("fp32", "bf16", "fp16"),
+    "data.augment": ("none", "crop-flip"),
     "data.metric": ("accuracy", "macro-f1", "matthews"),
     "partition.kind": ("iid", "dirichlet", "pathological", "natural", "sizes"),
     "train.lr-decay": ("linear", "none"),

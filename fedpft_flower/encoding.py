@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -22,13 +23,14 @@ from torch import Tensor
 
 from fedpft_flower.activity import Batch
 from fedpft_flower.config import (
+    DataConfig,
     FedPFTError,
     Modality,
     derive_seed,
     last_used,
     private_cache,
 )
-from fedpft_flower.images import decoded_images
+from fedpft_flower.images import crop_and_flip, decoded_images
 
 # So many batches are shuffled together, sorted by length, and cut: rows of a batch are
 # then of similar length, and little of it is padding.
@@ -49,6 +51,10 @@ class Rows(Protocol):
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return model inputs of these rows, with `labels` [B] where rows have them."""
+        ...
+
+    def varied(self, seed: int) -> "Rows":
+        """Return the same rows, each batch varied anew where that is asked for."""
         ...
 
 
@@ -80,6 +86,10 @@ class TextRows:
             batch["labels"] = self._labels[list(indices)]
         return batch
 
+    def varied(self, seed: int) -> Rows:
+        """Return the same rows: texts are not varied."""
+        return self
+
     def _start(self, row: int) -> int:
         return self._ends[row - 1] if row else 0
 
@@ -87,9 +97,15 @@ class TextRows:
 class ImageRows:
     """Encode images by the FM's own image processor, when a batch asks for them."""
 
-    def __init__(self, rows: Dataset, processor: Any, max_length: int) -> None:
-        self._rows, self._processor = rows, processor
-        self._labels = _labels(rows)
+    def __init__(
+        self,
+        rows: Dataset,
+        processor: Any,
+        augment: str = "none",
+        generator: np.random.Generator | None = None,
+    ) -> None:
+        self._rows, self._processor, self._augment = rows, processor, augment
+        self._generator, self._labels = generator, _labels(rows)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -102,10 +118,19 @@ class ImageRows:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return `pixel_values` [B, channels, height, width] and `labels` [B]."""
         images = decoded_images(self._rows, indices)
+        if self._generator is not None:
+            images = [crop_and_flip(image, self._generator) for image in images]
         batch: Batch = dict(self._processor(images, return_tensors="pt"))
         if self._labels is not None:
             batch["labels"] = self._labels[list(indices)]
         return batch
+
+    def varied(self, seed: int) -> Rows:
+        """Return the same rows, cropped and flipped at random where asked for."""
+        if self._augment == "none":
+            return self
+        generator = np.random.default_rng(derive_seed(seed, "augment"))
+        return ImageRows(self._rows, self._processor, self._augment, generator)
 
 
 class Part:
@@ -127,14 +152,18 @@ class Part:
         """Return model inputs of these rows."""
         return self._rows.batch([self._chosen[i] for i in indices])
 
+    def varied(self, seed: int) -> Rows:
+        """Return the same rows, varied where the others are."""
+        return Part(self._rows.varied(seed), self._chosen)
 
-_ENCODERS: dict[Modality, Any] = {"text": TextRows, "image": ImageRows}
 
-
-def encode(rows: Dataset, processor: Any, modality: Modality, max_length: int) -> Rows:
+def encode(
+    rows: Dataset, processor: Any, modality: Modality, config: DataConfig
+) -> Rows:
     """Encode rows for a model of this modality."""
-    encoded: Rows = _ENCODERS[modality](rows, processor, max_length)
-    return encoded
+    if modality == "image":
+        return ImageRows(rows, processor, config.augment)
+    return TextRows(rows, processor, config.max_length)
 
 
 def hold_out(rows: Rows, count: int, seed: int) -> tuple[Part, Part]:

@@ -1,9 +1,11 @@
-"""Decode the images of rows, and name the one that cannot be."""
+"""Decode the images of rows, name one that cannot be, and vary them for training."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
+from PIL.Image import Transpose
 
 from fedpft_flower.config import FedPFTError
 
@@ -46,3 +48,26 @@ _UNDECODABLE = (OSError, ValueError, AttributeError)  # not an image, or cut
 
 def _decoded(rows: Dataset, indices: Sequence[int]) -> list[Any]:
     return [image.convert("RGB") for image in rows[list(indices)]["image"]]
+
+
+# Of a random crop: its share of the area, and its width by its height (Szegedy et al.
+# 2015, arXiv 1409.4842).
+CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+def crop_and_flip(image: Any, generator: np.random.Generator) -> Any:
+    """Return a random part of an image, every other time mirrored.
+
+    The image processor then brings it to the size of all others, which makes it a
+    random resized crop.
+    """
+    width, height = image.size
+    area = width * height * generator.uniform(*CROP_AREA)
+    ratio = np.exp(generator.uniform(*np.log(CROP_RATIO)))
+    across = min(width, max(1, round((area * ratio) ** 0.5)))
+    down = min(height, max(1, round((area / ratio) ** 0.5)))
+    left = int(generator.integers(width - across + 1))
+    top = int(generator.integers(height - down + 1))
+    part = image.crop((left, top, left + across, top + down))
+    mirrored = generator.random() < 0.5
+    return part.transpose(Transpose.FLIP_LEFT_RIGHT) if mirrored else part

@@ -31,6 +31,8 @@ _FORMATS = {
     ".jsonl": "json",
     ".parquet": "parquet",
 }
+# Rows of a streamed data set that a sample is drawn from.
+BUFFER = 5000
 _TABLES = {*_FORMATS, ".arrow"}
 _SHIFTED = "__index_level_0__"  # pandas' column where rows have a field too many
 
@@ -57,17 +59,57 @@ def read_splits(
         FedPFTError: there is nothing that `datasets` reads.
     """
     place = existing_path(path)
+    with _named(path, key, place):
+        if place is not None and place.is_file():
+            return _read_file(place, separator)
+        if place is not None:
+            return _read_directory(place, modality, subset)
+        if not hub or _looks_like_path(path):
+            raise FedPFTError(
+                f"{key} = {path!r} does not exist; give a path or hub name"
+            )
+        return _read_hub(path, subset)
+
+
+def is_on_hub(path: str) -> bool:
+    """Tell whether a path is read from a hub: there is no such file or directory."""
+    return existing_path(path) is None and not _looks_like_path(path)
+
+
+def read_sample(
+    path: str, key: str, subset: str, split: str, count: int, seed: int
+) -> Dataset:
+    """Return so many rows of a hub data set, without fetching it whole.
+
+    Shards are read in a random order, and rows drawn from a buffer of some thousands.
+
+    Args:
+        path: the hub name.
+        key: the setting that says so, for messages.
+        subset: the configuration of the data set, or "".
+        split: which one.
+        count: how many rows at most.
+        seed: of the choice.
+
+    Raises:
+        FedPFTError: there is nothing that `datasets` reads, or no such split.
+    """
+    with _named(path, key, None):
+        stream = load_dataset(path, subset or None, split=split, streaming=True)
+        for column, feature in (stream.features or {}).items():
+            if isinstance(feature, Image):  # as its bytes, not as its pixels
+                stream = stream.cast_column(column, Image(decode=False))
+        chosen = stream.shuffle(seed=seed % 2**32, buffer_size=BUFFER).take(count)
+        rows = list(chosen)
+    return Dataset.from_list(rows, features=stream.features)
+
+
+@contextmanager
+def _named(path: str, key: str, place: Path | None) -> Iterator[None]:
+    """Let errors of reading name the setting, the path and a remedy."""
     try:
         with _quiet():
-            if place is not None and place.is_file():
-                return _read_file(place, separator)
-            if place is not None:
-                return _read_directory(place, modality, subset)
-            if not hub or _looks_like_path(path):
-                raise FedPFTError(
-                    f"{key} = {path!r} does not exist; give a path or hub name"
-                )
-            return _read_hub(path, subset)
+            yield
     except FedPFTError as error:
         raise FedPFTError(
             f"{key} = {path!r}: {error}" if place else str(error)

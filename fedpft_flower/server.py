@@ -203,8 +203,7 @@ class ProxyServer:
 
     def encode(self, rows: Dataset) -> Rows:
         """Encode rows as the FM and its sub-FM take them."""
-        length = self.config.data.max_length
-        return encode(rows, self._processor, self._modality, length)
+        return encode(rows, self._processor, self._modality, self.config.data)
 
     def check_clients(self, nodes: int) -> int:
         """Return how many of so many nodes train in a round.

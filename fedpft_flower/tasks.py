@@ -28,8 +28,10 @@ from fedpft_flower.reading import (
     choose_columns,
     complete_rows,
     has_labels,
+    is_on_hub,
     label_texts,
     labels_of,
+    read_sample,
     read_splits,
 )
 
@@ -139,7 +141,7 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     """
     task = task_of(config.task)
     if config.public_path:
-        public = _own_public(config)
+        public = _own_public(config, seed)
     elif task.public is not None:
         public = task.public()
     else:
@@ -156,11 +158,20 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     return public
 
 
-def _own_public(config: DataConfig) -> Dataset:
+def _public_split(config: DataConfig, seed: int) -> Dataset:
+    """Return the split of the public corpus; of one on a hub no more than needed."""
+    path, subset, name = config.public_path, config.public_subset, config.public_split
+    if config.public_rows and is_on_hub(path):
+        drawn = derive_seed(seed, "public rows")
+        return read_sample(
+            path, "data.public-path", subset, name, config.public_rows, drawn
+        )
+    place = replace(config, path=path, subset=subset)
+    return _split(source_of(place, "data.public-path"), name, "data.public-split")
+
+
+def _own_public(config: DataConfig, seed: int) -> Dataset:
     task = task_of(config.task)
-    place = replace(config, path=config.public_path, subset=config.public_subset)
-    source = source_of(place, "data.public-path")
-    split = _split(source, config.public_split, "data.public-split")
     kind = "image" if task.modality == "image" else "text"
     roles = (kind, "text_pair") if kind == "text" else (kind,)
     columns = names_in(config.public_column) or (kind,)
@@ -170,7 +181,9 @@ def _own_public(config: DataConfig) -> Dataset:
             f"{', or two of texts that are pairs' if kind == 'text' else ''}"
         )
     wanted = dict(zip(roles, columns, strict=False))
-    public = choose_columns(split, wanted, dict.fromkeys(roles, "data.public-column"))
+    public = choose_columns(
+        _public_split(config, seed), wanted, dict.fromkeys(roles, "data.public-column")
+    )
     for role in wanted:
         public = cast_input(public, role)
     if kind == "image":

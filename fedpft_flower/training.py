@@ -67,7 +67,7 @@ def train_adapter(
     # The process is shared by virtual clients: dropout must not depend on its past.
     torch.manual_seed(derive_seed(seed, "dropout"))
     _train_mode(model, config.frozen_dropout)
-    for batch in _batches(rows, config, seed):
+    for batch in _batches(rows.varied(seed), config, seed):
         loss = objective = model(**batch).loss
         if proximal_mu:
             objective = loss + proximal_mu / 2 * _squared_distance(parameters, start)

@@ -1,7 +1,10 @@
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
+from PIL import Image
 
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import (
@@ -10,10 +13,11 @@ from fedpft_flower.config import (
     derive_seed,
     flat_defaults,
     flatten,
+    names_in,
     nest,
 )
 from fedpft_flower.methods import METHODS, method_of
-from fedpft_flower.tasks import TASKS
+from fedpft_flower.tasks import TASKS, load_public, load_task
 
 ROOT = Path(__file__).parent.parent
 CONFS = sorted((ROOT / "conf").glob("**/*.toml"))
@@ -112,3 +116,36 @@ def test_seeds_of_different_purposes_differ():
     seeds = {derive_seed(0, "a"), derive_seed(0, "b"), derive_seed(1, "a")}
     assert len(seeds) == 3
     assert derive_seed(0, "a") == derive_seed(0, "a")
+
+
+@pytest.mark.parametrize("path", CONFS, ids=lambda path: path.stem)
+def test_every_conf_is_a_run_that_a_copy_of_its_data_can_have(path, tmp_path):
+    """Data of the same columns stand for what is on the hub."""
+    config = read_config(path, [])
+    if config.data.task not in ("text", "image"):
+        return
+    data, kinds = (
+        config.data,
+        {"text": "some words here", "image": Image.new("RGB", (8, 8))},
+    )
+    kind = "image" if data.task == "image" else "text"
+    inputs = names_in(data.image_column if kind == "image" else data.text_columns)
+    values = {column: [kinds[kind]] * 40 for column in inputs}
+    rows = Dataset.from_dict({**values, data.label_column: [0, 1] * 20})
+    tests = names_in(data.test_split)
+    splits = {"train": rows, **dict.fromkeys(tests, rows)}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    public = Dataset.from_dict({data.public_column or kind: [kinds[kind]] * 30})
+    DatasetDict({"train": public}).save_to_disk(tmp_path / "public")
+    here = replace(
+        data,
+        path=str(tmp_path / "data"),
+        subset="",
+        public_path=str(tmp_path / "public"),
+        public_subset="",
+    )
+    task = load_task(here, config.seed)
+    assert [len(task.test), *map(len, task.more_tests.values())] == [40] * len(tests)
+    found = load_public(here, config.seed)
+    assert len(found) == 30
+    assert ("text_pair" in found.column_names) == (len(inputs) == 2)

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fedpft_flower import encoding
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.config import DataConfig, FedPFTError
 from fedpft_flower.encoding import (
     TextRows,
     encode,
@@ -33,7 +33,7 @@ def test_batches_cover_an_epoch_once_in_seeded_order(bert_directory):
 def test_padding_is_dynamic_and_masked(bert_directory):
     tokenizer = AutoTokenizer.from_pretrained(bert_directory)
     data = Dataset.from_dict({"text": ["good", "good film very bad", "bad film"]})
-    rows = encode(data, tokenizer, "text", 5)
+    rows = encode(data, tokenizer, "text", DataConfig(max_length=5))
     assert rows.lengths() == [3, 5, 4]  # cut at 5, with [CLS] and [SEP]
     batch = rows.batch([0, 2])
     assert batch["input_ids"].shape == (2, 4)

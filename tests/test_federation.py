@@ -499,7 +499,7 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
     )
     model = PeftModel.from_pretrained(stock, str(place / "adapter"))
     fm = load_fm(str(vit_directory), task.labels, "image", config.seed)
-    rows = encode(task.test, fm.processor, "image", 0)
+    rows = encode(task.test, fm.processor, "image", config.data)
     assert evaluate(model, rows).accuracy == summary["test-after"]["fm-accuracy"]
 
 

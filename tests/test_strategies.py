@@ -371,7 +371,7 @@ def digits(vit_directory):
     task = load_task(DataConfig(task="digits", max_train_rows=80), 0)
     processor = AutoImageProcessor.from_pretrained(vit_directory)
     few = task.train.filter(lambda row: row["label"] < CLASSES)
-    return encode(few, processor, "image", 0)
+    return encode(few, processor, "image", DataConfig())
 
 
 def adapted():

@@ -207,7 +207,7 @@ def test_an_image_that_cannot_be_decoded_is_refused(tmp_path, vit_directory):
     task = load_task(DataConfig(task="image", path=csv), 0)
     processor = AutoImageProcessor.from_pretrained(vit_directory)
     with pytest.raises(FedPFTError, match="cannot be decoded"):
-        encode(task.train, processor, "image", 0).batch([0])
+        encode(task.train, processor, "image", DataConfig()).batch([0])
 
 
 def test_unreadable_file_and_unknown_type_are_refused(tmp_path):
@@ -241,7 +241,7 @@ def test_pairs_are_encoded_together(bert_directory, tmp_path):
     path = write_csv(tmp_path / "a.csv", rows, header="q,a,label")
     task = load_task(DataConfig(task="text", path=path, text_columns="q,a"), 0)
     tokenizer = AutoTokenizer.from_pretrained(bert_directory)
-    batch = encode(task.train, tokenizer, "text", 32).batch([0])
+    batch = encode(task.train, tokenizer, "text", DataConfig(max_length=32)).batch([0])
     assert batch["token_type_ids"].max() == 1
 
 
@@ -257,7 +257,7 @@ def test_image_folder_of_ones_own(tmp_path, vit_directory):
     task = load_task(DataConfig(task="image", path=str(tmp_path)), 0)
     assert task.labels == ("cat", "dog")
     processor = AutoImageProcessor.from_pretrained(vit_directory)
-    batch = encode(task.train, processor, "image", 0).batch([0, 1])
+    batch = encode(task.train, processor, "image", DataConfig()).batch([0, 1])
     assert batch["pixel_values"].shape == (2, 3, 8, 8)
     assert batch["pixel_values"].dtype == torch.float32
 
@@ -279,6 +279,39 @@ def test_hub_data_is_read_split_by_split(tmp_path):
     path = write_splits(tmp_path, train=[0, 1] * 4, test=[1, 0])
     found = _read_hub(path, "")
     assert {name: len(rows) for name, rows in found.items()} == {"train": 8, "test": 2}
+
+
+def test_a_public_corpus_on_a_hub_is_streamed(tmp_path, monkeypatch):
+    """A directory stands for the hub, which `datasets` streams in the same way."""
+    write_splits(tmp_path, train=[0, 1] * 200)
+    monkeypatch.setattr("fedpft_flower.tasks.is_on_hub", lambda path: True)
+    monkeypatch.setattr("fedpft_flower.tasks.source_of", None)  # not read whole
+    config = DataConfig(
+        task="text",
+        path="unused",
+        public_path=str(tmp_path),
+        public_column="s",
+        public_rows=30,
+    )
+    texts = load_public(config, 0)["text"][:]
+    assert len(texts) == 30
+    assert load_public(config, 0)["text"][:] == texts
+    assert load_public(config, 1)["text"][:] != texts
+    with pytest.raises(FedPFTError, match=r"data.public-path = .* \(.*odd.*\)"):
+        load_public(replace(config, public_split="odd"), 0)
+    images = load_task(DIGITS, 0).train.select(range(20))
+    DatasetDict({"train": images}).save_to_disk(tmp_path / "saved")
+    images.to_parquet(tmp_path / "images" / "train.parquet")
+    config = replace(
+        config,
+        task="image",
+        public_path=str(tmp_path / "images"),
+        public_column="image",
+        public_rows=5,
+    )
+    found = load_public(config, 0)
+    assert len(found) == 5
+    assert found[0]["image"].size == images[0]["image"].size
 
 
 def test_a_server_may_hold_no_training_rows(tmp_path):
