@@ -260,7 +260,7 @@ class CheckpointConfig:
 class Config:
     """Hold everything a run depends on."""
 
-    method: str = "fedpft"
+    method: str = "fedpft-ls"
     # What averages the adapters: a strategy of `flwr.serverapp.strategy`, by name, and
     # its arguments as one JSON object: '{"eta": 0.01}'.
     strategy: str = "FedAvg"
