@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from datasets import DatasetDict
 
-from benchmarks import bounds, imports, overhead, recipes
+from benchmarks import bounds, imports, overhead, pretrain_vit, recipes
 from benchmarks.plain_loop import PlainLoop
-from fedpft_flower.config import Config
+from fedpft_flower.config import Config, DataConfig, FedPFTError
+from fedpft_flower.foundation import load_fm
+from fedpft_flower.tasks import load_task
 
 NODES = 5
 
@@ -189,3 +193,49 @@ def test_the_interval_covers_seeds_and_examples():
     # Seeds that differ widen it.
     wide = alike + np.array([[-1.0], [0.0], [1.0]])
     assert recipes.interval(wide)[1] > high + 0.5
+
+
+@pytest.fixture
+def digits(tmp_path):
+    task = load_task(DataConfig(task="digits"), 0)
+    DatasetDict({"train": task.train, "test": task.test}).save_to_disk(
+        tmp_path / "data"
+    )
+    return str(tmp_path / "data")
+
+
+def pretraining(recipe, out):
+    training, held_out, names = pretrain_vit.read(recipe)
+    return pretrain_vit.Pretraining(recipe, names, out), training, held_out
+
+
+def test_a_pretrained_vision_transformer_is_an_fm(digits, tmp_path):
+    recipe = pretrain_vit.Recipe((digits,), 12, 32, 5e-3, 8, 2, 64, 2, 2)
+    run, training, held_out = pretraining(recipe, tmp_path / "out")
+    assert (len(training), len(held_out)) == (1000, 297)
+    before = run.accuracy(held_out)
+    run.run(training, held_out)
+    assert run.accuracy(held_out) > before + 0.08
+    labels = [f"data/{i}" for i in range(10)]
+    fm = load_fm(str(tmp_path / "out"), labels, "image", 0)
+    assert torch.equal(fm.model.classifier.weight, run.model.classifier.weight)
+    assert fm.processor.size["height"] == 8
+
+
+def test_pretraining_goes_on_where_it_ended(digits, tmp_path, capsys):
+    recipe = pretrain_vit.Recipe((digits,), 2, 100, 3e-3, 8, 2, 16, 1, 2)
+    whole, training, held_out = pretraining(recipe, tmp_path / "whole")
+    whole.run(training, held_out)
+    first, _, _ = pretraining(recipe, tmp_path / "parts")
+    first._train(training, 10)
+    first.epoch = 1
+    first._save()
+    second, _, _ = pretraining(recipe, tmp_path / "parts")
+    assert "going on after epoch 1" in capsys.readouterr().out
+    second.run(training, held_out)
+    for one, other in zip(
+        whole.model.parameters(), second.model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+    with pytest.raises(FedPFTError, match="checkpoint of another command"):
+        pretraining(replace(recipe, seed=1), tmp_path / "parts")
