@@ -60,7 +60,7 @@ METHODS: dict[str, Method] = {
         selection="greedy",
         before="least-squares+distill",
         patience=3,
-        refine=100,
+        refine=200,
     ),
     # Whole layers dropped, adapters in the end layers; B: the rest distilled before.
     "fedot": Method(_FEDOT, drop_layers),
