@@ -8,7 +8,14 @@ import pytest
 import torch
 from datasets import DatasetDict
 
-from benchmarks import bounds, imports, overhead, pretrain_vit, recipes
+from benchmarks import (
+    alignment,
+    bounds,
+    imports,
+    overhead,
+    pretrain_vit,
+    recipes,
+)
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.foundation import load_fm
@@ -239,3 +246,21 @@ def test_pretraining_goes_on_where_it_ended(digits, tmp_path, capsys):
         assert torch.equal(one, other)
     with pytest.raises(FedPFTError, match="checkpoint of another command"):
         pretraining(replace(recipe, seed=1), tmp_path / "parts")
+
+
+def test_the_alignment_table_compares_with_the_first_recipe():
+    def one(selection, refit, distil, error):
+        return {
+            "selection-seconds": selection,
+            "least-squares": {"seconds": refit},
+            "seconds": distil,
+            "gradient-after": {"relative": error, "cosine": 1 - error},
+        }
+
+    found = {
+        "slow": [one(0.0, 0.0, 40.0, 0.4), one(0.0, 0.0, 60.0, 0.6)],
+        "fast": [one(1.0, 3.0, 0.0, 0.5), one(2.0, 4.0, 0.0, 0.5)],
+    }
+    lines = alignment.table(found).splitlines()
+    assert lines[2] == "| slow | 50.0 (40.0 to 60.0) | 1.00 | 0.500 | 0.500 |"
+    assert lines[3] == "| fast | 5.0 (4.0 to 6.0) | 0.10 | 0.500 | 0.500 |"

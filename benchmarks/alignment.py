@@ -1,0 +1,83 @@
+"""Measure what a better start of the sub-FM costs, and what it brings, side by side.
+
+python -m benchmarks.alignment [--seeds N ...] [KEY=VALUE ...]
+
+Every recipe chooses neurons and aligns the same FM, in turns; seconds are those of
+choosing and aligning. Gradient error and cosine are the server's own measure, on public
+batches before training. Settings change the task and the kept fraction.
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+from benchmarks import run_main, spread
+from fedpft_flower.app import load, quiet
+from fedpft_flower.commands import read_config
+from fedpft_flower.config import Config
+from fedpft_flower.server import Metrics
+
+# The first is what the others are compared with.
+RECIPES: dict[str, dict[str, Any]] = {
+    "norm, distill 240": {"method": "fedpft-b", "align.steps": 240},
+    "energy, least squares": {
+        "method": "fedpft-ls",
+        "sub-fm.selection": "energy",
+        "align.before": "least-squares",
+    },
+    "greedy, least squares": {
+        "method": "fedpft-ls",
+        "align.before": "least-squares",
+    },
+    "greedy, least squares, distill 60": {"method": "fedpft-ls", "align.steps": 60},
+    "greedy, least squares, distill 240": {"method": "fedpft-ls", "align.steps": 240},
+}
+
+
+def main() -> None:
+    """Run every recipe with every seed, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    quiet()
+    base = read_config(None, options.settings).flat()
+    found: dict[str, list[Metrics]] = {name: [] for name in RECIPES}
+    for seed in options.seeds:
+        for name, changes in RECIPES.items():
+            config = Config.from_run_config({**base, **changes, "seed": seed})
+            metrics = load(config)[2].prepare()
+            found[name].append(metrics)
+            print(f"{name}, seed {seed}: {seconds(metrics):.1f} s", flush=True)
+    print(table(found))
+
+
+def seconds(metrics: Metrics) -> float:
+    """Return how long choosing neurons and aligning took."""
+    refit = metrics.get("least-squares", {}).get("seconds", 0.0)
+    return float(metrics["selection-seconds"] + refit + metrics.get("seconds", 0.0))
+
+
+def table(found: dict[str, list[Metrics]]) -> str:
+    """Return seconds, gradient error and cosine of every recipe as Markdown."""
+    lines = [
+        "| recipe | seconds | of the first's | gradient error | cosine |",
+        "|---|---|---|---|---|",
+    ]
+    first = [seconds(one) for one in next(iter(found.values()))]
+    for name, ones in found.items():
+        taken = [seconds(one) for one in ones]
+        ratios = [one / other for one, other in zip(taken, first, strict=True)]
+        errors, cosines = (
+            statistics.mean(one["gradient-after"][key] for one in ones)
+            for key in ("relative", "cosine")
+        )
+        lines.append(
+            f"| {name} | {spread(taken, 1)} | {statistics.median(ratios):.2f} | "
+            f"{errors:.3f} | {cosines:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
