@@ -285,8 +285,8 @@ def neuron_moments(
     ffns: Sequence[FFN],
     batches: Iterable[Batch],
     grams: bool,
-) -> list[Moments]:
-    """Return the moments of these layers' neurons.
+) -> Iterator[Moments]:
+    """Yield the moments of these layers' neurons; sums are freed as they are used.
 
     Args:
         model: the FM, in evaluation mode.
@@ -306,7 +306,8 @@ def neuron_moments(
                 one.add("hh", seen.inputs, seen.inputs)
                 one.add("aa", seen.activations, seen.activations)
                 one.add_slopes(seen.slopes, seen.slopes, "gg")
-    return [_moments(*pair, grams) for pair in zip(sums, ffns, strict=True)]
+    for ffn in ffns:
+        yield _moments(sums.pop(0), ffn, grams)
 
 
 def _moments(sums: Sums, ffn: FFN, grams: bool) -> Moments:

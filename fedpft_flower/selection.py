@@ -270,7 +270,7 @@ def _moments(
     group: Sequence[int],
     batches: Iterable[Batch],
     row: Selection,
-) -> Sequence[Moments | None]:
+) -> Iterable[Moments | None]:
     if row.needs == "nothing":
         return [None] * len(group)
     layers, ffns = layers_of(model), ffns_of(model)

@@ -64,6 +64,8 @@ def results(settings):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_plain_loop_gives_the_same_adapter_as_flower(local_grid, settings, method):
     settings["method"] = method
+    if METHODS[method].refine:
+        settings["plug-in.steps"] = 10
     _, config = run(local_grid, settings)
     loop = PlainLoop(config, NODES)
     *_, last = loop.run()

@@ -43,6 +43,7 @@ SHORT = [
     "align.steps=4",
     "align.every=1",
     "align.during-steps=2",
+    "plug-in.steps=2",
 ]
 
 

@@ -42,7 +42,7 @@ def batches(family, count=3):
 
 
 def moments_of(fm, family, grams=True):
-    return neuron_moments(fm, layers_of(fm), ffns_of(fm), batches(family), grams)
+    return list(neuron_moments(fm, layers_of(fm), ffns_of(fm), batches(family), grams))
 
 
 def evidence(ffn, moments=None, count=WIDTH, **align):
