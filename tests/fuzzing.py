@@ -61,6 +61,7 @@ def small_federation(place, fm):
     rows = [f"{words[i % 2]} {'abcdef'[i % 6]},{'ab'[i % 2]}" for i in range(40)]
     (place / "rows.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     return {
+        "method": "fedpft",
         "fm.name": str(fm),
         "data.task": "text",
         "data.path": str(place / "rows.csv"),
