@@ -15,6 +15,7 @@ def prepare(place, vit_directory):
         write_digits(place / name, rows)
     write_digits(place / "public", range(200, 264))
     return {
+        "method": "fedpft",  # which realigns
         "rounds": 2,
         "out-dir": str(place / "out"),
         "fm.name": str(vit_directory),
