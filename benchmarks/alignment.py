@@ -1,6 +1,6 @@
 """Measure what a better start of the sub-FM costs, and what it brings, side by side.
 
-python -m benchmarks.alignment [--seeds N ...] [KEY=VALUE ...]
+python -m benchmarks.alignment [KEY=VALUE ...] [--seeds N ...]
 
 Every recipe chooses neurons and aligns the same FM, in turns; seconds are those of
 choosing and aligning. Gradient error and cosine are the server's own measure, on public
