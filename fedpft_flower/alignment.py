@@ -215,25 +215,34 @@ class Teacher:
             layers: whose outputs to give.
             memory: bytes that may be kept; rows beyond it are computed every time.
         """
-        self._fm, self._layers, self._free = fm, layers, memory
+        self._fm, self._layers = fm, layers
+        self._keeps, self._free = memory > 0, memory
         self._rows: dict[bytes, Tensor] = {}
 
     def __call__(self, batch: Batch) -> list[Tensor]:
         """Return outputs [tokens, D] of the layers, without padding."""
-        keys = _row_keys(batch) if self._rows or self._free > 0 else []
-        rows = [self._rows[key] for key in keys if key in self._rows]
-        if not keys or len(rows) < len(keys):
-            with torch.no_grad(), _outputs(self._layers) as outputs:
-                self._fm(**batch)
-            rows = _by_row(outputs, batch.get("attention_mask"))
-            self._keep(keys, rows)
-        return list(torch.cat(rows, dim=1))
+        keys = _row_keys(batch) if self._keeps else []
+        if keys and all(key in self._rows for key in keys):
+            return list(torch.cat([self._rows[key] for key in keys], dim=1))
+        mask = batch.get("attention_mask")
+        with torch.no_grad(), _outputs(self._layers) as outputs:
+            self._fm(**batch)
+        states = [real_tokens(h, mask) for h in outputs]
+        if keys:
+            self._keep(keys, states, mask)
+        return states
 
-    def _keep(self, keys: Sequence[bytes], rows: Sequence[Tensor]) -> None:
-        for key, states in zip(keys, rows, strict=False):
-            size = states.numel() * states.element_size()
+    def _keep(
+        self, keys: Sequence[bytes], states: Sequence[Tensor], mask: Tensor | None
+    ) -> None:
+        """Keep the states [layers, tokens, D] of every row that there is room for."""
+        alike = [len(states[0]) // len(keys)] * len(keys)
+        lengths = alike if mask is None else mask.sum(dim=1).tolist()
+        rows = torch.stack(list(states)).split(lengths, dim=1)
+        for key, row in zip(keys, rows, strict=True):
+            size = row.numel() * row.element_size()
             if key not in self._rows and size <= self._free:
-                self._rows[key] = states.clone()
+                self._rows[key] = row.clone()
                 self._free -= size
 
 
@@ -250,14 +259,6 @@ def _row_keys(batch: Batch) -> list[bytes]:
             digest.update(one.contiguous().cpu().numpy().tobytes())
         keys.append(digest.digest())
     return keys
-
-
-def _by_row(outputs: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
-    """Return the outputs [B, T, D] of layers as [layers, tokens, D] for every row."""
-    stacked = torch.stack([real_tokens(h, mask) for h in outputs])
-    rows, tokens = outputs[0].shape[:2]
-    lengths = [tokens] * rows if mask is None else mask.sum(dim=1).tolist()
-    return list(stacked.split(lengths, dim=1))
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def descend(
             raise FedPFTError(f"{name} is {loss.item()} at step {steps}; {remedy}")
         _step(optimiser, loss, trainable)
         share = schedule.used(steps, tokens, time.monotonic() - began)
-        failed = watch.failures(share) if watch else 0
+        over = watch is not None and watch.failures(share) >= schedule.patience
         progress = Progress(
             share,
             steps,
@@ -107,7 +107,7 @@ def descend(
             seconds=time.monotonic() - began,
             loss=float(loss.detach()),
             held_out=watch.last if watch else None,
-            done=share >= 1.0 or (failed > 0 and failed >= schedule.patience),
+            done=share >= 1.0 or over,
         )
         report(progress)
     if watch:

@@ -64,7 +64,7 @@ def read_splits(
             return _read_file(place, separator)
         if place is not None:
             return _read_directory(place, modality, subset)
-        if not hub or _looks_like_path(path):
+        if not (hub and is_on_hub(path)):
             raise FedPFTError(
                 f"{key} = {path!r} does not exist; give a path or hub name"
             )
