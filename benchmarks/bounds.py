@@ -31,6 +31,7 @@ from fedpft_flower.adapters import load_adapter
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import Rows
+from fedpft_flower.evaluation import metric_of
 from fedpft_flower.training import round_lr, train_adapter
 
 
@@ -56,7 +57,7 @@ def main() -> None:
         loop = whole_fm(replace(config, seed=seed), options.nodes)
         central.append(centralised(loop))
         alone.append(local(loop, clients))
-    print(f"test {config.data.metric}\n")
+    print(f"test {metric_of(config.data)}\n")
     print(table(options.seeds, central, alone))
 
 
@@ -110,7 +111,7 @@ def client_steps(rows: int, train: TrainConfig) -> int:
 def trained_metric(
     loop: PlainLoop, rows: Rows, stages: Sequence[int], purpose: str
 ) -> float:
-    """Train the FM from the federation's start; return `data.metric` on the test."""
+    """Train the FM from the federation's start; return its metric on the test."""
     server, config = loop.server, loop.config
     load_adapter(server.fm, server.adapter)
     for stage, steps in enumerate(stages, start=1):
@@ -121,7 +122,7 @@ def trained_metric(
             round_lr(config.train, stage, len(stages)),
             derive_seed(config.seed, "bound", purpose, stage),
         )
-    return float(server.evaluate("test")[f"fm-{config.data.metric}"])
+    return float(server.evaluate("test")[f"fm-{metric_of(config.data)}"])
 
 
 def table(

@@ -63,6 +63,13 @@ def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     return flat if mask is None else flat[mask.reshape(-1).bool()]
 
 
+def real_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits [B, C] of rows, or [tokens, V] of tokens without padding."""
+    logits: Tensor = model(**batch).logits
+    mask = batch.get("attention_mask")
+    return logits if logits.dim() == 2 else real_tokens(logits, mask)
+
+
 def activation_rms(
     model: nn.Module, ffns: Sequence[FFN], batches: Iterable[Batch]
 ) -> list[Tensor]:

@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_flower.activity import Batch, real_tokens
+from fedpft_flower.activity import Batch, real_logits, real_tokens
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import derive_seed
@@ -180,19 +180,21 @@ def distil(
     with torch.no_grad():
         teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
     student_ffns = compressed_ffns(base_model(sub_fm), plan)
-    states_of = Teacher(fm, teacher_layers, memory)
+    # Without what is behind the layers: nobody asks for logits here.
+    teacher, student = base_model(fm).base_model, base_model(sub_fm).base_model
+    states_of = Teacher(teacher, teacher_layers, memory)
     fm.eval()
     sub_fm.eval()
 
     def loss_of(batch: Batch) -> tuple[Tensor, int]:
-        mask, teacher = batch.get("attention_mask"), states_of(batch)
+        mask, states = batch.get("attention_mask"), states_of(batch)
         with _outputs(student_layers) as outputs:
-            sub_fm(**batch)
-        loss = state_loss(teacher, [real_tokens(h, mask) for h in outputs])
+            student(**batch)
+        loss = state_loss(states, [real_tokens(h, mask) for h in outputs])
         if product_weight and student_ffns:
             products = [weight_products(ffn) for ffn in student_ffns]
             loss = loss + product_weight * product_loss(teacher_products, products)
-        return loss, len(teacher[0])
+        return loss, len(states[0])
 
     name, lr = "alignment loss", schedule.lr
     remedy = f"lower the learning rate {lr:g} (align.lr, align.during-lr)"
@@ -328,7 +330,7 @@ def gradient_error(
 def _adapter_gradients(model: PeftModel, batch: Batch, seed: int) -> tuple[Tensor, ...]:
     model.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
-    logits = model(**batch).logits
+    logits = real_logits(model, batch)
     generator = torch.Generator().manual_seed(seed)
     cotangent = torch.randn(logits.shape, generator=generator).to(logits.device)
     cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True)

@@ -1,7 +1,6 @@
 """Run the ServerApp: from a configuration to a run directory."""
 
 import logging
-import math
 import platform
 import sys
 import time
@@ -21,6 +20,7 @@ from fedpft_flower.checkpoint import Checkpoint, Checkpoints, check_same, identi
 from fedpft_flower.client import peak_memory
 from fedpft_flower.config import MARK, Config, FedPFTError, names_in
 from fedpft_flower.encoding import content_hash
+from fedpft_flower.evaluation import is_better, metric_of
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.images import check_images
@@ -55,6 +55,7 @@ def _serve(grid: Grid, context: Context) -> None:
     if config.server_threads:
         torch.set_num_threads(config.server_threads)
     method_of(config)
+    metric_of(config.data)
     strategy_of(config.strategy, config.strategy_args)
     with closing(RunDirectory(config, context.run_id)) as directory:
         logger.info("run directory: %s", directory.path)
@@ -115,7 +116,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     federation.offer(server)  # a run that was over when it was resumed has not yet
     manifest = _manifest(config, task, splits, hashes, server, federation)
     directory.finish(server, summary, manifest)
-    _show(summary, config.data.metric)
+    _show(summary, server.metric)
     logger.info("results: %s", directory.path)
 
 
@@ -145,7 +146,9 @@ def load(
             check_images(rows, split)
     logger.info("loading FM %s", config.fm.name)
     head = names_in(config.lora.head)
-    fm = load_fm(config.fm.name, task.labels, row.modality, config.seed, head)
+    fm = load_fm(
+        config.fm.name, task.labels, row.modality, config.seed, head, row.objective
+    )
     return task, public, ProxyServer(config, fm, task, public, plan)
 
 
@@ -189,7 +192,9 @@ class _Run:
         self.config, self.directory, self.strategy = config, directory, strategy
         self._checkpoints, self._own = checkpoints, own
         self.before: Metrics = {}  # test metrics before training
-        self.best_round, self._best_score, self._misses = 0, -math.inf, 0
+        self._metric = strategy.server.metric
+        self._best_score: float | None = None
+        self.best_round, self._misses = 0, 0
         self._alignment: Metrics = {}
         self._began = time.monotonic()
 
@@ -220,8 +225,8 @@ class _Run:
         entry: Metrics = {"round": 0, "alignment": self._alignment}
         entry = self.strategy.rounds[current] if current else entry
         due = current % self.config.eval_every == 0 or current == self.config.rounds
-        accuracies = self.strategy.server.evaluate("validation") if due else {}
-        entry |= accuracies
+        scores = self.strategy.server.evaluate("validation") if due else {}
+        entry |= scores
         entry["peak-memory-server"] = peak_memory()
         entry["bytes"] = ledger.table(current)
         entry["bytes-down"] = ledger.total("down", current)
@@ -229,14 +234,15 @@ class _Run:
         now = time.monotonic()
         entry["seconds"], self._began = now - self._began, now
         self.directory.add_round(entry)
-        if accuracies:
-            self._judge(current, accuracies[f"fm-{self.config.data.metric}"])
+        if scores:
+            self._judge(current, scores[f"fm-{self._metric}"])
         self._save(current)
         logger.info("%s", self._line(current, entry))
-        return MetricRecord(accuracies) if accuracies else None
+        return MetricRecord(scores) if scores else None
 
     def _judge(self, current: int, score: float) -> None:
-        if score > self._best_score:
+        best = self._best_score
+        if best is None or is_better(self._metric, score, best):
             self.best_round, self._best_score, self._misses = current, score, 0
         else:
             self._misses += 1
@@ -275,7 +281,7 @@ class _Run:
     def _line(self, current: int, entry: Metrics) -> str:
         parts = [f"round {current}/{self.config.rounds}"]
         for name, model in (("FM", "fm"), ("sub-FM", "sub-fm")):
-            if (key := f"{model}-{self.config.data.metric}") in entry:
+            if (key := f"{model}-{self._metric}") in entry:
                 parts.append(f"{name} {entry[key]:.3f}")
         loss = entry.get("train-loss", entry.get("fm-loss"))
         if loss is not None:

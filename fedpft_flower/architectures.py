@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,11 +21,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedpft_flower.config import FedPFTError, Modality
+from fedpft_flower.config import FedPFTError, Modality, Objective
 
-AUTO_MODELS: dict[Modality, Any] = {
-    "text": AutoModelForSequenceClassification,
-    "image": AutoModelForImageClassification,
+AUTO_MODELS: dict[tuple[Modality, Objective], Any] = {
+    ("text", "classify"): AutoModelForSequenceClassification,
+    ("image", "classify"): AutoModelForImageClassification,
+    ("text", "generate"): AutoModelForCausalLM,
 }
 AUTO_PROCESSORS: dict[Modality, Any] = {
     "text": AutoTokenizer,
@@ -49,7 +51,7 @@ class Architecture:
     down: str
     # The modules that LoRA adapts.
     attention: tuple[str, ...]
-    # The modules of the task head.
+    # The modules of the classification head.
     head: tuple[str, ...]
     # Post-LN blocks: the norm behind the FFN. None in pre-LN blocks.
     output_norm: str | None
@@ -59,7 +61,9 @@ class Architecture:
     output_scale: str | None = None
     # Positions that no token can take (RoBERTa starts to count behind its padding).
     reserved_positions: int = 0
-    # The class of the model where its `Auto` class leaves a choice.
+    # Whether tokens see only those before them, so that it can generate text.
+    decoder: bool = False
+    # The class of the classifier where its `Auto` class leaves a choice.
     model_class: str | None = None
     # Fields of the config that the model reads although its class declares none such.
     undeclared: tuple[str, ...] = ()
@@ -83,7 +87,7 @@ _BERT = Architecture(
     width_field="intermediate_size",
 )
 _ROBERTA = replace(_BERT, reserved_positions=2)
-# Decoders classify from the last token that is no padding.
+# Decoders classify from the last token that is no padding, or generate.
 _LLAMA = Architecture(
     modality="text",
     layers="layers",
@@ -96,6 +100,7 @@ _LLAMA = Architecture(
         "self_attn.o_proj",
     ),
     head=("score",),
+    decoder=True,
     output_norm=None,
     width_field="intermediate_size",
 )
@@ -111,6 +116,7 @@ _OPT = Architecture(
         "self_attn.out_proj",
     ),
     head=("score",),
+    decoder=True,
     output_norm=None,
     width_field="ffn_dim",
 )
@@ -197,6 +203,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         down="mlp.c_proj",
         attention=("attn.c_attn", "attn.c_proj"),
         head=("score",),
+        decoder=True,
         output_norm=None,
         width_field="n_inner",
     ),
@@ -207,6 +214,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         down="mlp.dense_4h_to_h",
         attention=("attention.query_key_value", "attention.dense"),
         head=("score",),
+        decoder=True,
         output_norm=None,
         width_field="intermediate_size",
     ),
@@ -357,19 +365,22 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return row
 
 
-def model_class_of(row: Architecture) -> Any:
+def model_class_of(row: Architecture, objective: Objective) -> Any:
     """Return the class whose `from_pretrained` loads models of a row."""
     if row.model_class is None:
-        return AUTO_MODELS[row.modality]
+        return AUTO_MODELS[row.modality, objective]
     return getattr(transformers, row.model_class)
 
 
-def new_model(row: Architecture, config: PreTrainedConfig) -> PreTrainedModel:
+def new_model(
+    row: Architecture, config: PreTrainedConfig, objective: Objective
+) -> PreTrainedModel:
     """Build a model of a row with initial weights."""
     if row.model_class is None:
-        model: PreTrainedModel = AUTO_MODELS[row.modality].from_config(config)
+        auto = AUTO_MODELS[row.modality, objective]
+        model: PreTrainedModel = auto.from_config(config)
         return model
-    built: PreTrainedModel = model_class_of(row)(config)
+    built: PreTrainedModel = model_class_of(row, objective)(config)
     return built
 
 

@@ -107,7 +107,8 @@ def build_from_package(package: Package, lora: LoraConfig, seed: int) -> PeftMod
         FedPFTError: the package's family has no row, or it does not fit together.
     """
     try:
-        skeleton = build_skeleton(config_from(package.model_config), package.plan)
+        received = config_from(package.model_config)
+        skeleton = build_skeleton(received, package.plan, package.objective)
     except FedPFTError:
         raise
     except Exception as error:  # a hostile config raises almost anything
@@ -154,11 +155,13 @@ def _load_sub_fm(content: str, lora: LoraConfig, seed: int) -> SubFM | None:
 
 
 def _rows(config: Config, sub_fm: SubFM, node: Identity) -> Rows:
-    named = sub_fm.package.model_config["id2label"]
-    labels = [named[str(place)] for place in range(len(named))]
+    modality, objective = sub_fm.architecture.modality, sub_fm.package.objective
+    labels = list[str]()
+    if objective == "classify":
+        named = sub_fm.package.model_config["id2label"]
+        labels = [named[str(place)] for place in range(len(named))]
     part = local_rows(node, config, labels)
-    modality = sub_fm.architecture.modality
-    return encode(part, sub_fm.processor, modality, config.data)
+    return encode(part, sub_fm.processor, modality, config.data, objective)
 
 
 def _measure(sub_fm: SubFM, rows: Rows, config: Config) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, cast, get_type_hints
 ALIGNMENTS = ("bias", "least-squares", "distill")
 
 Modality = Literal["text", "image"]
+Objective = Literal["classify", "generate"]
 Scalar = bool | int | float | str
 
 # Lines for people start with this in a run's stream; `fedpft-run` shows only these.
@@ -56,16 +57,21 @@ class FMConfig:
 class DataConfig:
     """Say which rows are learnt from, and which public rows align the sub-FM."""
 
-    # "docstrings", "digits" (both embedded), or "text" / "image" for your own data.
+    # "docstrings", "digits" (both embedded), or for your own data "text" / "image"
+    # (classification) and "generation" (texts for a decoder).
     task: str = "docstrings"
-    # A directory, file or hub name that `datasets` loads; only for "text" / "image".
+    # A directory, file or hub name that `datasets` loads; only for your own data.
     path: str = ""
     # Which configuration of a hub data set ("sst2" of "nyu-mll/glue"), if it has many.
     subset: str = ""
     # What parts the columns of a CSV file.
     separator: str = ","
-    # One column, or two for sentence pairs: "question,sentence".
+    # One column, or two: sentence pairs ("question,sentence"), or for "generation" a
+    # prompt and the response that is learnt ("instruction,response").
     text_columns: str = "text"
+    # How a prompt is put to a decoder; "chat" takes the chat template of the FM's
+    # tokenizer.
+    prompt_template: str = "{prompt}\n"
     image_column: str = "image"
     label_column: str = "label"
     # The label set in its order, "negative,positive"; "" takes it from the data.
@@ -83,7 +89,8 @@ class DataConfig:
     max_test_rows: int = 0
     # Training rows with fewer words are left out; 0 keeps all.
     min_words: int = 0
-    # Longer texts are cut, in tokens.
+    # Longer texts are cut, in tokens; for "generation" plain texts become several rows,
+    # and prompts lose their beginning.
     max_length: int = 64
     # What training does to images: "none", or "crop-flip" (random resized crop and
     # horizontal flip).
@@ -96,8 +103,13 @@ class DataConfig:
     public_split: str = "train"
     # A seeded sample of so many, streamed where it is on a hub; 0 takes all.
     public_rows: int = 4000
-    # What rounds are judged and shown by; all three are recorded.
-    metric: str = "accuracy"
+    # Public texts longer than `max_length`: "cut", or made "blocks" of that length; ""
+    # does what is done with the texts of the task.
+    public_long: str = ""
+    # What rounds are judged and shown by; all are recorded. Classification: "accuracy",
+    # "macro-f1", "matthews"; generation: "perplexity", "token-accuracy", "exact-match".
+    # "" is the first of these.
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -521,7 +533,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "wire.frozen": ("fp32", "bf16", "fp16", "int8"),
     "wire.adapter": ("fp32", "bf16", "fp16"),
     "data.augment": ("none", "crop-flip"),
-    "data.metric": ("accuracy", "macro-f1", "matthews"),
+    "data.metric": (
+        "",
+        "accuracy",
+        "macro-f1",
+        "matthews",
+        "perplexity",
+        "token-accuracy",
+        "exact-match",
+    ),
+    "data.public-long": ("", "cut", "blocks"),
     "partition.kind": ("iid", "dirichlet", "pathological", "natural", "sizes"),
     "train.lr-decay": ("linear", "none"),
     "lora.init": ("gaussian", "kaiming"),
@@ -554,6 +575,12 @@ def _problems(config: Config) -> list[str]:
         found.append(
             f"align.before = {config.align.before!r}; choose 'none', or steps of "
             f"{', '.join(ALIGNMENTS)}, joined by '+'"
+        )
+    template = config.data.prompt_template
+    if template != "chat" and template.count("{prompt}") != 1:
+        found.append(
+            f"data.prompt-template = {template!r} does not say once where the prompt "
+            "is; write '{prompt}' there, or 'chat'"
         )
     for entry in names_in(config.sub_fm.whole_layers):
         if not re.fullmatch(r"-?\d{1,6}", entry):

@@ -15,8 +15,9 @@ from fedpft_flower.commands import read_config
 from fedpft_flower.config import DataConfig, FedPFTError, names_in
 from fedpft_flower.images import check_images
 from fedpft_flower.reading import labels_of
-from fedpft_flower.tasks import load_site, source_of, task_of
+from fedpft_flower.tasks import columns_of, load_site, source_of, task_of
 
+_TEXT_ROLES = ("text", "text_pair", "prompt", "response")
 FEW = 10  # rows of a class from which on it is mentioned
 
 
@@ -80,15 +81,18 @@ def check(config: DataConfig, batch_size: int, seed: int) -> Findings:
         )
         return found
     part = source[config.train_split]
-    used = _used_columns(config)
+    used = list(columns_of(config).values())
     unused = [name for name in part.column_names if name not in used]
     found.lines.append(f"columns  {', '.join(used)}{_unused(unused)}")
-    if not config.labels:
+    classify = task_of(config.task).objective == "classify"
+    if classify and not config.labels:
         found.warnings.append(
             "data.labels is not given, so labels are not compared with the server's"
         )
     try:
-        labels = names_in(config.labels) or _own_labels(part, config.label_column)
+        labels = names_in(config.labels) if classify else ()
+        if classify and not labels:
+            labels = _own_labels(part, config.label_column)
         rows = load_site(config, labels, seed)
         check_images(rows, config.train_split)
     except FedPFTError as error:
@@ -104,25 +108,30 @@ def _describe(
     left_out = len(part) - len(rows)
     note = f" ({left_out} of {len(part)} left out)" if left_out else ""
     found.lines.append(f"rows     {len(rows)}{note}")
+    if labels:
+        _describe_labels(found, rows, labels)
+    found.lines += _sizes(rows) if "image" in rows.column_names else _text_lengths(rows)
+    if len(rows) < size:
+        found.warnings.append(
+            f"{len(rows)} rows are fewer than a batch (train.batch-size = {size})"
+        )
+    if "image" not in rows.column_names:
+        found.warnings += _odd_texts(rows)
+
+
+def _describe_labels(found: Findings, rows: Dataset, labels: Sequence[str]) -> None:
     counts = Counter(labels[place] for place in rows["label"])
     shown = ", ".join(f"{label} {counts[label]}" for label in labels)
     found.lines.append(f"labels   {shown}")
-    found.lines += _text_lengths(rows) if "text" in rows.column_names else _sizes(rows)
     found.warnings += _odd_classes(counts, labels)
     if len(labels) > max(10, len(rows) / 5):
         found.warnings.append(
             f"{len(labels)} labels for {len(rows)} rows; is it the label column?"
         )
-    if len(rows) < size:
-        found.warnings.append(
-            f"{len(rows)} rows are fewer than a batch (train.batch-size = {size})"
-        )
-    if "text" in rows.column_names:
-        found.warnings += _odd_texts(rows)
 
 
 def _text_lengths(rows: Dataset) -> Iterator[str]:
-    for column in ("text", "text_pair"):
+    for column in _TEXT_ROLES:
         if column in rows.column_names:
             words = [len(text.split()) for text in rows[column]]
             middle, most = np.percentile(words, [50, 95])
@@ -148,7 +157,7 @@ def _odd_classes(counts: Counter[str], labels: Sequence[str]) -> Iterator[str]:
 
 
 def _odd_texts(rows: Dataset) -> Iterator[str]:
-    columns = [name for name in rows.column_names if name.startswith("text")]
+    columns = [name for name in _TEXT_ROLES if name in rows.column_names]
     texts = list(zip(*(rows[name] for name in columns), strict=True))
     empty = sum(not "".join(row).strip() for row in texts)
     again = len(texts) - len(set(texts))
@@ -156,20 +165,12 @@ def _odd_texts(rows: Dataset) -> Iterator[str]:
         yield f"{empty} texts are empty"
     if again:
         yield f"{again} texts occur again"
+    if "label" not in rows.column_names:
+        return
     labelled = set(zip(texts, rows["label"], strict=True))
     both = len(labelled) - len(set(texts))
     if both:
         yield f"{both} texts have two labels"
-
-
-def _used_columns(config: DataConfig) -> list[str]:
-    inputs = task_of(config.task).inputs
-    if inputs is None:
-        raise FedPFTError(
-            f"data.task = {config.task!r} has no files; give data.task=text or "
-            "data.task=image"
-        )
-    return [*inputs(config).values(), config.label_column]
 
 
 def _own_labels(part: Dataset, column: str) -> tuple[str, ...]:

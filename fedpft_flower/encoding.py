@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,12 +20,14 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedpft_flower.activity import Batch
 from fedpft_flower.config import (
     DataConfig,
     FedPFTError,
     Modality,
+    Objective,
     derive_seed,
     last_used,
     private_cache,
@@ -35,6 +37,7 @@ from fedpft_flower.images import crop_and_flip, decoded_images
 # So many batches are shuffled together, sorted by length, and cut: rows of a batch are
 # then of similar length, and little of it is padding.
 BUCKET = 8
+NO_TARGET = -100  # label of a token that no loss and no metric counts
 KEEP = 2000  # encoded data sets on disk; the oldest are removed
 
 
@@ -61,11 +64,21 @@ class Rows(Protocol):
 class TextRows:
     """Encode texts by the FM's tokenizer, once; batches are padded dynamically."""
 
-    def __init__(self, rows: Dataset, tokenizer: Any, max_length: int) -> None:
+    def __init__(
+        self, rows: Dataset, tokenizer: Any, max_length: int, blocks: bool = False
+    ) -> None:
+        """Tokenise the texts, or take their tokens from the disk.
+
+        Args:
+            rows: with the column `text`, or also `text_pair`, and maybe `label`.
+            tokenizer: the FM's.
+            max_length: longer texts are cut, in tokens.
+            blocks: do not cut them, make several rows of them; without labels.
+        """
         self._tokenizer = tokenizer
-        self._features = _tokens(rows, tokenizer, max_length)
+        self._features = _tokens(rows, tokenizer, max_length, blocks)
         self._ends = self._features.pop("ends").tolist()
-        self._labels = _labels(rows)
+        self._labels = None if blocks else _labels(rows)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -92,6 +105,69 @@ class TextRows:
 
     def _start(self, row: int) -> int:
         return self._ends[row - 1] if row else 0
+
+
+class GenerationRows:
+    """Encode texts for a decoder, which learns to continue them.
+
+    Plain texts end with the tokenizer's end token, and become blocks of `max_length`
+    tokens where they are longer. With a prompt, only the response and the end token
+    behind it are learnt; what is too long loses the prompt's beginning (behind the
+    tokenizer's start token), then the response's end.
+    """
+
+    def __init__(self, rows: Dataset, tokenizer: Any, config: DataConfig) -> None:
+        """Tokenise the texts, or take their tokens from the disk.
+
+        Args:
+            rows: with the column `text`, or `prompt` and `response`.
+            tokenizer: the FM's, with an end token.
+            config: the longest row, and how a prompt is put.
+
+        Raises:
+            FedPFTError: the tokenizer has no chat template and one is asked for, or
+                no text has two tokens.
+        """
+        self._padding = tokenizer.pad_token_id
+        features = _generation_tokens(rows, tokenizer, config)
+        self._ids = features["input_ids"].long()
+        self._ends = features["ends"].tolist()
+        self._prompts = features["prompts"].tolist()
+        if not self._ends:
+            raise FedPFTError(
+                f"none of {len(rows)} texts has two tokens, so nothing can be learnt; "
+                "name another column in data.text-columns"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of rows: responses, or blocks of texts."""
+        return len(self._ends)
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of every row."""
+        lengths: list[int] = np.diff(self._ends, prepend=0).tolist()
+        return lengths
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return inputs and `labels` [B, T], padded at the end."""
+        rows, labels = [], []
+        for row in indices:
+            start = self._ends[row - 1] if row else 0
+            ids = self._ids[start : self._ends[row]]
+            targets = ids.clone()
+            targets[: self._prompts[row]] = NO_TARGET
+            rows.append(ids)
+            labels.append(targets)
+        masks = [torch.ones_like(ids) for ids in rows]
+        return {
+            "input_ids": pad_sequence(rows, True, self._padding),
+            "attention_mask": pad_sequence(masks, True, 0),
+            "labels": pad_sequence(labels, True, NO_TARGET),
+        }
+
+    def varied(self, seed: int) -> Rows:
+        """Return the same rows: texts are not varied."""
+        return self
 
 
 class ImageRows:
@@ -158,12 +234,35 @@ class Part:
 
 
 def encode(
-    rows: Dataset, processor: Any, modality: Modality, config: DataConfig
+    rows: Dataset,
+    processor: Any,
+    modality: Modality,
+    config: DataConfig,
+    objective: Objective = "classify",
 ) -> Rows:
-    """Encode rows for a model of this modality."""
+    """Encode rows of a task for a model of this modality and objective."""
     if modality == "image":
         return ImageRows(rows, processor, config.augment)
+    if objective == "generate":
+        return GenerationRows(rows, processor, config)
     return TextRows(rows, processor, config.max_length)
+
+
+def encode_public(
+    rows: Dataset,
+    processor: Any,
+    modality: Modality,
+    config: DataConfig,
+    objective: Objective = "classify",
+) -> Rows:
+    """Encode public rows, which have no labels, for a model of this modality."""
+    if modality == "image":
+        return ImageRows(rows, processor)
+    own = "blocks" if objective == "generate" else "cut"
+    blocks = (config.public_long or own) == "blocks"
+    # Pairs are made of the sentences of whole texts already.
+    blocks = blocks and "text_pair" not in rows.column_names
+    return TextRows(rows, processor, config.max_length, blocks)
 
 
 def hold_out(rows: Rows, count: int, seed: int) -> tuple[Part, Part]:
@@ -214,11 +313,26 @@ def _labels(rows: Dataset) -> Tensor | None:
 # ------------------------------------------------------------- tokens, kept on disk
 
 
-def _tokens(rows: Dataset, tokenizer: Any, max_length: int) -> dict[str, Tensor]:
+Tokens = dict[str, Tensor]
+
+
+def _tokens(
+    rows: Dataset, tokenizer: Any, max_length: int, blocks: bool
+) -> dict[str, Tensor]:
     """Return each feature of all rows in one int32 vector, and where rows end in it."""
     texts = rows.select_columns([c for c in rows.column_names if c.startswith("text")])
     longest = min(max_length, tokenizer.model_max_length)
-    key = f"{content_hash(texts)}/{_fingerprint(tokenizer)}/{longest}"
+    how = f"{longest}/blocks" if blocks else f"{longest}"
+    return _kept(
+        texts, tokenizer, how, lambda: _tokenise(texts, tokenizer, longest, blocks)
+    )
+
+
+def _kept(
+    texts: Dataset, tokenizer: Any, how: str, tokenise: Callable[[], Tokens]
+) -> Tokens:
+    """Return the tokens of texts from the disk, or tokenise and keep them there."""
+    key = f"{content_hash(texts)}/{_fingerprint(tokenizer)}/{how}"
     place = (
         private_cache("encoded")
         / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
@@ -227,26 +341,133 @@ def _tokens(rows: Dataset, tokenizer: Any, max_length: int) -> dict[str, Tensor]
         kept = load_file(place)
         os.utime(place)
     except (OSError, SafetensorError):  # not there, or cut
-        kept = _tokenise(texts, tokenizer, longest)
+        kept = tokenise()
         _keep(kept, place)
     return kept
 
 
-def _tokenise(texts: Dataset, tokenizer: Any, longest: int) -> dict[str, Tensor]:
+def _tokenise(
+    texts: Dataset, tokenizer: Any, longest: int, blocks: bool
+) -> dict[str, Tensor]:
     columns = [list(texts[name]) for name in sorted(texts.column_names)]
-    encoded = tokenizer(*columns, truncation=True, max_length=longest)
+    encoded = tokenizer(
+        *columns,
+        truncation=True,
+        max_length=longest,
+        return_overflowing_tokens=blocks,
+    )
+    encoded.pop("overflow_to_sample_mapping", None)
     # A model needs one token at least, and not every tokenizer adds some.
     filler = {"input_ids": tokenizer.pad_token_id, "attention_mask": 1}
     encoded = {
         name: [row or [filler.get(name, 0)] for row in values]
         for name, values in encoded.items()
     }
+    return _in_vectors(encoded)
+
+
+def _in_vectors(encoded: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Tensor]:
     features = {
         name: torch.tensor([v for row in values for v in row], dtype=torch.int32)
         for name, values in encoded.items()
     }
-    sizes = torch.tensor([len(ids) for ids in encoded["input_ids"]])
-    return {**features, "ends": sizes.cumsum(0)}
+    sizes = [len(ids) for ids in encoded["input_ids"]]
+    return {**features, "ends": torch.tensor(sizes, dtype=torch.int64).cumsum(0)}
+
+
+def _generation_tokens(
+    rows: Dataset, tokenizer: Any, config: DataConfig
+) -> dict[str, Tensor]:
+    """Return `input_ids` as `_tokens` does, and how many of a row are the prompt's."""
+    names = [n for n in ("text", "prompt", "response") if n in rows.column_names]
+    texts = rows.select_columns(names)
+    longest = min(config.max_length, tokenizer.model_max_length)
+    if names == ["text"]:
+        return _kept(
+            texts,
+            tokenizer,
+            f"{longest}/generation",
+            lambda: _text_blocks(list(texts["text"]), tokenizer, longest),
+        )
+    template = config.prompt_template
+    prompts = [_put(prompt, template, tokenizer) for prompt in texts["prompt"]]
+    return _kept(
+        texts,
+        tokenizer,
+        f"{longest}/generation/{template}",
+        lambda: _responses(
+            prompts, list(texts["response"]), tokenizer, longest, template == "chat"
+        ),
+    )
+
+
+def _put(prompt: str, template: str, tokenizer: Any) -> str:
+    """Put a prompt as the template says."""
+    if template != "chat":
+        return template.replace("{prompt}", prompt)
+    if tokenizer.chat_template is None:
+        raise FedPFTError(
+            "data.prompt-template = 'chat', but the FM's tokenizer has no chat "
+            "template; write one, such as '{prompt}\\n'"
+        )
+    turns = [{"role": "user", "content": prompt}]
+    put: str = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=False
+    )
+    return put
+
+
+def _text_blocks(
+    texts: Sequence[str], tokenizer: Any, longest: int
+) -> dict[str, Tensor]:
+    end = tokenizer.eos_token_id
+    blocks = [
+        block
+        for ids in _open_ended(texts, tokenizer)
+        for block in _blocks([*ids, end], longest)
+    ]
+    nothing = torch.zeros(len(blocks), dtype=torch.int32)
+    return {**_in_vectors({"input_ids": blocks}), "prompts": nothing}
+
+
+def _blocks(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
+    """Cut tokens into blocks; a block of one has nothing to predict."""
+    cut = [ids[start : start + longest] for start in range(0, len(ids), longest)]
+    return [block for block in cut if len(block) > 1]
+
+
+def _responses(
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    tokenizer: Any,
+    longest: int,
+    chat: bool,
+) -> dict[str, Tensor]:
+    end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
+    # A chat template writes the special tokens itself.
+    asked = _open_ended(prompts, tokenizer, special=not chat)
+    answered = _open_ended(responses, tokenizer, special=False)
+    rows, lengths = [], []
+    for before, ids in zip(asked, answered, strict=True):
+        response = [*ids, end][: longest - 1]
+        prompt = before or [end]  # without any token nothing predicts the first
+        room = longest - len(response)
+        if len(prompt) > room:
+            kept_start = prompt[:1] if prompt[0] == start and room > 1 else []
+            prompt = [*kept_start, *prompt[len(prompt) - room + len(kept_start) :]]
+        rows.append([*prompt, *response])
+        lengths.append(len(prompt))
+    prompts_of = torch.tensor(lengths, dtype=torch.int32)
+    return {**_in_vectors({"input_ids": rows}), "prompts": prompts_of}
+
+
+def _open_ended(
+    texts: Sequence[str], tokenizer: Any, special: bool = True
+) -> list[list[int]]:
+    """Return the tokens of texts, without an end token that a tokenizer may add."""
+    encoded = tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+    adds_end = special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return [list(ids[:-1]) if adds_end else list(ids) for ids in encoded]
 
 
 @lru_cache(maxsize=4)

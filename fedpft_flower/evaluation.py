@@ -1,43 +1,70 @@
-"""Evaluate a model on labelled rows."""
+"""Evaluate a model on the rows of a task."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 
-from fedpft_flower.encoding import Rows
+from fedpft_flower.config import DataConfig, FedPFTError, Objective
+from fedpft_flower.encoding import NO_TARGET, Rows
+from fedpft_flower.tasks import task_of
 
 EVALUATION_BATCH = 64
+# Logits of a generating model are as long as the vocabulary for every token.
+GENERATION_BATCH = 8
+
+# Metrics of each objective, and whether more is better; the first is what a run is
+# judged by when `data.metric` names none. All have "loss" besides.
+METRICS: dict[Objective, dict[str, bool]] = {
+    "classify": {"accuracy": True, "macro-f1": True, "matthews": True},
+    "generate": {"perplexity": False, "token-accuracy": True, "exact-match": True},
+}
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Hold how well a model classifies `examples` rows.
+def metric_of(config: DataConfig) -> str:
+    """Return the name of the metric that a run is judged and shown by.
 
-    Accuracy and macro F1 (the mean over the classes that the rows have) are in [0, 1],
-    Matthews' correlation coefficient is in [-1, 1], the loss is the mean cross-entropy.
+    Raises:
+        FedPFTError: `data.metric` is none of the task's.
     """
+    known = METRICS[task_of(config.task).objective]
+    if config.metric and config.metric not in known:
+        raise FedPFTError(
+            f"data.metric = {config.metric!r} is no metric of data.task = "
+            f"{config.task!r}; choose one of {', '.join(known)}"
+        )
+    return config.metric or next(iter(known))
 
-    accuracy: float
-    macro_f1: float
-    matthews: float
-    loss: float
-    examples: int
+
+def is_better(metric: str, one: float, other: float) -> bool:
+    """Tell whether the first value of a metric is better than the second."""
+    (rises,) = [named[metric] for named in METRICS.values() if metric in named]
+    return one > other if rises else one < other
 
 
-def evaluate(model: nn.Module, rows: Rows) -> Evaluation:
-    """Evaluate a model on labelled rows."""
+def evaluate(
+    model: nn.Module, rows: Rows, objective: Objective = "classify"
+) -> dict[str, float]:
+    """Evaluate a model on rows with labels.
+
+    Returns:
+        The metrics of the objective (`METRICS`) and "loss", the mean cross-entropy
+        over rows or, where text is generated, over the tokens that are learnt.
+    """
+    if objective == "generate":
+        return _generation(model, rows)
     logits, labels = predict(model, rows)
     truth, said = labels.numpy(), logits.argmax(dim=-1).numpy()
-    return Evaluation(
-        accuracy=float(accuracy_score(truth, said)),
-        macro_f1=float(f1_score(truth, said, average="macro", labels=np.unique(truth))),
-        matthews=float(matthews_corrcoef(truth, said)),
-        loss=float(nn.functional.cross_entropy(logits, labels)),
-        examples=len(rows),
-    )
+    present = np.unique(truth)  # macro F1 is the mean over the classes of the rows
+    return {
+        "accuracy": float(accuracy_score(truth, said)),
+        "macro-f1": float(f1_score(truth, said, average="macro", labels=present)),
+        "matthews": float(matthews_corrcoef(truth, said)),
+        "loss": float(nn.functional.cross_entropy(logits, labels)),
+    }
 
 
 @torch.no_grad()
@@ -47,13 +74,53 @@ def predict(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
     They run in batches of similar length.
     """
     model.eval()
-    lengths = rows.lengths()
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    for start in range(0, len(order), EVALUATION_BATCH):
-        batch = rows.batch(order[start : start + EVALUATION_BATCH])
+    order: list[int] = []
+    for chosen in _by_length(rows, EVALUATION_BATCH):
+        batch = rows.batch(chosen)
+        order += chosen
         labels.append(batch.pop("labels"))
         logits.append(model(**batch).logits.float().cpu())
     back = torch.tensor(order).argsort()
     return torch.cat(logits)[back], torch.cat(labels)[back]
+
+
+@torch.no_grad()
+def _generation(model: nn.Module, rows: Rows) -> dict[str, float]:
+    """Return perplexity, token accuracy, exact match and loss.
+
+    Perplexity is exp(loss). A row matches exactly when the most likely token is the
+    right one at every place that is learnt, the end token's included: greedy decoding
+    then writes this very response, since each of its prefixes is the right one.
+    """
+    model.eval()
+    loss, tokens, hits, exact = 0.0, 0, 0, 0
+    for chosen in _by_length(rows, GENERATION_BATCH):
+        batch = rows.batch(chosen)
+        targets = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float().cpu()
+        learnt = targets != NO_TARGET
+        summed = nn.functional.cross_entropy(
+            logits[learnt], targets[learnt], reduction="sum"
+        )
+        right = logits.argmax(dim=-1) == targets
+        loss += float(summed)
+        tokens += int(learnt.sum())
+        hits += int((right & learnt).sum())
+        exact += int((right | ~learnt).all(dim=1).sum())
+    mean = loss / tokens
+    return {
+        "perplexity": math.exp(min(mean, 700.0)),  # the largest that a float can hold
+        "token-accuracy": hits / tokens,
+        "exact-match": exact / len(rows),
+        "loss": mean,
+    }
+
+
+def _by_length(rows: Rows, size: int) -> Iterator[list[int]]:
+    """Yield the rows in batches of similar length."""
+    lengths = rows.lengths()
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

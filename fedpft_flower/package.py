@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedpft_flower.config import Objective
 from fedpft_flower.plan import Plan
 
 
@@ -22,3 +23,4 @@ class Package:
     activity_limits: list[Tensor]
     # File name -> content of the tokenizer or image processor.
     processor_files: dict[str, bytes]
+    objective: Objective = "classify"

@@ -59,6 +59,11 @@ def _partitioner(
             "use fewer nodes or more rows"
         )
     rows = derive_seed(seed, "partition") % 2**32
+    if partition.kind in _BY_LABEL and "label" not in train.column_names:
+        raise FedPFTError(
+            f"partition.kind = {partition.kind!r} shares rows by their label, and "
+            f"data.task = {data.task!r} has none; choose 'iid', 'natural' or 'sizes'"
+        )
     partitioner, ordered = PARTITIONS[partition.kind](train, partition, count, rows)
     partitioner.dataset = ordered
     return partitioner
@@ -141,3 +146,4 @@ PARTITIONS: dict[str, Kind] = {
     # Size skew: IID rows, shares drawn from Dirichlet(alpha).
     "sizes": _sizes,
 }
+_BY_LABEL = {"dirichlet", "pathological"}

@@ -259,7 +259,10 @@ def _missing(part: Dataset, column: str) -> list[int]:
 
 
 _TEXTS = (Value("string"), Value("large_string"))
-_INPUTS = {"text": Value("string"), "text_pair": Value("string"), "image": Image()}
+_INPUTS = {
+    **dict.fromkeys(("text", "text_pair", "prompt", "response"), Value("string")),
+    "image": Image(),
+}
 
 
 def cast_input(part: Dataset, column: str) -> Dataset:

@@ -2,7 +2,8 @@
 
 The adapter was trained in the sub-FM; in the FM it does almost the same, not quite.
 The FM's logits are made to follow those of the sub-FM, both with the adapter, on
-unlabelled public rows: the mean over rows of KL(p_sub || p_FM). Only the FM's LoRA
+unlabelled public rows: the mean over rows, or over tokens where every token has logits,
+of KL(p_sub || p_FM). Only the FM's LoRA
 changes, not its head, and not the sub-FM.
 """
 
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_flower.activity import Batch
+from fedpft_flower.activity import Batch, real_logits
 from fedpft_flower.descent import Progress, Schedule, descend
 
 
@@ -20,8 +21,8 @@ def logit_loss(teacher: Tensor, student: Tensor) -> Tensor:
     """Return the mean over rows of KL(softmax(teacher) || softmax(student)).
 
     Args:
-        teacher: logits [B, C] of the sub-FM.
-        student: logits [B, C] of the FM.
+        teacher: logits [B, C] of the sub-FM, or [tokens, V].
+        student: those of the FM.
     """
     return nn.functional.kl_div(
         nn.functional.log_softmax(student, dim=-1),
@@ -62,10 +63,10 @@ def refine(
     def loss_of(batch: Batch) -> tuple[Tensor, int]:
         inputs = {name: values for name, values in batch.items() if name != "labels"}
         with torch.no_grad():
-            teacher = sub_fm(**inputs).logits
+            teacher = real_logits(sub_fm, inputs)
         mask = batch.get("attention_mask")
         tokens = 0 if mask is None else int(mask.sum())
-        return logit_loss(teacher, fm(**inputs).logits), tokens
+        return logit_loss(teacher, real_logits(fm, inputs)), tokens
 
     name, remedy = "the loss of the refinement", f"lower plug-in.lr = {schedule.lr:g}"
     trainable = [(parameter, None) for parameter in lora]

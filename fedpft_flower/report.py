@@ -108,8 +108,8 @@ class RunDirectory:
     def finish(self, server: ProxyServer, summary: Metrics, manifest: Metrics) -> None:
         """Write everything that a finished run has."""
         self._write("manifest.json", _pretty(manifest))
-        metric = server.config.data.metric
-        self._put("curves.png", lambda path: draw_curves(self._rounds, metric, path))
+        rounds, metric = self._rounds, server.metric
+        self._put("curves.png", lambda path: draw_curves(rounds, metric, path))
         self._put("adapter", lambda path: export_adapter(server.fm, path))
         self._write("summary.json", _pretty(summary))  # last: the run is complete
 

@@ -43,11 +43,12 @@ from fedpft_flower.descent import Progress, Schedule, Trainable
 from fedpft_flower.encoding import (
     Rows,
     encode,
+    encode_public,
     endless_batches,
     hold_out,
     shuffled_batches,
 )
-from fedpft_flower.evaluation import Evaluation, evaluate
+from fedpft_flower.evaluation import evaluate, metric_of
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.least_squares import Fit, refit
 from fedpft_flower.methods import method_of
@@ -110,7 +111,9 @@ class ProxyServer:
         self.config, self.method = config, method_of(config)
         self._processor = fm.processor
         self._head = fm.head
-        self._modality = fm.architecture.modality
+        self._modality, self._objective = fm.architecture.modality, fm.objective
+        # What a run is judged by.
+        self.metric = metric_of(config.data)
         self._model_config = config_fields(fm.model.config)
         _check_length(config.data.max_length, fm)
         if self.method.needs_public and public is None:
@@ -118,13 +121,13 @@ class ProxyServer:
                 f"method = {config.method!r} needs a public corpus and there is none; "
                 "set data.public-path"
             )
-        self._public = self.encode(public) if public is not None else None
+        self._public = self._encode_public(public) if public is not None else None
         # Seconds that choosing neurons took.
         self.selection_seconds = 0.0
         self.plan = plan or self._choose(fm.model)
         self._check_plan()
         self.fm_weights = frozen_weights(fm.model, self._head)
-        sub_fm = build_sub_fm(fm.model, self.plan)
+        sub_fm = build_sub_fm(fm.model, self.plan, self._objective)
         self._weights = frozen_weights(sub_fm, self._head)
         self.fm = attach_adapter(
             fm.model, config.lora, self._head, config.seed, self.plan.adapters
@@ -199,11 +202,17 @@ class ProxyServer:
             weights=self._snapshot(),
             activity_limits=self.limits,
             processor_files=files,
+            objective=self._objective,
         )
 
     def encode(self, rows: Dataset) -> Rows:
-        """Encode rows as the FM and its sub-FM take them."""
-        return encode(rows, self._processor, self._modality, self.config.data)
+        """Encode rows of the task as the FM and its sub-FM take them."""
+        kind, data = self._modality, self.config.data
+        return encode(rows, self._processor, kind, data, self._objective)
+
+    def _encode_public(self, rows: Dataset) -> Rows:
+        kind, data = self._modality, self.config.data
+        return encode_public(rows, self._processor, kind, data, self._objective)
 
     def check_clients(self, nodes: int) -> int:
         """Return how many of so many nodes train in a round.
@@ -378,8 +387,8 @@ class ProxyServer:
         as it is.
 
         Returns:
-            What it used, first and last loss, loss and `data.metric` of the FM before
-            and after on the validation split, and whether the refined adapter was kept;
+            What it used, first and last loss, the FM's loss and metric before and after
+            on the validation split, and whether the refined adapter was kept;
             nothing where the method does not refine, or the sub-FM is the FM.
         """
         plug, steps = self.config.plug_in, self.method.refine
@@ -389,28 +398,27 @@ class ProxyServer:
         seed = derive_seed(self.config.seed, "refine")
         batches = endless_batches(self._public, plug.batch_size, seed)
         told, rows = _Told("refine"), self._splits["validation"]
-        before = evaluate(self.fm, rows)
+        before = evaluate(self.fm, rows, self._objective)
         refine(self.fm, self.sub_fm, batches, Schedule(plug.lr, steps), told)
-        after = evaluate(self.fm, rows)
-        kept = after.loss < before.loss
+        after = evaluate(self.fm, rows, self._objective)
+        kept = after["loss"] < before["loss"]
         if not kept:
             plug_in(self.fm, self.adapter, self.plan)
-        name = self.config.data.metric
-        metrics = [getattr(one, name.replace("-", "_")) for one in (before, after)]
         logger.info(
             "refine: on validation loss %.3f -> %.3f, %s %.3f -> %.3f, %s",
-            before.loss,
-            after.loss,
-            name,
-            *metrics,
+            before["loss"],
+            after["loss"],
+            self.metric,
+            before[self.metric],
+            after[self.metric],
             "kept" if kept else "not kept",
         )
         return {
             **told.metrics(),
-            "validation-loss-before": before.loss,
-            "validation-loss-after": after.loss,
-            "validation-before": metrics[0],
-            "validation-after": metrics[1],
+            "validation-loss-before": before["loss"],
+            "validation-loss-after": after["loss"],
+            "validation-before": before[self.metric],
+            "validation-after": after[self.metric],
             "kept": kept,
         }
 
@@ -422,9 +430,9 @@ class ProxyServer:
                 split (only to report).
         """
         rows = self._splits[split]
-        fm = evaluate(self.fm, rows)
-        # A whole sub-FM is the FM, bit for bit.
-        sub_fm = fm if self.plan.is_whole else evaluate(self.sub_fm, rows)
+        fm = sub_fm = evaluate(self.fm, rows, self._objective)
+        if not self.plan.is_whole:  # a whole sub-FM is the FM, bit for bit
+            sub_fm = evaluate(self.sub_fm, rows, self._objective)
         return {**_prefixed("fm", fm), **_prefixed("sub-fm", sub_fm)}
 
     # ----------------------------------------------------------------------- its parts
@@ -614,13 +622,8 @@ def _check_length(length: int, fm: FoundationModel) -> None:
         )
 
 
-def _prefixed(name: str, result: Evaluation) -> Metrics:
-    return {
-        f"{name}-accuracy": result.accuracy,
-        f"{name}-macro-f1": result.macro_f1,
-        f"{name}-matthews": result.matthews,
-        f"{name}-loss": result.loss,
-    }
+def _prefixed(model: str, metrics: Metrics) -> Metrics:
+    return {f"{model}-{name}": value for name, value in metrics.items()}
 
 
 class _Told:

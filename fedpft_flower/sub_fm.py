@@ -23,27 +23,32 @@ from fedpft_flower.architectures import (
     matrix_of,
     new_model,
 )
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.config import FedPFTError, Objective
 from fedpft_flower.plan import MOST_LAYERS, Plan
 
 # Bounds on what a received config may ask for.
 MOST_ENTRIES, MOST = 100_000, 2e7
 
 
-def build_sub_fm(fm: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+def build_sub_fm(
+    fm: PreTrainedModel, plan: Plan, objective: Objective = "classify"
+) -> PreTrainedModel:
     """Cut a sub-FM out of an FM, which is not touched and shares no storage with it."""
-    skeleton = build_skeleton(fm.config, plan)
+    skeleton = build_skeleton(fm.config, plan, objective)
     load_weights(skeleton, _cut_weights(fm, plan))
     skeleton.eval()
     return skeleton
 
 
-def build_skeleton(fm_config: PreTrainedConfig, plan: Plan) -> PreTrainedModel:
+def build_skeleton(
+    fm_config: PreTrainedConfig, plan: Plan, objective: Objective = "classify"
+) -> PreTrainedModel:
     """Build a sub-FM of the plan's shape whose weights are still to be loaded.
 
     Args:
         fm_config: the config of the FM (any modality that has a row).
         plan: what to keep.
+        objective: what the model does.
 
     Returns:
         A model with parameters on the meta device. Its config names the width where
@@ -58,7 +63,7 @@ def build_skeleton(fm_config: PreTrainedConfig, plan: Plan) -> PreTrainedModel:
     if row.width_field and len(widths) == 1:
         setattr(config, row.width_field, widths.pop())
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = new_model(row, config)
+        model: PreTrainedModel = new_model(row, config, objective)
     for layer, fm_layer in zip(layers_of(model), plan.layers, strict=True):
         _resize(model, layer, len(plan.kept[fm_layer]))
     return model
@@ -125,7 +130,7 @@ def load_weights(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> No
     Raises:
         FedPFTError: a weight is missing, left over, or of another shape.
     """
-    expected = skeleton.state_dict()
+    expected = _own_state(skeleton)
     missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     wrong = [
         k for k in expected.keys() & weights if expected[k].shape != weights[k].shape
@@ -135,7 +140,8 @@ def load_weights(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> No
             f"weights do not fit the sub-FM: missing {sorted(missing)[:3]}, left over "
             f"{sorted(extra)[:3]}, other shape {sorted(wrong)[:3]}"
         )
-    skeleton.load_state_dict(weights, assign=True)
+    # All own weights are there; those tied to others are not, and follow.
+    skeleton.load_state_dict(weights, assign=True, strict=False)
     skeleton.tie_weights()
 
 
@@ -153,9 +159,20 @@ def frozen_weights(model: PreTrainedModel, head: tuple[str, ...]) -> dict[str, T
     """
     return {
         name: tensor.detach()
-        for name, tensor in model.state_dict(keep_vars=True).items()
+        for name, tensor in _own_state(model).items()
         if not any(name.startswith(f"{module}.") for module in head)
     }
+
+
+def _own_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return parameters and buffers, without those that are others once more.
+
+    A decoder's output matrix often is its token embedding.
+    """
+    state = model.state_dict(keep_vars=True)
+    for name in model.all_tied_weights_keys:
+        state.pop(name, None)
+    return dict(state)
 
 
 def _resize(model: PreTrainedModel, layer: nn.Module, width: int) -> None:
@@ -191,7 +208,7 @@ def _cut_weights(fm: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
             places[id(parameter)] = (axis, indices)
     prefix, order = layer_prefix(fm), {layer: i for i, layer in enumerate(plan.layers)}
     weights: dict[str, Tensor] = {}
-    for name, tensor in fm.state_dict(keep_vars=True).items():
+    for name, tensor in _own_state(fm).items():
         if name.startswith(prefix):
             number, _, rest = name.removeprefix(prefix).partition(".")
             if int(number) not in order:

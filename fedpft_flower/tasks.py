@@ -1,8 +1,9 @@
 """Load the data of a task, split it, and index its labels.
 
-A task is a row of `TASKS`. Loaded rows have the columns `text` (and `text_pair`) or
-`image`, and `label` as an index into the label set; `client` where a column says whose
-they are.
+A task is a row of `TASKS`. Loaded rows of a classification have the columns `text`
+(and `text_pair`) or `image`, and `label` as an index into the label set; those of a
+generation `text`, or `prompt` and `response`. All have `client` where a column says
+whose they are.
 """
 
 import re
@@ -18,6 +19,7 @@ from fedpft_flower.config import (
     DataConfig,
     FedPFTError,
     Modality,
+    Objective,
     derive_seed,
     names_in,
 )
@@ -42,6 +44,7 @@ HELD_OUT = 0.1  # share of the training rows that replaces a missing split
 class TaskData:
     """Hold the splits of a task; `notes` says where each one comes from.
 
+    `labels` is empty where there is nothing to classify.
     `train` is None at a server that holds none: every node then has rows of its own.
     """
 
@@ -63,6 +66,7 @@ class Task:
     public: Callable[[], Dataset] | None = None
     # Role -> column of the inputs, for a user's own data.
     inputs: Callable[[DataConfig], dict[str, str]] | None = None
+    objective: Objective = "classify"
 
 
 # ------------------------------------------------------------------------- loading
@@ -108,19 +112,43 @@ def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
     if task.inputs is None:
         raise FedPFTError(
             f"data-path = {config.path!r} is not used by data.task = {config.task!r}; "
-            "set data.task to 'text' or 'image'"
+            f"set data.task to {_own_tasks()}"
         )
     source = source_of(config, "data-path", hub=False)
     rows = _split(source, config.train_split, "train-split")
-    columns = {**task.inputs(config), "label": config.label_column}
-    rows = choose_columns(rows, columns, _SETTINGS)
+    rows = choose_columns(rows, columns_of(config), _SETTINGS)
     rows = complete_rows(rows, config.train_split)
-    return _for_training(_labelled(rows, labels, config.train_split), config, seed)
+    if task.objective == "classify":
+        rows = _labelled(rows, labels, config.train_split)
+    return _for_training(rows, config, seed)
+
+
+def columns_of(config: DataConfig) -> dict[str, str]:
+    """Return role -> column of what a task uses of the user's own rows.
+
+    Raises:
+        FedPFTError: the task has data of its own.
+    """
+    task = task_of(config.task)
+    if task.inputs is None:
+        raise FedPFTError(
+            f"data.task = {config.task!r} has no files; set data.task to {_own_tasks()}"
+        )
+    columns = task.inputs(config)
+    if task.objective == "classify":
+        columns["label"] = config.label_column
+    return columns
+
+
+def _own_tasks() -> str:
+    return ", ".join(repr(name) for name, row in TASKS.items() if row.inputs)
 
 
 def _for_training(rows: Dataset, config: DataConfig, seed: int) -> Dataset:
-    if config.min_words and "text" in rows.column_names:
-        long = [len(text.split()) >= config.min_words for text in rows["text"]]
+    learnt = {"text", "response"} & set(rows.column_names)
+    if config.min_words and learnt:
+        (column,) = learnt
+        long = [len(text.split()) >= config.min_words for text in rows[column]]
         rows = rows.select(np.flatnonzero(long))
     if not len(rows):
         raise FedPFTError(
@@ -173,12 +201,13 @@ def _public_split(config: DataConfig, seed: int) -> Dataset:
 def _own_public(config: DataConfig, seed: int) -> Dataset:
     task = task_of(config.task)
     kind = "image" if task.modality == "image" else "text"
-    roles = (kind, "text_pair") if kind == "text" else (kind,)
+    pairs = kind == "text" and task.objective == "classify"
+    roles = (kind, "text_pair") if pairs else (kind,)
     columns = names_in(config.public_column) or (kind,)
     if len(columns) > len(roles):
         raise FedPFTError(
             f"data.public-column = {config.public_column!r}; name one column"
-            f"{', or two of texts that are pairs' if kind == 'text' else ''}"
+            f"{', or two of texts that are pairs' if pairs else ''}"
         )
     wanted = dict(zip(roles, columns, strict=False))
     public = choose_columns(
@@ -243,7 +272,7 @@ def _refuse_path(config: DataConfig) -> None:
     if config.path:
         raise FedPFTError(
             f"data.path = {config.path!r} is not used by data.task = {config.task!r}; "
-            "set data.task to 'text' or 'image'"
+            f"set data.task to {_own_tasks()}"
         )
 
 
@@ -322,6 +351,18 @@ def _text_inputs(config: DataConfig) -> dict[str, str]:
     return dict(zip(("text", "text_pair"), columns, strict=False))
 
 
+def _generation_inputs(config: DataConfig) -> dict[str, str]:
+    columns = names_in(config.text_columns)
+    if len(columns) == 2:
+        return dict(zip(("prompt", "response"), columns, strict=True))
+    if len(columns) != 1:
+        raise FedPFTError(
+            f"data.text-columns = {config.text_columns!r}; name one column of texts, "
+            "or two separated by a comma: of prompts and of responses"
+        )
+    return {"text": columns[0]}
+
+
 def _image_inputs(config: DataConfig) -> dict[str, str]:
     return {"image": config.image_column}
 
@@ -337,10 +378,7 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
             f"data.task = {config.task!r} needs data.path: a directory, a file, or a "
             "hub name"
         )
-    row = task_of(config.task)
-    assert row.inputs is not None
-    columns = {**row.inputs(config), "label": config.label_column}
-    source = source_of(config, "data.path")
+    columns, source = columns_of(config), source_of(config, "data.path")
     parts: dict[str, Dataset] = {}
     notes: dict[str, str] = {}
     roles = _roles(config, source)
@@ -359,16 +397,21 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
             f"data.path = {config.path!r} has the splits {', '.join(source)}; say what "
             "they are: data.train-split, data.validation-split, data.test-split"
         )
-    names = _label_names(next(iter(parts.values())), config)
+    names = tuple[str, ...]()
+    classify = task_of(config.task).objective == "classify"
+    if classify:
+        names = _label_names(next(iter(parts.values())), config)
     _complete(parts, notes, seed)
-    ready = {r: _labelled(part, names, notes[r]) for r, part in parts.items()}
+    if classify:
+        parts = {r: _labelled(part, names, notes[r]) for r, part in parts.items()}
+        more = {s: _labelled(part, names, s) for s, part in more.items()}
     return TaskData(
-        train=ready.get("train"),
-        validation=ready["validation"],
-        test=ready["test"],
+        train=parts.get("train"),
+        validation=parts["validation"],
+        test=parts["test"],
         labels=names,
         notes=notes | {split: split for split in more},
-        more_tests={s: _labelled(part, names, s) for s, part in more.items()},
+        more_tests=more,
     )
 
 
@@ -412,12 +455,18 @@ def _roles(config: DataConfig, source: Splits) -> dict[str, str]:
         for role in named.keys() - asked.keys()
         if role in source
         and role not in asked.values()
-        and (role == "train" or has_labels(source[role], config.label_column))
+        and (role == "train" or _can_evaluate(source[role], config))
     }
 
 
+def _can_evaluate(part: Dataset, config: DataConfig) -> bool:
+    """Tell whether a split says what is right; texts to generate do so themselves."""
+    generate = task_of(config.task).objective == "generate"
+    return generate or has_labels(part, config.label_column)
+
+
 def _check_labels(part: Dataset, config: DataConfig, role: str, split: str) -> None:
-    if not has_labels(part, config.label_column):
+    if not _can_evaluate(part, config):
         raise FedPFTError(
             f"data.{role}-split = {split!r} has no labels in column "
             f"{config.label_column!r}; name another split or column"
@@ -462,11 +511,16 @@ TASKS: dict[str, Task] = {
     "digits": Task("image", _load_digits, _public_digits),
     "text": Task("text", _load_own, inputs=_text_inputs),
     "image": Task("image", _load_own, inputs=_image_inputs),
+    "generation": Task(
+        "text", _load_own, inputs=_generation_inputs, objective="generate"
+    ),
 }
 
 _SETTINGS = {
     "text": "data.text-columns",
     "text_pair": "data.text-columns",
+    "prompt": "data.text-columns",
+    "response": "data.text-columns",
     "image": "data.image-column",
     "label": "data.label-column",
     "client": "data.client-column",

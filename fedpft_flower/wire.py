@@ -194,6 +194,7 @@ def package_json(package: Package) -> str:
             "model": package.model_config,
             "plan": package.plan.to_json(),
             "head": package.head,
+            "objective": package.objective,
             "files": files,
         },
         sort_keys=True,
@@ -216,6 +217,7 @@ def package_from(text: str, tensors: Mapping[str, Tensor]) -> Package:
         ),
         activity_limits=[tensors[name] for name in limits],
         processor_files={n: base64.b64decode(b) for n, b in data["files"].items()},
+        objective=data["objective"],
     )
 
 

@@ -96,11 +96,21 @@ def settings(vit_directory, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def llama_directory(tmp_path_factory):
+    """Write a tiny random Llama, a classifier, as a user's own FM."""
+    return write_llama(tmp_path_factory.mktemp("llama"), "classify")
+
+
+@pytest.fixture(scope="session")
+def generator_directory(tmp_path_factory):
+    """Write a tiny random Llama, a language model, as a user's own FM."""
+    return write_llama(tmp_path_factory.mktemp("generator"), "generate")
+
+
+def write_llama(place, objective):
     """Write a tiny random Llama whose tokenizer knows no padding, as they come."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    place = tmp_path_factory.mktemp("llama")
     words = ["<unk>", "<s>", "</s>", "good", "bad", "film", "very", "fast", *"abcdef"]
     model = models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
     tokenizer = Tokenizer(model)
@@ -108,7 +118,7 @@ def llama_directory(tmp_path_factory):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(place)
-    fm = tiny_model("llama")
+    fm = tiny_model("llama", objective=objective)
     fm.config.pad_token_id = None
     fm.save_pretrained(place)
     return place

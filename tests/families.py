@@ -16,6 +16,7 @@ from fedpft_flower.architectures import (
     matrix_of,
     new_model,
 )
+from fedpft_flower.config import Objective
 
 WIDTH, LAYERS, CLASSES, VOCABULARY = 24, 3, 4, 60
 
@@ -114,7 +115,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 MODEL_TYPES = {"opt-post-ln": "opt", "dinov2-swiglu": "dinov2"}
 
 
-def tiny_model(family: str, seed: int = 0, layers: int = LAYERS) -> PreTrainedModel:
+def tiny_model(
+    family: str,
+    seed: int = 0,
+    layers: int = LAYERS,
+    objective: Objective = "classify",
+) -> PreTrainedModel:
     """Build a random model whose biases are not zero, so that nothing cancels out."""
     sizes = CONFIGS[family]
     names = ("num_hidden_layers", "n_layers", "n_layer")
@@ -122,7 +128,7 @@ def tiny_model(family: str, seed: int = 0, layers: int = LAYERS) -> PreTrainedMo
     model_type = MODEL_TYPES.get(family, family)
     config = AutoConfig.for_model(model_type, num_labels=CLASSES, **{**sizes, **depth})
     torch.manual_seed(seed)
-    model = new_model(ARCHITECTURES[family], config)
+    model = new_model(ARCHITECTURES[family], config, objective)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

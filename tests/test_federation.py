@@ -502,7 +502,7 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
     model = PeftModel.from_pretrained(stock, str(place / "adapter"))
     fm = load_fm(str(vit_directory), task.labels, "image", config.seed)
     rows = encode(task.test, fm.processor, "image", config.data)
-    assert evaluate(model, rows).accuracy == summary["test-after"]["fm-accuracy"]
+    assert evaluate(model, rows)["accuracy"] == summary["test-after"]["fm-accuracy"]
 
 
 def test_further_test_splits_are_reported_apart(local_grid, settings, tmp_path):

@@ -10,7 +10,6 @@ from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.descent import Schedule
-from fedpft_flower.evaluation import Evaluation
 from fedpft_flower.refinement import logit_loss, refine
 from tests.families import tiny_batch
 from tests.test_architectures import adapted
@@ -77,8 +76,8 @@ def test_the_server_keeps_what_lowers_the_loss_on_validation(trained, monkeypatc
     plain, sub = get_adapter(trained.fm), get_adapter(trained.sub_fm)
     losses = iter([0.5, 0.4, 0.4, 0.5])
 
-    def evaluation(model, rows):
-        return Evaluation(0.5, 0.5, 0.5, next(losses), len(rows))
+    def evaluation(model, rows, objective):
+        return {"accuracy": 0.5, "loss": next(losses)}
 
     monkeypatch.setattr("fedpft_flower.server.evaluate", evaluation)
     report = trained.refine()
