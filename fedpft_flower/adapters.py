@@ -8,13 +8,13 @@ missing and none is left over.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import peft
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedpft_flower.architectures import architecture_of, layer_prefix
@@ -33,7 +33,8 @@ def attach_adapter(
 ) -> PeftModel:
     """Attach LoRA and a trainable head to a model, in place, and freeze the rest.
 
-    LoRA starts at the identity (B = 0), so the outputs do not change.
+    LoRA starts at the identity (B = 0), so the outputs do not change. What trains is
+    float32, in whatever numbers the model is.
 
     Args:
         model: the FM or a sub-FM.
@@ -69,7 +70,18 @@ def attach_adapter(
                 "modules of the attention, and modules of the head"
             ) from error
     _check_head(adapted, head)
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for trained in module.modules_to_save.values():
+                trained.float().register_forward_pre_hook(_cast_inputs)
     return adapted
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for value in inputs
+    )
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

@@ -52,14 +52,15 @@ def state_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
     """
     losses = [
         (h_fm - h_sub).square().mean() / h_fm.square().mean()
-        for h_fm, h_sub in zip(teacher, student, strict=True)
+        for h_fm, h_sub in zip([h.float() for h in teacher], student, strict=True)
     ]
     return torch.stack(losses).mean()
 
 
 def weight_products(ffn: FFN) -> list[Tensor]:
     """Return W_out W_x, [D, D], for every block of input weights W_x."""
-    return [ffn.down_columns() @ rows for rows in ffn.up_rows()]
+    columns = ffn.down_columns().float()
+    return [columns @ rows.float() for rows in ffn.up_rows()]
 
 
 def product_loss(

@@ -147,7 +147,13 @@ def load(
     logger.info("loading FM %s", config.fm.name)
     head = names_in(config.lora.head)
     fm = load_fm(
-        config.fm.name, task.labels, row.modality, config.seed, head, row.objective
+        config.fm.name,
+        task.labels,
+        row.modality,
+        config.seed,
+        head,
+        row.objective,
+        config.fm.dtype,
     )
     return task, public, ProxyServer(config, fm, task, public, plan)
 

@@ -51,6 +51,9 @@ class FMConfig:
 
     # "minilm" (bundled with the extra `offline`), a local directory, or a hub name.
     name: str = "minilm"
+    # The numbers that the server holds it in: those of its "checkpoint", or "float32".
+    # Its sub-FM and all adapters are float32.
+    dtype: str = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -532,6 +535,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "select": ("last", "best"),
     "wire.frozen": ("fp32", "bf16", "fp16", "int8"),
     "wire.adapter": ("fp32", "bf16", "fp16"),
+    "fm.dtype": ("checkpoint", "float32"),
     "data.augment": ("none", "crop-flip"),
     "data.metric": (
         "",

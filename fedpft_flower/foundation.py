@@ -51,6 +51,7 @@ def load_fm(
     seed: int,
     head: Sequence[str] = (),
     objective: Objective = "classify",
+    dtype: str = "checkpoint",
 ) -> FoundationModel:
     """Load an FM with a head for these labels; what the checkpoint lacks is seeded.
 
@@ -62,6 +63,7 @@ def load_fm(
         head: modules that train in full; none takes the classification head of the
             family's row, and of a generating model nothing.
         objective: what the model is to do.
+        dtype: of its numbers: "checkpoint", or "float32".
 
     Raises:
         FedPFTError: the FM cannot be read, its bundled weights differ from the known
@@ -85,7 +87,7 @@ def load_fm(
                 # A checkpoint's own classifier of another size is replaced.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                dtype=torch.float32,
+                dtype="auto" if dtype == "checkpoint" else torch.float32,
                 **(classifier if objective == "classify" else {}),
             )
             processor = AUTO_PROCESSORS[modality].from_pretrained(source)
@@ -102,6 +104,8 @@ def load_fm(
     _check_complete(row, modules, other_shape, report["unexpected_keys"], name)
     lacking = {*report["missing_keys"], *other_shape}
     complete = _with_lacking(model, row, modules, lacking, name)
+    if modality == "image":
+        model.base_model.register_forward_pre_hook(_cast_images, with_kwargs=True)
     return FoundationModel(model, processor, row, complete, objective)
 
 
@@ -208,6 +212,19 @@ def _check_generator(
             f"lora.head: {tied[0]!r} of {model.config.model_type} is also its token "
             "embedding and cannot train alone; leave lora.head empty"
         )
+
+
+def _cast_images(
+    body: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a model images in its own numbers; not every family does so itself."""
+    dtype = next(body.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        floats = torch.is_tensor(value) and value.is_floating_point()
+        return value.to(dtype) if floats else value
+
+    return tuple(map(cast, inputs)), {name: cast(v) for name, v in named.items()}
 
 
 def _unreadable(name: str, error: Exception) -> str:

@@ -152,7 +152,7 @@ def refit(
     walks = Walk(fm, batches, changes=False), Walk(sub_fm, batches, changes=True)
     for layer in plan.compressed:
         (place,) = plan.places([layer])
-        learnt, held_out = objectives(walks, (layer, place), align)
+        learnt, held_out = quadratics(walks, (layer, place), align)
         if bias_only and learnt.bias is None:
             raise FedPFTError(
                 "align.before = 'bias', but the FFNs of this FM have no output bias; "
@@ -216,7 +216,7 @@ class Walk:
         self._at = place if self._changes else place + 1
 
 
-def objectives(
+def quadratics(
     walks: tuple[Walk, Walk], places: tuple[int, int], align: AlignConfig
 ) -> tuple[Quadratic, Quadratic]:
     """Return the objective of a layer on most batches, and on those held out.

@@ -74,11 +74,11 @@ class _Watched:
 
     def seen(self, mask: Tensor | None) -> Seen:
         """Return what passed, without padding."""
-        raw = {name: real_tokens(tensor, mask) for name, tensor in self._raw.items()}
+        raw = {name: _numbers(tensor, mask) for name, tensor in self._raw.items()}
         return Seen(
             inputs=raw["inputs"],
             activations=raw["activations"],
-            slopes=tuple(real_tokens(slope, mask) for slope in self._slopes),
+            slopes=tuple(_numbers(slope, mask) for slope in self._slopes),
             down=raw["down"],
             stream=raw.get("stream", raw["output"]),
             output=raw["output"],
@@ -114,6 +114,11 @@ class _Watched:
     def _leave(self, module: nn.Module, inputs: object, output: Any) -> None:
         self._returned = output
         self._raw["output"] = output[0] if isinstance(output, tuple) else output
+
+
+def _numbers(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the real tokens' values in the numbers that sums are made of."""
+    return real_tokens(values, mask).float()
 
 
 @torch.no_grad()

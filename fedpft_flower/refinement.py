@@ -25,8 +25,8 @@ def logit_loss(teacher: Tensor, student: Tensor) -> Tensor:
         student: those of the FM.
     """
     return nn.functional.kl_div(
-        nn.functional.log_softmax(student, dim=-1),
-        nn.functional.log_softmax(teacher, dim=-1),
+        nn.functional.log_softmax(student.float(), dim=-1),
+        nn.functional.log_softmax(teacher.float(), dim=-1),
         log_target=True,
         reduction="batchmean",
     )

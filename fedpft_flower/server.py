@@ -127,6 +127,8 @@ class ProxyServer:
         self.plan = plan or self._choose(fm.model)
         self._check_plan()
         self.fm_weights = frozen_weights(fm.model, self._head)
+        # Whether the sub-FM is the FM, bit for bit.
+        self._is_fm = self.plan.is_whole and fm.model.dtype == torch.float32
         sub_fm = build_sub_fm(fm.model, self.plan, self._objective)
         self._weights = frozen_weights(sub_fm, self._head)
         self.fm = attach_adapter(
@@ -431,7 +433,7 @@ class ProxyServer:
         """
         rows = self._splits[split]
         fm = sub_fm = evaluate(self.fm, rows, self._objective)
-        if not self.plan.is_whole:  # a whole sub-FM is the FM, bit for bit
+        if not self._is_fm:
             sub_fm = evaluate(self.sub_fm, rows, self._objective)
         return {**_prefixed("fm", fm), **_prefixed("sub-fm", sub_fm)}
 

@@ -33,7 +33,10 @@ MOST_ENTRIES, MOST = 100_000, 2e7
 def build_sub_fm(
     fm: PreTrainedModel, plan: Plan, objective: Objective = "classify"
 ) -> PreTrainedModel:
-    """Cut a sub-FM out of an FM, which is not touched and shares no storage with it."""
+    """Cut a sub-FM out of an FM, which is not touched and shares no storage with it.
+
+    The sub-FM is float32, in whatever numbers the FM is.
+    """
     skeleton = build_skeleton(fm.config, plan, objective)
     load_weights(skeleton, _cut_weights(fm, plan))
     skeleton.eval()
@@ -56,6 +59,7 @@ def build_skeleton(
     """
     row = architecture_of(fm_config)
     config = copy.deepcopy(fm_config)
+    config.dtype = torch.float32
     config.num_hidden_layers = len(plan.layers)
     if kinds := getattr(config, "layer_types", None):  # one entry a layer
         config.layer_types = [kinds[layer] for layer in plan.layers]
@@ -214,11 +218,10 @@ def _cut_weights(fm: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
             if int(number) not in order:
                 continue
             name = f"{prefix}{order[int(number)]}.{rest}"
+        part = tensor.detach()
         if id(tensor) in places:
             axis, indices = places[id(tensor)]
-            weights[name] = tensor.detach().index_select(
-                axis, indices.to(tensor.device)
-            )
-        else:
-            weights[name] = tensor.detach().clone()
+            part = part.index_select(axis, indices.to(tensor.device))
+        dtype = torch.float32 if part.is_floating_point() else part.dtype
+        weights[name] = part.to(dtype, copy=id(tensor) not in places)
     return weights

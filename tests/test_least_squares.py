@@ -10,7 +10,7 @@ from fedpft_flower.adapters import base_model
 from fedpft_flower.alignment import state_loss
 from fedpft_flower.architectures import ffns_of
 from fedpft_flower.config import AlignConfig, FedPFTError
-from fedpft_flower.least_squares import Walk, objectives, refit
+from fedpft_flower.least_squares import Walk, quadratics, refit
 from tests.families import (
     CONFIGS,
     columns_of,
@@ -33,7 +33,7 @@ def batches(family, count=20):
 def objective_of(fm, sub, plan, layer, given, align):
     (place,) = plan.places([layer])
     walks = Walk(fm, given, changes=False), Walk(sub, given, changes=True)
-    return objectives(walks, (layer, place), align)
+    return quadratics(walks, (layer, place), align)
 
 
 def reference(fm, sub, plan, layer, given, align):
