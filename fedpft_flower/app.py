@@ -55,8 +55,8 @@ def _serve(grid: Grid, context: Context) -> None:
     if config.server_threads:
         torch.set_num_threads(config.server_threads)
     method_of(config)
-    metric_of(config.data)
     strategy_of(config.strategy, config.strategy_args)
+    metric_of(config.data)
     with closing(RunDirectory(config, context.run_id)) as directory:
         logger.info("run directory: %s", directory.path)
         _federate(grid, config, directory)

@@ -222,7 +222,7 @@ def test_uniform_width_opens_with_stock_transformers(family, tmp_path):
     row = ARCHITECTURES[family]
     if row.width_field is None:
         return  # the config has a ratio, which few widths fit
-    stock = model_class_of(row).from_pretrained(tmp_path)
+    stock = model_class_of(row, "classify").from_pretrained(tmp_path)
     assert torch.equal(logits(stock.eval(), batch), logits(sub, batch))
 
 
