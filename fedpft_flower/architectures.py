@@ -257,7 +257,8 @@ class FFN:
     @property
     def width(self) -> int:
         """Return N, the number of neurons."""
-        return self.down_columns().shape[1]
+        down = self.down
+        return int(down.nx if isinstance(down, Conv1D) else down.in_features)
 
     def up_rows(self) -> list[Tensor]:
         """Return the input weights of the neurons, one [N, D] matrix a block."""

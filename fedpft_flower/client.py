@@ -26,6 +26,7 @@ from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
 from fedpft_flower.encoding import Rows, encode, shuffled_batches
 from fedpft_flower.node import Identity, identify, local_rows
 from fedpft_flower.package import Package
+from fedpft_flower.quantisation import quantise
 from fedpft_flower.sub_fm import (
     build_skeleton,
     compressed_ffns,
@@ -69,7 +70,7 @@ def train(message: Message, context: Context) -> Message:
     config = Config.from_run_config(context.run_config)
     request = config_of(message)
     wanted, current = request["sub-fm"], request["server-round"]
-    sub_fm = _load_sub_fm(wanted, config.lora, config.seed)
+    sub_fm = _load_sub_fm(wanted, config.lora, config.seed, config.train.frozen)
     if sub_fm is None:
         return reply(message, {CONFIG: ConfigRecord({"missing": wanted})})
     node = identify(context)
@@ -100,11 +101,20 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def build_from_package(package: Package, lora: LoraConfig, seed: int) -> PeftModel:
+def build_from_package(
+    package: Package, lora: LoraConfig, seed: int, frozen: str = "fp32"
+) -> PeftModel:
     """Rebuild the sub-FM with an adapter still to be loaded.
 
+    Args:
+        package: what arrived.
+        lora: shape of the adapter.
+        seed: of its initial values.
+        frozen: how to hold the frozen matrices (`train.frozen`).
+
     Raises:
-        FedPFTError: the package's family has no row, or it does not fit together.
+        FedPFTError: the package's family has no row, it does not fit together, or its
+            matrices cannot be held like that.
     """
     try:
         received = config_from(package.model_config)
@@ -122,6 +132,8 @@ def build_from_package(package: Package, lora: LoraConfig, seed: int) -> PeftMod
         if any(name.startswith(f"{module}.") for module in package.head)
     }
     load_weights(skeleton, {**package.weights, **head})
+    if frozen != "fp32":
+        quantise(skeleton, frozen)
     places = package.plan.adapter_places
     return attach_adapter(skeleton, lora, package.head, seed, places)
 
@@ -131,13 +143,15 @@ class _MissingError(Exception):
 
 
 @functools.lru_cache(maxsize=1)
-def _load_sub_fm_cached(content: str, lora: LoraConfig, seed: int) -> SubFM:
+def _load_sub_fm_cached(
+    content: str, lora: LoraConfig, seed: int, frozen: str
+) -> SubFM:
     store = Store()
     held = store.get(content)
     if held is None:
         raise _MissingError(content)
     package = package_from(held[1], held[0])
-    model = build_from_package(package, lora, seed)
+    model = build_from_package(package, lora, seed, frozen)
     architecture = architecture_of(base_model(model).config)
     processor = AUTO_PROCESSORS[architecture.modality].from_pretrained(
         store.directory(content) / "processor",
@@ -147,9 +161,11 @@ def _load_sub_fm_cached(content: str, lora: LoraConfig, seed: int) -> SubFM:
     return SubFM(model, package, processor, architecture)
 
 
-def _load_sub_fm(content: str, lora: LoraConfig, seed: int) -> SubFM | None:
+def _load_sub_fm(
+    content: str, lora: LoraConfig, seed: int, frozen: str = "fp32"
+) -> SubFM | None:
     try:
-        return _load_sub_fm_cached(content, lora, seed)
+        return _load_sub_fm_cached(content, lora, seed, frozen)
     except _MissingError:
         return None
 

@@ -29,6 +29,7 @@ from fedpft_flower.config import (
     flatten,
     nest,
 )
+from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
 from fedpft_flower.strategies import strategy_of
 
@@ -72,6 +73,7 @@ def run_experiment(
     config = read_config(conf, pairs)
     method_of(config)
     strategy_of(config.strategy, config.strategy_args)
+    metric_of(config.data)
     if not (app / "pyproject.toml").is_file() or not (app / "client_app.py").is_file():
         raise FedPFTError(f"--app {app} is not this Flower app; give its checkout")
     if nodes < 1:

@@ -157,6 +157,9 @@ class TrainConfig:
     # Whether the frozen model's own dropout is on while its adapter trains; LoRA's
     # dropout (`lora.dropout`) always is.
     frozen_dropout: bool = False
+    # How clients hold the frozen matrices while they train: "fp32", or with less memory
+    # "int8" or "nf4" (4 bits), which need bitsandbytes.
+    frozen: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -548,6 +551,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "data.public-long": ("", "cut", "blocks"),
     "partition.kind": ("iid", "dirichlet", "pathological", "natural", "sizes"),
+    "train.frozen": ("fp32", "int8", "nf4"),
     "train.lr-decay": ("linear", "none"),
     "lora.init": ("gaussian", "kaiming"),
     "align.activity": ("clients", "public"),
