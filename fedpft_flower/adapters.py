@@ -123,9 +123,9 @@ def base_model(model: PeftModel) -> PreTrainedModel:
 
 
 def get_adapter(model: PeftModel) -> Adapter:
-    """Return a copy of the adapter that a model holds."""
+    """Return a copy of the adapter that a model holds, on the CPU."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+    return {name: t.detach().to("cpu", copy=True) for name, t in state.items()}
 
 
 def load_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:

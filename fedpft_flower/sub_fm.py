@@ -24,6 +24,7 @@ from fedpft_flower.architectures import (
     new_model,
 )
 from fedpft_flower.config import FedPFTError, Objective
+from fedpft_flower.devices import place
 from fedpft_flower.plan import MOST_LAYERS, Plan
 
 # Bounds on what a received config may ask for.
@@ -35,10 +36,11 @@ def build_sub_fm(
 ) -> PreTrainedModel:
     """Cut a sub-FM out of an FM, which is not touched and shares no storage with it.
 
-    The sub-FM is float32, in whatever numbers the FM is.
+    The sub-FM lies where the FM does, and is float32 in whatever numbers the FM is.
     """
     skeleton = build_skeleton(fm.config, plan, objective)
     load_weights(skeleton, _cut_weights(fm, plan))
+    place(skeleton, fm.device)
     skeleton.eval()
     return skeleton
 

@@ -12,7 +12,8 @@ from fedpft_flower.alignment import distil, gradient_error, layer_level
 from fedpft_flower.architectures import ARCHITECTURES
 from fedpft_flower.config import AlignConfig, LoraConfig
 from fedpft_flower.descent import Schedule
-from fedpft_flower.foundation import _cast_images, load_fm
+from fedpft_flower.devices import place
+from fedpft_flower.foundation import load_fm
 from fedpft_flower.least_squares import refit
 from fedpft_flower.refinement import refine
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns
@@ -26,11 +27,11 @@ LABELS = ("a", "b", "c", "d")
 
 
 def halved(family):
-    """Build a tiny model in bfloat16 that takes its inputs as a loaded FM does."""
+    """Build a tiny model in bfloat16, placed as a loaded FM is."""
     fm = tiny_model(family)
     for parameter in fm.parameters():  # buffers stay as they are, as when loaded
         parameter.data = parameter.data.to(torch.bfloat16)
-    fm.base_model.register_forward_pre_hook(_cast_images, with_kwargs=True)
+    place(fm, torch.device("cpu"))
     return fm
 
 

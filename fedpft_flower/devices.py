@@ -1,0 +1,41 @@
+"""Put models on the accelerator that there is, and let their inputs follow."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def device_here() -> torch.device:
+    """Return the first GPU that this process may use, or the CPU.
+
+    CUDA_VISIBLE_DEVICES says which GPUs it may use.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a model to a device, in place.
+
+    Whatever it is called with then follows: to its device, and images into its numbers
+    (not every family sees to that itself). So batches need not know where models are.
+    """
+    nn.Module.to(model, device)
+    # The body too is called by itself, where nobody needs logits.
+    for module in (model, model.base_model):
+        module.register_forward_pre_hook(_follow, with_kwargs=True)
+
+
+def _follow(
+    module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    weight = next(module.parameters())
+
+    def moved(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        dtype = weight.dtype if value.is_floating_point() else value.dtype
+        return value.to(weight.device, dtype)
+
+    return tuple(map(moved, inputs)), {name: moved(v) for name, v in named.items()}

@@ -1,0 +1,48 @@
+"""Runs where there is a GPU: pytest -m gpu."""
+
+import pytest
+import torch
+
+from fedpft_flower.adapters import base_model
+from tests.test_federation import results, run
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("method", ["fedpft", "fedpft-ls", "fedot", "fedpetuning"])
+def test_a_run_on_the_gpu_gives_what_one_on_the_cpu_does(
+    local_grid, settings, tmp_path, monkeypatch, method
+):
+    found = {}
+    for where in ("cpu", "cuda"):
+        monkeypatch.setattr(
+            "fedpft_flower.foundation.device_here", lambda w=where: torch.device(w)
+        )
+        monkeypatch.setattr(
+            "fedpft_flower.client.device_here", lambda w=where: torch.device(w)
+        )
+        out = {"out-dir": str(tmp_path / where), "method": method, "plug-in.steps": 3}
+        run(local_grid, settings | out)
+        _, _, found[where], _ = results(settings | out)
+    for name, value in found["cpu"]["test-after"].items():
+        if name.endswith("loss"):
+            assert found["cuda"]["test-after"][name] == pytest.approx(value, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_clients_train_on_the_gpu(local_grid, settings, kind):
+    settings |= {"train.frozen": kind, "train.lr": 0.02}
+    run(local_grid, settings)
+    _, _, summary, _ = results(settings)
+    assert summary["failures"] == 0
+    assert summary["test-after"]["fm-loss"] < summary["test-before"]["fm-loss"]
+
+
+def test_models_lie_on_the_gpu(settings):
+    from benchmarks.plain_loop import PlainLoop
+    from fedpft_flower.config import Config
+
+    server = PlainLoop(Config.from_run_config(settings), 5).server
+    for model in (server.fm, server.sub_fm):
+        assert {p.device.type for p in base_model(model).parameters()} == {"cuda"}
+    assert {t.device.type for t in server.adapter.values()} == {"cpu"}
