@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from benchmarks import ROOT, run_main
-from fedpft_flower.commands import run_experiment
+from fedpft_flower.commands import read_config, run_experiment
+from fedpft_flower.evaluation import metric_of
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--nodes", type=int, default=20)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--metric", default="accuracy", help="or macro-f1, matthews")
+    parser.add_argument("--metric", help="another than the spec's data.metric")
     options = parser.parse_intermixed_args()
     cells = [(method, seed) for seed in options.seeds for method in options.methods]
     for method, seed in cells:
@@ -39,7 +40,8 @@ def main() -> None:
             status = run_experiment(options.conf, pairs, options.nodes, ROOT, False)
             print(f"{method} seed {seed}: status {status}, ", end="")
             print(f"{time.monotonic() - began:.0f} s", flush=True)
-    print(table(options.methods, options.seeds, options.out, options.metric))
+    metric = options.metric or metric_of(read_config(options.conf, options.set).data)
+    print(table(options.methods, options.seeds, options.out, metric))
 
 
 def summary_of(place: Path) -> dict[str, dict[str, float]] | None:

@@ -189,10 +189,10 @@ def verdict(plain: Side, flower: Side) -> str:
     Raises:
         SystemExit: they did not do the same work.
     """
-    accuracies = [side.rounds[-1]["fm-accuracy"] for side in (plain, flower)]
+    losses = [side.rounds[-1]["fm-loss"] for side in (plain, flower)]
     apart = distance(plain.adapter, flower.adapter)
     line = (
-        f"validation accuracy {accuracies[0]:.3f} and {accuracies[1]:.3f}, relative "
+        f"validation loss {losses[0]:.4f} and {losses[1]:.4f}, relative "
         f"distance of the adapters {apart:.1e}"
     )
     if not apart <= TOLERANCE:

@@ -11,6 +11,7 @@ the validation split with the first seed. A cell that has a result is not run ag
 import argparse
 import json
 import os
+import re
 import statistics
 import time
 import tomllib
@@ -54,7 +55,15 @@ class Sweep:
 
     def __init__(self, spec: Path, out: Path, only: str) -> None:
         text = spec.read_text(encoding="utf-8")
-        self.spec: dict[str, Any] = tomllib.loads(_filled(text))
+        # Environment variables that the spec names, and what they stand for.
+        self._named = {
+            f"{{{name}}}": os.environ[name]
+            for name in re.findall(r"\{(\w+)\}", text)
+            if name in os.environ
+        }
+        for name, value in self._named.items():
+            text = text.replace(name, value)
+        self.spec: dict[str, Any] = tomllib.loads(text)
         self.out, self.only = out, only
         out.mkdir(parents=True, exist_ok=True)
 
@@ -67,7 +76,7 @@ class Sweep:
             began = time.monotonic()
             result = self._run(cell)
             draft = place.with_suffix(".partial")
-            draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            draft.write_text(self._unfilled(result), encoding="utf-8")
             draft.replace(place)
             found = ", ".join(
                 f"{model} {_accuracy(hits):.4f}"
@@ -102,6 +111,13 @@ class Sweep:
         """Return a cell's result, if there is one."""
         place = self._place(cell)
         return json.loads(place.read_text()) if place.exists() else None
+
+    def _unfilled(self, result: dict[str, Any]) -> str:
+        """Return a result as JSON that names no place on this machine."""
+        text = json.dumps(result, indent=1)
+        for name, value in self._named.items():
+            text = text.replace(json.dumps(value), json.dumps(name))
+        return text
 
     def _place(self, cell: Cell) -> Path:
         return self.out / f"{cell.name}.json"
@@ -235,12 +251,6 @@ def _mean(values: list[float]) -> str:
         return "-"
     spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
-
-
-def _filled(text: str) -> str:
-    for name, value in os.environ.items():
-        text = text.replace(f"{{{name}}}", value)
-    return text
 
 
 def main() -> None:

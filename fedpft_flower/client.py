@@ -133,9 +133,10 @@ def build_from_package(
         if any(name.startswith(f"{module}.") for module in package.head)
     }
     load_weights(skeleton, {**package.weights, **head})
-    place(skeleton, device_here())
+    device = device_here()
     if frozen != "fp32":
-        quantise(skeleton, frozen)
+        quantise(skeleton, frozen, device)
+    place(skeleton, device)
     places = package.plan.adapter_places
     return attach_adapter(skeleton, lora, package.head, seed, places)
 

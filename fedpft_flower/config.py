@@ -51,8 +51,9 @@ class FMConfig:
 
     # "minilm" (bundled with the extra `offline`), a local directory, or a hub name.
     name: str = "minilm"
-    # The numbers that the server holds it in: those of its "checkpoint", or "float32".
-    # Its sub-FM and all adapters are float32.
+    # The numbers that the server holds it in: those of its "checkpoint", "float32", or
+    # "bfloat16". A float16 checkpoint becomes float32, since gradients would underflow.
+    # The sub-FM and all adapters are float32.
     dtype: str = "checkpoint"
 
 
@@ -538,17 +539,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "select": ("last", "best"),
     "wire.frozen": ("fp32", "bf16", "fp16", "int8"),
     "wire.adapter": ("fp32", "bf16", "fp16"),
-    "fm.dtype": ("checkpoint", "float32"),
+    "fm.dtype": ("checkpoint", "float32", "bfloat16"),
     "data.augment": ("none", "crop-flip"),
-    "data.metric": (
-        "",
-        "accuracy",
-        "macro-f1",
-        "matthews",
-        "perplexity",
-        "token-accuracy",
-        "exact-match",
-    ),
     "data.public-long": ("", "cut", "blocks"),
     "partition.kind": ("iid", "dirichlet", "pathological", "natural", "sizes"),
     "train.frozen": ("fp32", "int8", "nf4"),

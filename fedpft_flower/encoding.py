@@ -349,6 +349,11 @@ def _kept(
 def _tokenise(
     texts: Dataset, tokenizer: Any, longest: int, blocks: bool
 ) -> dict[str, Tensor]:
+    if blocks and not tokenizer.is_fast:
+        raise FedPFTError(
+            "data.public-long = 'blocks' needs a tokenizer of the fast kind, and the "
+            "FM's is none; set 'cut'"
+        )
     columns = [list(texts[name]) for name in sorted(texts.column_names)]
     encoded = tokenizer(
         *columns,
@@ -390,14 +395,11 @@ def _generation_tokens(
             lambda: _text_blocks(list(texts["text"]), tokenizer, longest),
         )
     template = config.prompt_template
-    prompts = [_put(prompt, template, tokenizer) for prompt in texts["prompt"]]
     return _kept(
         texts,
         tokenizer,
         f"{longest}/generation/{template}",
-        lambda: _responses(
-            prompts, list(texts["response"]), tokenizer, longest, template == "chat"
-        ),
+        lambda: _responses(texts, tokenizer, longest, template),
     )
 
 
@@ -405,15 +407,16 @@ def _put(prompt: str, template: str, tokenizer: Any) -> str:
     """Put a prompt as the template says."""
     if template != "chat":
         return template.replace("{prompt}", prompt)
-    if tokenizer.chat_template is None:
-        raise FedPFTError(
-            "data.prompt-template = 'chat', but the FM's tokenizer has no chat "
-            "template; write one, such as '{prompt}\\n'"
-        )
     turns = [{"role": "user", "content": prompt}]
-    put: str = tokenizer.apply_chat_template(
-        turns, add_generation_prompt=True, tokenize=False
-    )
+    try:
+        put: str = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # none is there, or one that raises anything
+        raise FedPFTError(
+            f"data.prompt-template = 'chat': the FM's tokenizer cannot put a prompt "
+            f"({error}); write a template, such as '{{prompt}}\\n'"
+        ) from error
     return put
 
 
@@ -437,16 +440,13 @@ def _blocks(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
 
 
 def _responses(
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    tokenizer: Any,
-    longest: int,
-    chat: bool,
+    texts: Dataset, tokenizer: Any, longest: int, template: str
 ) -> dict[str, Tensor]:
     end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
+    prompts = [_put(prompt, template, tokenizer) for prompt in texts["prompt"]]
     # A chat template writes the special tokens itself.
-    asked = _open_ended(prompts, tokenizer, special=not chat)
-    answered = _open_ended(responses, tokenizer, special=False)
+    asked = _open_ended(prompts, tokenizer, special=template != "chat")
+    answered = _open_ended(list(texts["response"]), tokenizer, special=False)
     rows, lengths = [], []
     for before, ids in zip(asked, answered, strict=True):
         response = [*ids, end][: longest - 1]

@@ -99,16 +99,15 @@ def _generation(model: nn.Module, rows: Rows) -> dict[str, float]:
     for chosen in _by_length(rows, GENERATION_BATCH):
         batch = rows.batch(chosen)
         targets = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float().cpu()
         learnt = targets != NO_TARGET
-        summed = nn.functional.cross_entropy(
-            logits[learnt], targets[learnt], reduction="sum"
-        )
-        right = logits.argmax(dim=-1) == targets
-        loss += float(summed)
-        tokens += int(learnt.sum())
-        hits += int((right & learnt).sum())
-        exact += int((right | ~learnt).all(dim=1).sum())
+        logits = model(**batch).logits[:, :-1][learnt].float()
+        wanted = targets[learnt].to(logits.device)
+        loss += float(nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        right = torch.ones_like(learnt)  # where nothing is learnt nothing is wrong
+        right[learnt] = (logits.argmax(dim=-1) == wanted).cpu()
+        tokens += len(wanted)
+        hits += int(right[learnt].sum())
+        exact += int(right.all(dim=1).sum())
     mean = loss / tokens
     return {
         "perplexity": math.exp(min(mean, 700.0)),  # the largest that a float can hold

@@ -66,7 +66,7 @@ def load_fm(
         head: modules that train in full; none takes the classification head of the
             family's row, and of a generating model nothing.
         objective: what the model is to do.
-        dtype: of its numbers: "checkpoint", or "float32".
+        dtype: of its numbers: "checkpoint", "float32" or "bfloat16".
 
     Raises:
         FedPFTError: the FM cannot be read, its bundled weights differ from the known
@@ -90,7 +90,7 @@ def load_fm(
                 # A checkpoint's own classifier of another size is replaced.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                dtype="auto" if dtype == "checkpoint" else torch.float32,
+                dtype="auto" if dtype == "checkpoint" else getattr(torch, dtype),
                 **(classifier if objective == "classify" else {}),
             )
             processor = AUTO_PROCESSORS[modality].from_pretrained(source)
@@ -100,13 +100,18 @@ def load_fm(
         _check_vocabulary(processor, model, name)
         _agree_on_padding(processor, model, name)
     if objective == "generate":
-        _check_generator(processor, model, report["missing_keys"], head, name)
+        _check_generator(processor, model, report["missing_keys"], name)
+        # Where the file has two matrices, they are two, whatever the config says.
+        model.config.tie_word_embeddings = bool(model.all_tied_weights_keys)
     own_head = row.head if objective == "classify" else ()
     modules = _named(model, head or own_head)
+    _check_untied(model, modules)
     other_shape = {key[0] for key in report["mismatched_keys"]}
     _check_complete(row, modules, other_shape, report["unexpected_keys"], name)
     lacking = {*report["missing_keys"], *other_shape}
     complete = _with_lacking(model, row, modules, lacking, name)
+    if model.dtype == torch.float16:  # gradients through it would underflow
+        model.float()
     place(model, device_here())
     return FoundationModel(model, processor, row, complete, objective)
 
@@ -190,11 +195,7 @@ def _agree_on_padding(tokenizer: Any, model: PreTrainedModel, name: str) -> None
 
 
 def _check_generator(
-    tokenizer: Any,
-    model: PreTrainedModel,
-    missing: set[str],
-    head: Sequence[str],
-    name: str,
+    tokenizer: Any, model: PreTrainedModel, missing: set[str], name: str
 ) -> None:
     """Refuse what cannot generate, or cannot end what it generates."""
     if tokenizer.eos_token is None:
@@ -208,12 +209,17 @@ def _check_generator(
             f"fm.name = {name!r}: the checkpoint lacks {sorted(outputs)[0]!r}; give "
             "one of a language model, with what predicts its tokens"
         )
-    tied = [key for key in model.all_tied_weights_keys if key.startswith(tuple(head))]
-    if head and tied:
-        raise FedPFTError(
-            f"lora.head: {tied[0]!r} of {model.config.model_type} is also its token "
-            "embedding and cannot train alone; leave lora.head empty"
-        )
+
+
+def _check_untied(model: PreTrainedModel, head: Sequence[str]) -> None:
+    """Refuse a head that is also another part of the model."""
+    for pair in model.all_tied_weights_keys.items():
+        for module in head:
+            if any(key.startswith(f"{module}.") for key in pair):
+                raise FedPFTError(
+                    f"lora.head: {module!r} of {model.config.model_type} is tied to "
+                    "another part of the model and cannot train alone; leave it out"
+                )
 
 
 def _unreadable(name: str, error: Exception) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 from datasets import Dataset
@@ -112,6 +113,12 @@ def local_rows(node: Identity, config: Config, labels: Sequence[str]) -> Dataset
 def hello(message: Message, context: Context) -> Message:
     """Say who this node is, how many rows it has, and which sub-FMs it holds."""
     config = Config.from_run_config(context.run_config)
+    if config.train.frozen != "fp32" and find_spec("bitsandbytes") is None:
+        raise FedPFTError(
+            f"train.frozen = {config.train.frozen!r} needs bitsandbytes at every node; "
+            "install it: pip install 'fedpft-flower[quantised]', or set train.frozen = "
+            "'fp32'"
+        )
     node = identify(context)
     rows = local_rows(node, config, json.loads(config_of(message)["labels"]))
     check_images(rows, "training rows")

@@ -15,7 +15,7 @@ from flwr_datasets.partitioner import (
 )
 
 from fedpft_flower.config import DataConfig, FedPFTError, PartitionConfig, derive_seed
-from fedpft_flower.tasks import load_task
+from fedpft_flower.tasks import load_task, task_of
 
 # Build a partitioner for `count` clients, and the rows in the order that it shares out.
 Kind = Callable[[Dataset, PartitionConfig, int, int], tuple[Partitioner, Dataset]]
@@ -59,14 +59,24 @@ def _partitioner(
             "use fewer nodes or more rows"
         )
     rows = derive_seed(seed, "partition") % 2**32
-    if partition.kind in _BY_LABEL and "label" not in train.column_names:
+    check_kind(data, partition)
+    partitioner, ordered = PARTITIONS[partition.kind](train, partition, count, rows)
+    partitioner.dataset = ordered
+    return partitioner
+
+
+def check_kind(data: DataConfig, partition: PartitionConfig) -> None:
+    """Check that a task's rows can be shared like this.
+
+    Raises:
+        FedPFTError: there are no labels to share them by.
+    """
+    by_label = partition.kind in ("dirichlet", "pathological")
+    if by_label and task_of(data.task).objective != "classify":
         raise FedPFTError(
             f"partition.kind = {partition.kind!r} shares rows by their label, and "
             f"data.task = {data.task!r} has none; choose 'iid', 'natural' or 'sizes'"
         )
-    partitioner, ordered = PARTITIONS[partition.kind](train, partition, count, rows)
-    partitioner.dataset = ordered
-    return partitioner
 
 
 def _iid(
@@ -146,4 +156,3 @@ PARTITIONS: dict[str, Kind] = {
     # Size skew: IID rows, shares drawn from Dirichlet(alpha).
     "sizes": _sizes,
 }
-_BY_LABEL = {"dirichlet", "pathological"}

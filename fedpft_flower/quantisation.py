@@ -5,56 +5,62 @@ a model that is a little off (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedpft_flower.architectures import layers_of
+from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import FedPFTError
 
+# Activations beyond it are multiplied in full (LLM.int8, Dettmers et al. 2022, arXiv
+# 2208.07339, section 3.2): decoders have a few that are far larger than all others.
+OUTLIER = 6.0
 
-def quantise(model: PreTrainedModel, kind: str) -> None:
+
+def check_frozen(model: PreTrainedModel, kind: str) -> None:
+    """Check that clients can hold this model's matrices as `train.frozen` says.
+
+    Raises:
+        FedPFTError: they cannot.
+    """
+    down = ffns_of(model)[0].down
+    if kind != "fp32" and isinstance(down, Conv1D):
+        raise FedPFTError(
+            f"train.frozen = {kind!r}: {model.config.model_type} stores its matrices "
+            "transposed, which bitsandbytes cannot hold; set train.frozen = 'fp32'"
+        )
+
+
+def quantise(model: PreTrainedModel, kind: str, device: torch.device) -> None:
     """Replace every linear module in a model's layers by one that holds fewer bits.
 
     Embeddings, norms and what is behind the layers stay as they are.
 
     Args:
-        model: with its weights, before an adapter is attached; changed in place.
+        model: on the CPU, before an adapter is attached; changed in place.
         kind: "int8" (a scale for each output) or "nf4" (4 bits, a scale for each 64).
-
-    Raises:
-        FedPFTError: bitsandbytes is not installed, or cannot hold such matrices.
+        device: where the new modules lie; never more than one matrix is there whole.
     """
-    if find_spec("bitsandbytes") is None:
-        raise FedPFTError(
-            f"train.frozen = {kind!r} needs bitsandbytes at every node; install it: "
-            "pip install 'fedpft-flower[quantised]', or set train.frozen = 'fp32'"
-        )
     for layer in layers_of(model):
         for path, module in list(layer.named_modules()):
-            if isinstance(module, Conv1D):
-                raise FedPFTError(
-                    f"train.frozen = {kind!r}: {model.config.model_type} stores its "
-                    "matrices transposed, which bitsandbytes cannot hold; set "
-                    "train.frozen = 'fp32'"
-                )
             if type(module) is nn.Linear:
-                layer.set_submodule(path, _quantised(module, kind))
+                layer.set_submodule(path, _quantised(module, kind, device))
 
 
-def _quantised(linear: nn.Linear, kind: str) -> nn.Module:
+def _quantised(linear: nn.Linear, kind: str, device: torch.device) -> nn.Module:
     # Here, since hardly any node needs it, and it takes a second to load.
     bnb = import_module("bitsandbytes").nn
     sizes = linear.in_features, linear.out_features, linear.bias is not None
     weight = linear.weight.detach()
     if kind == "int8":
-        new = bnb.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+        new = bnb.Linear8bitLt(
+            *sizes, has_fp16_weights=False, threshold=OUTLIER, device="meta"
+        )
         new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        compute = torch.bfloat16 if weight.is_cuda else torch.float32
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         new = bnb.Linear4bit(
             *sizes, quant_type="nf4", compute_dtype=compute, device="meta"
         )
@@ -62,5 +68,5 @@ def _quantised(linear: nn.Linear, kind: str) -> nn.Module:
         # It would repack the matrix for inference, which has no backward pass.
         new.support_avx512bf16_for_cpu = False
     new.bias = linear.bias
-    moved: nn.Module = new.to(weight.device)
+    moved: nn.Module = new.to(device)
     return moved

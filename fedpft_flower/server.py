@@ -38,7 +38,7 @@ from fedpft_flower.alignment import (
     neuron_level,
 )
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
-from fedpft_flower.config import Config, FedPFTError, derive_seed
+from fedpft_flower.config import Config, FedPFTError, Objective, derive_seed
 from fedpft_flower.descent import Progress, Schedule, Trainable
 from fedpft_flower.encoding import (
     Rows,
@@ -56,6 +56,7 @@ from fedpft_flower.moments import count_tokens
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
+from fedpft_flower.quantisation import check_frozen
 from fedpft_flower.refinement import refine
 from fedpft_flower.selection import score, selection_of
 from fedpft_flower.sub_fm import (
@@ -69,7 +70,9 @@ from fedpft_flower.training import round_lr
 
 logger = logging.getLogger(__name__)
 
-GRADIENT_BATCHES, GRADIENT_ROWS = 8, 8
+GRADIENT_BATCHES = 8
+# Of a batch; a generating model has logits as long as its vocabulary for every token.
+GRADIENT_ROWS: dict[Objective, int] = {"classify": 8, "generate": 2}
 ACTIVITY_BATCHES = 16
 # Of public rows, where a distillation watches for overfit; at most a fifth of them.
 HELD_OUT_BATCHES = 2
@@ -121,7 +124,13 @@ class ProxyServer:
                 f"method = {config.method!r} needs a public corpus and there is none; "
                 "set data.public-path"
             )
+        check_frozen(fm.model, config.train.frozen)
         self._public = self._encode_public(public) if public is not None else None
+        self._splits = {
+            "validation": self.encode(task.validation),
+            "test": self.encode(task.test),
+            **{name: self.encode(rows) for name, rows in task.more_tests.items()},
+        }
         # Seconds that choosing neurons took.
         self.selection_seconds = 0.0
         self.plan = plan or self._choose(fm.model)
@@ -139,11 +148,6 @@ class ProxyServer:
         )
         self.adapter: Adapter = get_adapter(self.sub_fm)
         plug_in(self.fm, self.adapter, self.plan)
-        self._splits = {
-            "validation": self.encode(task.validation),
-            "test": self.encode(task.test),
-            **{name: self.encode(rows) for name, rows in task.more_tests.items()},
-        }
         # Of activity, [K] for each compressed layer (see `Package`); none at first.
         self.limits: list[Tensor] = []
         # Rises whenever what `package` returns changes.
@@ -302,7 +306,7 @@ class ProxyServer:
 
         Generators are not among it: every seed derives from the run's and the round.
         """
-        changing = {name: self._weights[name].clone() for name in self._changing()}
+        changing = {n: self._weights[n].to("cpu", copy=True) for n in self._changing()}
         return {
             **{f"{_ADAPTER}{name}": tensor for name, tensor in self.adapter.items()},
             **{f"{_WEIGHT}{name}": tensor for name, tensor in changing.items()},
@@ -446,10 +450,13 @@ class ProxyServer:
         load_adapter(self.sub_fm, self.adapter)
 
     def _snapshot(self) -> dict[str, Tensor]:
-        """Return the frozen weights; only what alignment may change is copied."""
+        """Return the frozen weights; only what alignment may change is copied.
+
+        Copies lie on the CPU: the last few stay, to send changes.
+        """
         changing = self._changing()
         return {
-            name: weight.clone() if name in changing else weight
+            name: weight.to("cpu", copy=True) if name in changing else weight
             for name, weight in self._weights.items()
         }
 
@@ -597,7 +604,8 @@ class ProxyServer:
         assert self._public is not None
         seed = self.config.seed
         order = derive_seed(seed, "gradient")
-        rows = shuffled_batches(self._public, GRADIENT_ROWS, order)
+        size = GRADIENT_ROWS[self._objective]
+        rows = shuffled_batches(self._public, size, order)
         batches = islice(rows, GRADIENT_BATCHES)
         return asdict(gradient_error(self.fm, self.sub_fm, batches, seed))
 

@@ -131,6 +131,19 @@ def test_an_fm_is_loaded_in_the_numbers_of_its_checkpoint(halved_directory):
     assert loaded("float32").model.dtype == torch.float32
 
 
+def test_a_float16_checkpoint_becomes_float32(halved_directory, tmp_path):
+    fm = load_fm(str(halved_directory), (), "text", 0, (), "generate").model
+    place = tmp_path / "float16"
+    fm.to(torch.float16).save_pretrained(place)
+    AutoTokenizer.from_pretrained(halved_directory).save_pretrained(place)
+
+    def loaded(dtype):
+        return load_fm(str(place), (), "text", 0, (), "generate", dtype).model.dtype
+
+    assert loaded("checkpoint") == torch.float32
+    assert loaded("bfloat16") == torch.bfloat16
+
+
 def test_images_reach_an_fm_in_its_own_numbers(vit_directory, tmp_path):
     from transformers import AutoImageProcessor
 

@@ -158,7 +158,10 @@ def test_a_chat_template_puts_the_prompt(generator_directory):
     tokenizer = tokenizer_of(generator_directory)
     data = Dataset.from_dict({"prompt": ["a b"], "response": ["good"]})
     config = DataConfig(prompt_template="chat")
-    with pytest.raises(FedPFTError, match="no chat template"):
+    with pytest.raises(FedPFTError, match="chat_template is not set"):
+        GenerationRows(data, tokenizer, config)
+    tokenizer.chat_template = "{{ raise_exception('no user here') }}"
+    with pytest.raises(FedPFTError, match="no user here"):
         GenerationRows(data, tokenizer, config)
     tokenizer.chat_template = (
         "<s> {% for m in messages %}very {{ m.content }} {% endfor %}"
@@ -402,7 +405,7 @@ def test_sites_bring_responses_of_their_own(local_grid, generation):
         ({"partition.kind": "dirichlet"}, "shares rows by their label"),
         ({"data.metric": "accuracy"}, "no metric of data.task"),
         ({"data.prompt-template": "ask"}, "where the prompt is"),
-        ({"data.prompt-template": "chat"}, "no chat template"),
+        ({"data.prompt-template": "chat"}, "chat_template is not set"),
         ({"data.text-columns": "ask,say,who"}, "of prompts and of responses"),
         ({"data.text-columns": "ask,tell"}, "no column 'tell'"),
         ({"lora.head": "nothing"}, "no module 'nothing'"),
@@ -417,8 +420,25 @@ def test_a_tied_output_cannot_train_alone(tmp_path, generator_directory):
     tokenizer_of(generator_directory).save_pretrained(tmp_path)
     decoder("gpt2").save_pretrained(tmp_path)
     load_fm(str(tmp_path), (), "text", 0, objective="generate")
-    with pytest.raises(FedPFTError, match="cannot train alone"):
-        load_fm(str(tmp_path), (), "text", 0, ("lm_head",), "generate")
+    for head in ("lm_head", "wte"):
+        with pytest.raises(FedPFTError, match="cannot train alone"):
+            load_fm(str(tmp_path), (), "text", 0, (head,), "generate")
+
+
+def test_two_matrices_in_a_file_are_two_whatever_its_config_says(
+    tmp_path, generator_directory
+):
+    tokenizer_of(generator_directory).save_pretrained(tmp_path)
+    decoder("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": True})
+    )
+    fm = load_fm(str(tmp_path), (), "text", 0, objective="generate").model
+    sub = build_sub_fm(fm, whole(fm), "generate")
+    batch = tiny_batch("llama")
+    with torch.no_grad():
+        assert torch.equal(fm(**batch).logits, sub(**batch).logits)
 
 
 def test_what_predicts_tokens_must_be_there(tmp_path, generator_directory):

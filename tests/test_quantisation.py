@@ -1,7 +1,5 @@
 """Clients that hold their frozen matrices in 8 or 4 bits."""
 
-import sys
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ from fedpft_flower.adapters import base_model, get_adapter, load_adapter
 from fedpft_flower.architectures import ARCHITECTURES, ffns_of
 from fedpft_flower.config import FedPFTError, LoraConfig
 from fedpft_flower.package import Package
-from fedpft_flower.quantisation import quantise
+from fedpft_flower.quantisation import _quantised, check_frozen, quantise
 from fedpft_flower.sub_fm import build_sub_fm, config_fields, frozen_weights
 from tests.families import CONFIGS, tiny_batch, tiny_model
 from tests.test_architectures import plans
@@ -74,7 +72,7 @@ def test_the_matrices_take_a_fraction_of_the_memory(kind, share):
         return sum(t.numel() * t.element_size() for t in tensors)
 
     before = size()
-    quantise(model, kind)
+    quantise(model, kind, torch.device("cpu"))
     assert size() < share * before
 
 
@@ -87,12 +85,25 @@ def test_a_run_with_such_clients(local_grid, settings, kind):
     assert summary["test-after"]["fm-loss"] < summary["test-before"]["fm-loss"]
 
 
+def test_outliers_are_multiplied_in_full():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(256, 256)
+    inputs = torch.randn(16, 256)
+    inputs[:, [3, 90]] *= 60
+    model = torch.nn.Module()
+    model.linear = _quantised(linear, "int8", torch.device("cpu")).eval()
+    expected = linear(inputs)
+    error = (model.linear(inputs) - expected).norm() / expected.norm()
+    assert float(error) < 0.01
+
+
 def test_transposed_matrices_are_refused():
+    check_frozen(tiny_model("gpt2"), "fp32")
     with pytest.raises(FedPFTError, match="stores its matrices transposed"):
-        client.build_from_package(package_of("gpt2"), LORA, 0, "nf4")
+        check_frozen(tiny_model("gpt2"), "nf4")
 
 
-def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+def test_what_is_missing_is_named_before_training(local_grid, settings, monkeypatch):
+    monkeypatch.setattr("fedpft_flower.node.find_spec", lambda name: None)
     with pytest.raises(FedPFTError, match="needs bitsandbytes at every node"):
-        quantise(tiny_model("bert"), "int8")
+        run(local_grid, settings | {"train.frozen": "int8"})
