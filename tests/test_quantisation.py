@@ -1,5 +1,7 @@
 """Clients that hold their frozen matrices in 8 or 4 bits."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -14,6 +16,10 @@ from tests.families import CONFIGS, tiny_batch, tiny_model
 from tests.test_architectures import plans
 from tests.test_federation import results, run
 
+pytestmark = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: pip install '.[quantised]'",
+)
 kinds = pytest.mark.parametrize("kind", ["int8", "nf4"])
 families = pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"gpt2"}))
 LORA = LoraConfig(r=2, alpha=8)
