@@ -22,6 +22,9 @@ from tests.test_architectures import plans, whole
 from tests.test_federation import results, run
 
 families = pytest.mark.parametrize("family", sorted(CONFIGS))
+# Post-LN, pre-LN with transposed matrices, gated, layer scale, fused gate.
+KINDS = ["bert", "gpt2", "llama", "beit", "modernbert"]
+kinds = pytest.mark.parametrize("family", KINDS)
 LORA = LoraConfig(r=2, alpha=8)
 LABELS = ("a", "b", "c", "d")
 
@@ -78,7 +81,7 @@ def test_what_trains_is_float32_and_the_fm_stays_as_it_was(family):
     assert real_logits(fm, batch).dtype == torch.float32
 
 
-@families
+@kinds
 def test_least_squares_follow_such_an_fm(family):
     fm, sub, plan = adapted(family)
     batches = [tiny_batch(family, seed, rows=8) for seed in range(4)]
@@ -88,7 +91,7 @@ def test_least_squares_follow_such_an_fm(family):
     assert gradient_error(fm, sub, batches, 0).relative < before
 
 
-@families
+@kinds
 def test_distillation_follows_such_an_fm(family):
     fm, sub, plan = adapted(family)
     trainable = layer_level(compressed_ffns(base_model(sub), plan))
@@ -97,7 +100,7 @@ def test_distillation_follows_such_an_fm(family):
     assert seen[-1].loss < seen[0].loss
 
 
-@families
+@kinds
 def test_such_an_fm_is_refined(family):
     fm, sub, plan = adapted(family)
     before, seen = get_adapter(fm), []
