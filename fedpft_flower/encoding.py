@@ -312,14 +312,12 @@ def _labels(rows: Dataset) -> Tensor | None:
 
 # ------------------------------------------------------------- tokens, kept on disk
 
-
+# Each feature of all rows in one int32 vector, and `ends`: where rows end in it.
 Tokens = dict[str, Tensor]
 
 
-def _tokens(
-    rows: Dataset, tokenizer: Any, max_length: int, blocks: bool
-) -> dict[str, Tensor]:
-    """Return each feature of all rows in one int32 vector, and where rows end in it."""
+def _tokens(rows: Dataset, tokenizer: Any, max_length: int, blocks: bool) -> Tokens:
+    """Return the tokens of rows of texts, or of pairs of them."""
     texts = rows.select_columns([c for c in rows.column_names if c.startswith("text")])
     longest = min(max_length, tokenizer.model_max_length)
     how = f"{longest}/blocks" if blocks else f"{longest}"
@@ -346,9 +344,7 @@ def _kept(
     return kept
 
 
-def _tokenise(
-    texts: Dataset, tokenizer: Any, longest: int, blocks: bool
-) -> dict[str, Tensor]:
+def _tokenise(texts: Dataset, tokenizer: Any, longest: int, blocks: bool) -> Tokens:
     if blocks and not tokenizer.is_fast:
         raise FedPFTError(
             "data.public-long = 'blocks' needs a tokenizer of the fast kind, and the "
@@ -371,7 +367,7 @@ def _tokenise(
     return _in_vectors(encoded)
 
 
-def _in_vectors(encoded: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Tensor]:
+def _in_vectors(encoded: Mapping[str, Sequence[Sequence[int]]]) -> Tokens:
     features = {
         name: torch.tensor([v for row in values for v in row], dtype=torch.int32)
         for name, values in encoded.items()
@@ -380,9 +376,7 @@ def _in_vectors(encoded: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Ten
     return {**features, "ends": torch.tensor(sizes, dtype=torch.int64).cumsum(0)}
 
 
-def _generation_tokens(
-    rows: Dataset, tokenizer: Any, config: DataConfig
-) -> dict[str, Tensor]:
+def _generation_tokens(rows: Dataset, tokenizer: Any, config: DataConfig) -> Tokens:
     """Return `input_ids` as `_tokens` does, and how many of a row are the prompt's."""
     names = [n for n in ("text", "prompt", "response") if n in rows.column_names]
     texts = rows.select_columns(names)
@@ -420,9 +414,7 @@ def _put(prompt: str, template: str, tokenizer: Any) -> str:
     return put
 
 
-def _text_blocks(
-    texts: Sequence[str], tokenizer: Any, longest: int
-) -> dict[str, Tensor]:
+def _text_blocks(texts: Sequence[str], tokenizer: Any, longest: int) -> Tokens:
     end = tokenizer.eos_token_id
     blocks = [
         block
@@ -439,9 +431,7 @@ def _blocks(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
     return [block for block in cut if len(block) > 1]
 
 
-def _responses(
-    texts: Dataset, tokenizer: Any, longest: int, template: str
-) -> dict[str, Tensor]:
+def _responses(texts: Dataset, tokenizer: Any, longest: int, template: str) -> Tokens:
     end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
     prompts = [_put(prompt, template, tokenizer) for prompt in texts["prompt"]]
     # A chat template writes the special tokens itself.
@@ -481,7 +471,7 @@ def _fingerprint(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _keep(features: dict[str, Tensor], place: Path) -> None:
+def _keep(features: Tokens, place: Path) -> None:
     number, name = tempfile.mkstemp(dir=place.parent, suffix=".partial")
     os.close(number)
     draft = Path(name)
