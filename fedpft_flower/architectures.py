@@ -347,9 +347,19 @@ def family_of(model_type: str) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise FedPFTError(
             f"unsupported model type {model_type!r}; supported: "
-            f"{', '.join(sorted(ARCHITECTURES))}; add a row in architectures.py"
+            f"{', '.join(model_types())}; add a row in architectures.py"
         )
     return ARCHITECTURES[model_type]
+
+
+def model_types(decoders_only: bool = False) -> list[str]:
+    """Return the model types that have a row; rows of variants are none themselves."""
+    variants = {row.variant[2] for row in ARCHITECTURES.values() if row.variant}
+    return sorted(
+        name
+        for name, row in ARCHITECTURES.items()
+        if name not in variants and (row.decoder or not decoders_only)
+    )
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:

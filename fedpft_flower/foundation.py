@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from fedpft_flower.architectures import (
-    ARCHITECTURES,
     AUTO_PROCESSORS,
     Architecture,
     architecture_of,
     model_class_of,
+    model_types,
 )
 from fedpft_flower.config import (
     FedPFTError,
@@ -163,10 +163,10 @@ def _check_family(
             f"the task has {modality}; choose another FM or data.task"
         )
     if objective == "generate" and not row.decoder:
-        decoders = [family for family, one in ARCHITECTURES.items() if one.decoder]
         raise FedPFTError(
             f"fm.name = {name!r} ({config.model_type}) is no decoder and cannot "
-            f"generate text; choose one of {', '.join(decoders)}, or another data.task"
+            f"generate text; choose one of {', '.join(model_types(True))}, or another "
+            "data.task"
         )
     return row
 
