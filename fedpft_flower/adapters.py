@@ -8,17 +8,18 @@ missing and none is left over.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import peft
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedpft_flower.architectures import architecture_of, layer_prefix
 from fedpft_flower.config import FedPFTError, LoraConfig, derive_seed, names_in
+from fedpft_flower.devices import let_inputs_follow
 from fedpft_flower.plan import Plan
 
 Adapter = dict[str, Tensor]
@@ -73,15 +74,8 @@ def attach_adapter(
     for module in adapted.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for trained in module.modules_to_save.values():
-                trained.float().register_forward_pre_hook(_cast_inputs)
+                let_inputs_follow(trained.float())
     return adapted
-
-
-def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        value.float() if torch.is_tensor(value) and value.is_floating_point() else value
-        for value in inputs
-    )
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

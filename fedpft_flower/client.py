@@ -114,8 +114,7 @@ def build_from_package(
         frozen: how to hold the frozen matrices (`train.frozen`).
 
     Raises:
-        FedPFTError: the package's family has no row, it does not fit together, or its
-            matrices cannot be held like that.
+        FedPFTError: the package's family has no row, or it does not fit together.
     """
     try:
         received = config_from(package.model_config)

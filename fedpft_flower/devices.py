@@ -24,7 +24,12 @@ def place(model: PreTrainedModel, device: torch.device) -> None:
     nn.Module.to(model, device)
     # The body too is called by itself, where nobody needs logits.
     for module in (model, model.base_model):
-        module.register_forward_pre_hook(_follow, with_kwargs=True)
+        let_inputs_follow(module)
+
+
+def let_inputs_follow(module: nn.Module) -> None:
+    """Give a module its inputs where its weights are, and floats in their numbers."""
+    module.register_forward_pre_hook(_follow, with_kwargs=True)
 
 
 def _follow(

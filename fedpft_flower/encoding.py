@@ -61,7 +61,26 @@ class Rows(Protocol):
         ...
 
 
-class TextRows:
+class _Tokenised:
+    """Know where the rows of tokenised texts begin and end in one vector."""
+
+    def __init__(self, ends: Tensor) -> None:
+        self._ends: list[int] = ends.tolist()
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._ends)
+
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of every row."""
+        lengths: list[int] = np.diff(self._ends, prepend=0).tolist()
+        return lengths
+
+    def _place(self, row: int) -> slice:
+        return slice(self._ends[row - 1] if row else 0, self._ends[row])
+
+
+class TextRows(_Tokenised):
     """Encode texts by the FM's tokenizer, once; batches are padded dynamically."""
 
     def __init__(
@@ -77,21 +96,13 @@ class TextRows:
         """
         self._tokenizer = tokenizer
         self._features = _tokens(rows, tokenizer, max_length, blocks)
-        self._ends = self._features.pop("ends").tolist()
+        super().__init__(self._features.pop("ends"))
         self._labels = None if blocks else _labels(rows)
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self._ends)
-
-    def lengths(self) -> list[int]:
-        """Return the number of tokens of every row."""
-        return [self._ends[i] - self._start(i) for i in range(len(self))]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return padded inputs [B, T] and `labels` [B]."""
         chosen = {
-            name: [values[self._start(i) : self._ends[i]].tolist() for i in indices]
+            name: [values[self._place(i)].tolist() for i in indices]
             for name, values in self._features.items()
         }
         batch: Batch = dict(self._tokenizer.pad(chosen, return_tensors="pt"))
@@ -103,11 +114,8 @@ class TextRows:
         """Return the same rows: texts are not varied."""
         return self
 
-    def _start(self, row: int) -> int:
-        return self._ends[row - 1] if row else 0
 
-
-class GenerationRows:
+class GenerationRows(_Tokenised):
     """Encode texts for a decoder, which learns to continue them.
 
     Plain texts end with the tokenizer's end token, and become blocks of `max_length`
@@ -125,35 +133,25 @@ class GenerationRows:
             config: the longest row, and how a prompt is put.
 
         Raises:
-            FedPFTError: the tokenizer has no chat template and one is asked for, or
-                no text has two tokens.
+            FedPFTError: a chat template is asked for and cannot put a prompt, or no
+                text has two tokens.
         """
         self._padding = tokenizer.pad_token_id
         features = _generation_tokens(rows, tokenizer, config)
+        super().__init__(features["ends"])
         self._ids = features["input_ids"].long()
-        self._ends = features["ends"].tolist()
         self._prompts = features["prompts"].tolist()
-        if not self._ends:
+        if not len(self):
             raise FedPFTError(
                 f"none of {len(rows)} texts has two tokens, so nothing can be learnt; "
                 "name another column in data.text-columns"
             )
 
-    def __len__(self) -> int:
-        """Return the number of rows: responses, or blocks of texts."""
-        return len(self._ends)
-
-    def lengths(self) -> list[int]:
-        """Return the number of tokens of every row."""
-        lengths: list[int] = np.diff(self._ends, prepend=0).tolist()
-        return lengths
-
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return inputs and `labels` [B, T], padded at the end."""
         rows, labels = [], []
         for row in indices:
-            start = self._ends[row - 1] if row else 0
-            ids = self._ids[start : self._ends[row]]
+            ids = self._ids[self._place(row)]
             targets = ids.clone()
             targets[: self._prompts[row]] = NO_TARGET
             rows.append(ids)

@@ -92,10 +92,13 @@ def snapshot(model):
 
 def adapted(family, plan_settings=None, seed=0):
     """Return FM and sub-FM with the same, non-trivial adapter."""
-    fm = tiny_model(family)
-    plan = plans(fm, **(plan_settings or {"keep_fraction": 0.5}))
-    sub = build_sub_fm(fm, plan)
     head = ARCHITECTURES[family].head
+    return with_adapters(tiny_model(family), head, plan_settings, seed)
+
+
+def with_adapters(fm, head, plan_settings=None, seed=0, objective="classify"):
+    plan = plans(fm, **(plan_settings or {"keep_fraction": 0.5}))
+    sub = build_sub_fm(fm, plan, objective)
     fm = attach_adapter(fm, LORA, head, seed)
     sub = attach_adapter(sub, LORA, head, seed)
     generator = torch.Generator().manual_seed(seed)

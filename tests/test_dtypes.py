@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fedpft_flower.activity import real_logits
-from fedpft_flower.adapters import attach_adapter, base_model, get_adapter, plug_in
+from fedpft_flower.adapters import base_model, get_adapter, plug_in
 from fedpft_flower.alignment import distil, gradient_error, layer_level
 from fedpft_flower.architectures import ARCHITECTURES
 from fedpft_flower.config import AlignConfig, LoraConfig
@@ -18,7 +18,7 @@ from fedpft_flower.least_squares import refit
 from fedpft_flower.refinement import refine
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns
 from tests.families import CONFIGS, tiny_batch, tiny_model
-from tests.test_architectures import plans, whole
+from tests.test_architectures import whole, with_adapters
 from tests.test_federation import results, run
 
 families = pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -39,19 +39,7 @@ def halved(family):
 
 
 def adapted(family):
-    fm = halved(family)
-    plan = plans(fm, keep_fraction=0.5)
-    head = ARCHITECTURES[family].head
-    sub = attach_adapter(build_sub_fm(fm, plan), LORA, head, 0)
-    fm = attach_adapter(fm, LORA, head, 0)
-    generator = torch.Generator().manual_seed(0)
-    moved = {
-        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in get_adapter(sub).items()
-    }
-    plug_in(fm, moved, plan)
-    plug_in(sub, moved, plan)
-    return fm.eval(), sub.eval(), plan
+    return with_adapters(halved(family), ARCHITECTURES[family].head)
 
 
 @families

@@ -14,9 +14,6 @@ from fedpft_flower.adapters import (
     attach_adapter,
     base_model,
     export_adapter,
-    get_adapter,
-    load_adapter,
-    plug_in,
 )
 from fedpft_flower.alignment import distil, gradient_error, layer_level
 from fedpft_flower.architectures import ARCHITECTURES, ffns_of
@@ -34,7 +31,7 @@ from fedpft_flower.foundation import load_fm
 from fedpft_flower.refinement import logit_loss
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns, frozen_weights
 from tests.families import CONFIGS, tiny_batch, tiny_model
-from tests.test_architectures import plans, whole
+from tests.test_architectures import plans, whole, with_adapters
 from tests.test_federation import NODES, results, run
 
 DECODERS = sorted(name for name in CONFIGS if ARCHITECTURES[name].decoder)
@@ -60,19 +57,7 @@ def labelled(family, seed=0):
 
 
 def adapted(family):
-    """Return FM, sub-FM and plan; both models hold the same adapter, which acts."""
-    fm = decoder(family)
-    plan = plans(fm, keep_fraction=0.5)
-    sub = attach_adapter(build_sub_fm(fm, plan, "generate"), LORA, (), 0)
-    fm = attach_adapter(fm, LORA, (), 0)
-    generator = torch.Generator().manual_seed(0)
-    moved = {
-        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in get_adapter(sub).items()
-    }
-    load_adapter(sub, moved)
-    plug_in(fm, moved, plan)
-    return fm.eval(), sub.eval(), plan
+    return with_adapters(decoder(family), (), objective="generate")
 
 
 # ------------------------------------------------------------------------------ rows
