@@ -7,7 +7,7 @@ NODES ?= 20
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench check format clean
+.PHONY: help demo test compare bench check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ demo: .venv/installed ## install, then run the embedded example end to end
 
 test: .venv/installed ## every test, offline; what is skipped is printed at the end
 	@$(BIN)/python -m pytest
+
+compare: .venv/installed ## every method on the embedded task, 3 seeds: table and plots
+	@$(BIN)/fedpft-compare conf/compare/embedded.toml $(SET)
 
 bench: .venv/installed ## seconds of a round: Flower against a plain loop, 5 minutes
 	@$(BIN)/python -m benchmarks.overhead --rounds 3 --repeats 2 --nodes $(NODES) \

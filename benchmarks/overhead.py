@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from benchmarks import ROOT, run_main, spread
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import Adapter, export_adapter
-from fedpft_flower.commands import read_config, run_experiment
+from fedpft_flower.commands import print_own, read_config, run_experiment
 from fedpft_flower.config import Config
 from fedpft_flower.report import RunDirectory
 from fedpft_flower.server import Metrics
@@ -161,9 +161,10 @@ def flower_side(conf: Path, pairs: Sequence[str], nodes: int, out: Path) -> Side
     """Run the same through Flower, whose progress goes to standard error."""
     began = time.time()
     with redirect_stdout(sys.stderr):
-        status = run_experiment(conf, [*pairs, f"out-dir={out}"], nodes, ROOT, False)
-    if status:
-        sys.exit("the Flower run failed")
+        config = read_config(conf, [*pairs, f"out-dir={out}"])
+        failure = run_experiment(config, nodes, ROOT, print_own)
+    if failure is not None:
+        sys.exit(f"the Flower run failed: {failure.told or failure.status}")
     return read_side(out, began)
 
 

@@ -4,7 +4,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -107,15 +107,21 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
         ) from error
     if config.select == "best":
         server.restore(checkpoints.load(run.best_round).tensors)
-    plain = server.evaluate("test")
-    refinement = server.refine()
-    after = server.evaluate("test") if refinement.get("kept") else plain
+    plain, right = server.judge("test")
+    hits = {"plain": right["fm"], **right}
+    refinement, after = server.refine(), plain
+    if refinement.get("kept"):
+        after, right = server.judge("test")
+        hits |= right
     summary = _summary(run, plain, after, counting.ledger)
     summary["refinement"] = refinement
+    summary["server-seconds"] = _seconds_in(
+        [*(entry.get("alignment", {}) for entry in directory.rounds), refinement]
+    )
     summary["more-tests"] = {name: server.evaluate(name) for name in task.more_tests}
     federation.offer(server)  # a run that was over when it was resumed has not yet
     manifest = _manifest(config, task, splits, hashes, server, federation)
-    directory.finish(server, summary, manifest)
+    directory.finish(server, summary, manifest, hits)
     _show(summary, server.metric)
     logger.info("results: %s", directory.path)
 
@@ -233,6 +239,7 @@ class _Run:
         due = current % self.config.eval_every == 0 or current == self.config.rounds
         scores = self.strategy.server.evaluate("validation") if due else {}
         entry |= scores
+        entry |= self._gradient(current, entry)
         entry["peak-memory-server"] = peak_memory()
         entry["bytes"] = ledger.table(current)
         entry["bytes-down"] = ledger.total("down", current)
@@ -245,6 +252,15 @@ class _Run:
         self._save(current)
         logger.info("%s", self._line(current, entry))
         return MetricRecord(scores) if scores else None
+
+    def _gradient(self, current: int, entry: Metrics) -> Metrics:
+        """Measure the gradient error where it is due and no alignment just has."""
+        every, alignment = self.config.gradient_every, entry.get("alignment", {})
+        if not every or current % every:
+            return {}
+        found = alignment.get("gradient-after", alignment.get("gradient-before"))
+        found = found or self.strategy.server.gradient_error()
+        return {"gradient-error": found} if found else {}
 
     def _judge(self, current: int, score: float) -> None:
         best = self._best_score
@@ -312,6 +328,7 @@ def _summary(run: _Run, plain: Metrics, after: Metrics, ledger: Ledger) -> Metri
         "test-plain": plain,  # the averaged adapter, before its refinement
         "test-after": after,
         "share-withheld": strategy.server.share_withheld,
+        "parameters": strategy.server.parameters,
         "bytes-down": both[0],
         "bytes-up": both[1],
         "bytes-install-per-client": strategy.federation.install_bytes,
@@ -323,6 +340,18 @@ def _summary(run: _Run, plain: Metrics, after: Metrics, ledger: Ledger) -> Metri
         "seconds": sum(entry["seconds"] for entry in rounds),
         "failures": sum(len(entry.get("failures", ())) for entry in rounds),
     }
+
+
+def _seconds_in(parts: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds that the server spent on selection, alignment, refinement."""
+    seconds = 0.0
+    for part in parts:
+        for name, value in part.items():
+            if isinstance(value, Mapping):
+                seconds += _seconds_in([value])
+            elif name in ("seconds", "selection-seconds"):
+                seconds += value
+    return seconds
 
 
 def _manifest(

@@ -11,8 +11,9 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -34,6 +35,7 @@ from fedpft_flower.methods import method_of
 from fedpft_flower.partitions import check_kind
 from fedpft_flower.strategies import strategy_of
 
+CHECKOUT = Path(__file__).resolve().parent.parent  # of the app, this package's own
 START_SECONDS = 60.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -45,33 +47,56 @@ def run(arguments: Sequence[str] | None = None) -> None:
     checkouts gets in, and stops what it started.
     """
     options = _parser().parse_intermixed_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end like Ctrl-C
-        signal.signal(number, _interrupt)
+    end_like_ctrl_c()
+    show = _print_all if options.verbose else print_own
     try:
-        status = run_experiment(
-            options.conf, options.set, options.nodes, options.app, options.verbose
-        )
+        config = read_config(options.conf, options.set)
+        failure = run_experiment(config, options.nodes, options.app, show)
     except FedPFTError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; everything that was started is stopped", file=sys.stderr)
         sys.exit(130)
-    sys.exit(status)
+    if failure is None:
+        sys.exit(0)
+    if not (failure.told or options.verbose):
+        print("\n".join(failure.lines[-30:]), file=sys.stderr)
+    print(f"the run failed ({failure.status})", file=sys.stderr)
+    sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Say how a run failed: Flower's status, and all lines of its stream."""
+
+    status: str
+    lines: Sequence[str]
+
+    @property
+    def told(self) -> str:
+        """Return the line in which the app said why; "" if it could not."""
+        errors = [x for x in self.lines if x.startswith(f"{MARK}error: ")]
+        return errors[-1].removeprefix(f"{MARK}error: ") if errors else ""
 
 
 def run_experiment(
-    conf: Path, pairs: Sequence[str], nodes: int, app: Path, verbose: bool
-) -> int:
+    config: Config, nodes: int, app: Path, show: Callable[[str], None]
+) -> Failure | None:
     """Run one experiment on virtual nodes and stream its progress.
 
+    Args:
+        config: the experiment.
+        nodes: how many virtual nodes.
+        app: the checkout of the app.
+        show: takes every line of the stream; those of the app begin with `MARK`.
+
     Returns:
-        0 if the run completed, 1 if it failed.
+        None if the run completed.
 
     Raises:
         FedPFTError: the configuration or the app is wrong; nothing was started.
     """
-    config = read_config(conf, pairs)
     method_of(config)
     strategy_of(config.strategy, config.strategy_args)
     metric_of(config.data)
@@ -90,7 +115,7 @@ def run_experiment(
         home = Path(place)
         (home / "run.toml").write_text(tomli_w.dumps(nest(config.flat())))
         with _superlink(home) as environment:
-            return _run(home, app, nodes, environment, verbose)
+            return _run(home, app, nodes, environment, show)
 
 
 def read_config(conf: Path | None, pairs: Sequence[str]) -> Config:
@@ -106,6 +131,19 @@ def read_config(conf: Path | None, pairs: Sequence[str]) -> Config:
         raise FedPFTError(f"cannot read {conf}: {error}; give a TOML file") from error
     for pair in pairs:
         flat |= _pair(pair)
+    return resolve(flat)
+
+
+def resolve(settings: Mapping[str, Any]) -> Config:
+    """Build a configuration whose paths are this shell's.
+
+    Args:
+        settings: flat keys and values.
+
+    Raises:
+        FedPFTError: a value makes no sense.
+    """
+    flat = dict(settings)
     # Relative paths mean the shell's directory here, not some server process's.
     for key in ("fm.name", "data.path", "data.public-path"):
         value = flat.get(key)
@@ -144,13 +182,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--app",
         type=Path,
-        default=Path(__file__).resolve().parent.parent,
+        default=CHECKOUT,
         help="checkout of the app (default: where this package lives)",
     )
     parser.add_argument(
         "--verbose", action="store_true", help="show Flower's and Ray's output too"
     )
     return parser
+
+
+def end_like_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -246,8 +290,12 @@ def stop(process: "subprocess.Popen[Any]") -> None:
 
 
 def _run(
-    home: Path, app: Path, nodes: int, environment: Mapping[str, str], verbose: bool
-) -> int:
+    home: Path,
+    app: Path,
+    nodes: int,
+    environment: Mapping[str, str],
+    show: Callable[[str], None],
+) -> Failure | None:
     federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
     process = subprocess.Popen(
         [
@@ -268,26 +316,23 @@ def _run(
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(_ANSI.sub("", line.rstrip()))
-            _show(lines[-1], verbose)
+            show(lines[-1])
         process.wait()
         status = run_status(lines, environment, home / "empty")
     finally:
         if process.poll() is None:
             stop(process)
-    if status == "finished:completed":
-        return 0
-    told = any(line.startswith(f"{MARK}error:") for line in lines)
-    if not told and not verbose:
-        print("\n".join(lines[-30:]), file=sys.stderr)
-    print(f"the run failed ({status})", file=sys.stderr)
-    return 1
+    return None if status == "finished:completed" else Failure(status, lines)
 
 
-def _show(line: str, verbose: bool) -> None:
+def print_own(line: str) -> None:
+    """Print a line of a run's stream if it is this app's own."""
     if line.startswith(MARK):
-        print(line.removeprefix(MARK), flush=True)
-    elif verbose:
-        print(line, flush=True)
+        _print_all(line)
+
+
+def _print_all(line: str) -> None:
+    print(line.removeprefix(MARK), flush=True)
 
 
 def run_status(

@@ -291,6 +291,9 @@ class Config:
     out_dir: str = "fedpft-runs"
     # Evaluate after every so many rounds (and after the last one).
     eval_every: int = 1
+    # Measure the sub-FM's gradient error after every so many rounds; 0 does it only
+    # before and after an alignment.
+    gradient_every: int = 0
     # Threads of the server's process; 0 leaves PyTorch's default.
     server_threads: int = 0
     # How long the server waits for nodes to come online.
@@ -480,6 +483,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "rounds": (1, 1e6, True),
     "seed": (0, 2**53, True),
     "eval-every": (1, 1e6, True),
+    "gradient-every": (0, 1e6, True),
     "server-threads": (0, 4096, True),
     "timeout-seconds": (0, 1e9, False),
     "early-stop": (0, 1e6, True),

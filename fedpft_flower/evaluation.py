@@ -54,17 +54,30 @@ def evaluate(
         The metrics of the objective (`METRICS`) and "loss", the mean cross-entropy
         over rows or, where text is generated, over the tokens that are learnt.
     """
+    return judge(model, rows, objective)[0]
+
+
+def judge(
+    model: nn.Module, rows: Rows, objective: Objective = "classify"
+) -> tuple[dict[str, float], list[bool]]:
+    """Evaluate a model, and tell which rows it gets right.
+
+    Returns:
+        What `evaluate` returns; and for every row, in their order, whether its label
+        is the one said or, where text is generated, whether it matches exactly.
+    """
     if objective == "generate":
         return _generation(model, rows)
     logits, labels = predict(model, rows)
     truth, said = labels.numpy(), logits.argmax(dim=-1).numpy()
     present = np.unique(truth)  # macro F1 is the mean over the classes of the rows
-    return {
+    metrics = {
         "accuracy": float(accuracy_score(truth, said)),
         "macro-f1": float(f1_score(truth, said, average="macro", labels=present)),
         "matthews": float(matthews_corrcoef(truth, said)),
         "loss": float(nn.functional.cross_entropy(logits, labels)),
     }
+    return metrics, (truth == said).tolist()
 
 
 @torch.no_grad()
@@ -87,15 +100,16 @@ def predict(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _generation(model: nn.Module, rows: Rows) -> dict[str, float]:
-    """Return perplexity, token accuracy, exact match and loss.
+def _generation(model: nn.Module, rows: Rows) -> tuple[dict[str, float], list[bool]]:
+    """Return perplexity, token accuracy, exact match and loss; and the exact rows.
 
     Perplexity is exp(loss). A row matches exactly when the most likely token is the
     right one at every place that is learnt, the end token's included: greedy decoding
     then writes this very response, since each of its prefixes is the right one.
     """
     model.eval()
-    loss, tokens, hits, exact = 0.0, 0, 0, 0
+    loss, tokens, hits = 0.0, 0, 0
+    exact = [False] * len(rows)
     for chosen in _by_length(rows, GENERATION_BATCH):
         batch = rows.batch(chosen)
         targets = batch.pop("labels")[:, 1:]
@@ -107,14 +121,16 @@ def _generation(model: nn.Module, rows: Rows) -> dict[str, float]:
         right[learnt] = (logits.argmax(dim=-1) == wanted).cpu()
         tokens += len(wanted)
         hits += int(right[learnt].sum())
-        exact += int(right.all(dim=1).sum())
+        for row, matches in zip(chosen, right.all(dim=1).tolist(), strict=True):
+            exact[row] = matches
     mean = loss / tokens
-    return {
+    metrics = {
         "perplexity": math.exp(min(mean, 700.0)),  # the largest that a float can hold
         "token-accuracy": hits / tokens,
-        "exact-match": exact / len(rows),
+        "exact-match": sum(exact) / len(rows),
         "loss": mean,
     }
+    return metrics, exact
 
 
 def _by_length(rows: Rows, size: int) -> Iterator[list[int]]:

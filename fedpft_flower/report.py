@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -105,9 +105,16 @@ class RunDirectory:
         if [entry["round"] for entry in self._rounds] != list(range(current + 1)):
             raise FedPFTError(f"{place} lacks rounds before {current}; start anew")
 
-    def finish(self, server: ProxyServer, summary: Metrics, manifest: Metrics) -> None:
+    def finish(
+        self,
+        server: ProxyServer,
+        summary: Metrics,
+        manifest: Metrics,
+        hits: Mapping[str, str],
+    ) -> None:
         """Write everything that a finished run has."""
         self._write("manifest.json", _pretty(manifest))
+        self._write("hits.json", _pretty(dict(hits)))
         rounds, metric = self._rounds, server.metric
         self._put("curves.png", lambda path: draw_curves(rounds, metric, path))
         self._put("adapter", lambda path: export_adapter(server.fm, path))

@@ -48,7 +48,7 @@ from fedpft_flower.encoding import (
     hold_out,
     shuffled_batches,
 )
-from fedpft_flower.evaluation import evaluate, metric_of
+from fedpft_flower.evaluation import evaluate, judge, metric_of
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.least_squares import Fit, refit
 from fedpft_flower.methods import method_of
@@ -189,8 +189,21 @@ class ProxyServer:
     @property
     def share_withheld(self) -> float:
         """Return the share of the FM's weights (without head) that is never sent."""
-        sent = sum(tensor.numel() for tensor in self._weights.values())
-        return 1.0 - sent / sum(tensor.numel() for tensor in self.fm_weights.values())
+        parameters = self.parameters
+        return 1.0 - parameters["sub-fm"] / parameters["fm"]
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Return how many values FM and sub-FM (without head) and the adapter have."""
+        parts = {
+            "fm": self.fm_weights,
+            "sub-fm": self._weights,
+            "adapter": self.adapter,
+        }
+        return {
+            name: sum(tensor.numel() for tensor in tensors.values())
+            for name, tensors in parts.items()
+        }
 
     def package(self) -> Package:
         """Return what a client needs of the sub-FM as it is now."""
@@ -435,11 +448,32 @@ class ProxyServer:
             split: "validation" (for every choice), "test" or the name of a further test
                 split (only to report).
         """
+        return self.judge(split)[0]
+
+    def judge(self, split: str) -> tuple[Metrics, dict[str, str]]:
+        """Evaluate, and tell which rows FM ("fm") and sub-FM ("sub-fm") get right.
+
+        Returns:
+            What `evaluate` returns; and for both models a "1" for every row that is
+            right and a "0" for every other, in the order of the rows.
+        """
         rows = self._splits[split]
-        fm = sub_fm = evaluate(self.fm, rows, self._objective)
+        fm = sub_fm = judge(self.fm, rows, self._objective)
         if not self._is_fm:
-            sub_fm = evaluate(self.sub_fm, rows, self._objective)
-        return {**_prefixed("fm", fm), **_prefixed("sub-fm", sub_fm)}
+            sub_fm = judge(self.sub_fm, rows, self._objective)
+        metrics = {**_prefixed("fm", fm[0]), **_prefixed("sub-fm", sub_fm[0])}
+        return metrics, {"fm": _digits(fm[1]), "sub-fm": _digits(sub_fm[1])}
+
+    def gradient_error(self) -> dict[str, float]:
+        """Return the gradient error of the sub-FM at the current adapter.
+
+        Returns:
+            Relative L2 and cosine, and their spread; nothing without a public corpus,
+            or where the sub-FM is the FM.
+        """
+        if self._public is None or self.plan.is_whole:
+            return {}
+        return self._gradient_error()
 
     # ----------------------------------------------------------------------- its parts
 
@@ -634,6 +668,10 @@ def _check_length(length: int, fm: FoundationModel) -> None:
 
 def _prefixed(model: str, metrics: Metrics) -> Metrics:
     return {f"{model}-{name}": value for name, value in metrics.items()}
+
+
+def _digits(right: Sequence[bool]) -> str:
+    return "".join("1" if one else "0" for one in right)
 
 
 class _Told:

@@ -20,7 +20,7 @@ from fedpft_flower.methods import METHODS, method_of
 from fedpft_flower.tasks import TASKS, load_public, load_task
 
 ROOT = Path(__file__).parent.parent
-CONFS = sorted((ROOT / "conf").glob("**/*.toml"))
+CONFS = sorted((ROOT / "conf").glob("*.toml"))
 
 
 def test_pyproject_holds_the_same_keys_types_and_defaults():

@@ -309,7 +309,7 @@ def test_a_bad_strategy_is_refused_in_one_line_before_anything_is_loaded(
     conf.write_text("")
     pairs = [f"strategy={name}", f"strategy-args={json.dumps(arguments)}"]
     with pytest.raises(FedPFTError, match=re.escape(said)):
-        commands.run_experiment(conf, pairs, 2, ROOT, False)
+        commands.run_experiment(commands.read_config(conf, pairs), 2, ROOT, print)
 
 
 @pytest.mark.parametrize(

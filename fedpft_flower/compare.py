@@ -1,0 +1,297 @@
+"""Run the cells of a comparison through the same app, one after the other."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedpft_flower.checkpoint import FREE_KEYS, flush
+from fedpft_flower.commands import CHECKOUT, end_like_ctrl_c, run_experiment
+from fedpft_flower.config import MARK, Config, FedPFTError, flat_defaults, flatten
+from fedpft_flower.evaluation import is_better, metric_of
+from fedpft_flower.spec import Cell, Spec
+from fedpft_flower.tables import Result, write_tables
+
+# How often a cell's own progress is shown.
+PROGRESS_SECONDS = 30.0
+# Of a round, what stays at the run itself: it is long, or says who took part.
+_LEFT = {"bytes", "clients", "per-client"}
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run a comparison (`fedpft-compare`); exit 0 only if every cell has a result.
+
+    A finished cell is not run again, an unfinished one goes on, a failed one is shown
+    with its reason and tried again by the next call.
+    """
+    options = _parser().parse_args(arguments)
+    end_like_ctrl_c()
+    try:
+        spec = Spec(options.spec)
+        out = options.out or Path.home() / "fedpft-runs" / f"compare-{spec.place.stem}"
+        comparison = Comparison(spec, out.absolute(), options.app)
+        if not options.tables:
+            comparison.run(options.only)
+        written = write_tables(spec, comparison.results(), comparison.out)
+    except FedPFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; finished cells stay, the same command goes on",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    print(written.read_text(encoding="utf-8"))
+    print(f"results: {comparison.out}")
+    sys.exit(0 if comparison.is_complete else 1)
+
+
+class Comparison:
+    """Keep the results of a spec's cells in a directory, and run what is missing.
+
+    `cells/NAME.json` holds a result, `cells/NAME.failed.json` the reason of a failure,
+    `runs/NAME/` the run directories.
+    """
+
+    def __init__(self, spec: Spec, out: Path, app: Path = CHECKOUT) -> None:
+        """Open a directory.
+
+        Raises:
+            FedPFTError: it cannot be written, or has results of another spec.
+        """
+        self.spec, self.out, self._app = spec, out, app
+        self._known: dict[Cell, dict[str, Any]] = {}
+        try:
+            (out / "cells").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FedPFTError(
+                f"cannot write {out} ({error}); choose another --out"
+            ) from error
+        for cell in spec.all_cells:
+            self._check(cell)
+
+    def cells(self) -> list[Cell]:
+        """Return the cells whose rate is known, in the order in which they are run."""
+        first = self.spec.seeds[0]
+        return [
+            cell
+            for cell in self.spec.all_cells
+            if cell.seed == first or cell.lr == self.best_lr(cell)
+        ]
+
+    def best_lr(self, cell: Cell) -> float | None:
+        """Return the best rate of a cell's grid on validation, with the first seed.
+
+        None as long as one of them has no result.
+        """
+        grid = self.spec.lrs(cell.task, cell.partition, cell.method)
+        if len(grid) == 1:
+            return grid[0]
+        best, best_score = None, 0.0
+        metric = metric_of(self.spec.config(cell).data)
+        for lr in grid:
+            values = asdict(cell) | {"lr": lr, "seed": self.spec.seeds[0]}
+            result = self._read(Cell(**values))
+            if result is None:
+                return None
+            score = result["rounds"][-1][f"fm-{metric}"]
+            if best is None or is_better(metric, score, best_score):
+                best, best_score = lr, score
+        return best
+
+    def results(self) -> list[Result]:
+        """Return every cell whose rate is known with what is there of it."""
+        return [
+            Result(cell, self._read(cell), self._reason(cell)) for cell in self.cells()
+        ]
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether every cell has a result."""
+        return all(result.found is not None for result in self.results())
+
+    def run(self, only: str = "") -> None:
+        """Run every cell without a result whose name has this text."""
+        for cell in self.cells():  # what failed earlier may be mended
+            if only in cell.name:
+                self._place(cell, ".failed.json").unlink(missing_ok=True)
+        began, ran = time.monotonic(), 0
+        while waiting := self._waiting(only):
+            cell, left = waiting[0], ""
+            if ran:
+                seconds = (time.monotonic() - began) / ran * len(waiting)
+                left = f", about {_duration(seconds)} left"
+            print(f"{cell.name}: {len(waiting)} to go{left}", flush=True)
+            print(f"{cell.name}: {self._run(cell)}", flush=True)
+            ran += 1
+
+    def _waiting(self, only: str) -> list[Cell]:
+        return [
+            cell
+            for cell in self.cells()
+            if only in cell.name and self._read(cell) is None and not self._reason(cell)
+        ]
+
+    def _run(self, cell: Cell) -> str:
+        """Run a cell, keep its result or its failure, and say in short what came."""
+        began, config = time.monotonic(), self.spec.config(cell)
+        runs = self.out / "runs" / cell.name
+        flat = config.flat() | {"out-dir": str(runs), "checkpoint.keep": 1}
+        flat["resume"] = _unfinished(runs, flat)
+        try:
+            failure = run_experiment(
+                Config.from_run_config(flat), self.spec.nodes, self._app, _Shown()
+            )
+            reason = (failure.told or failure.status) if failure else None
+        except FedPFTError as error:
+            reason = str(error)
+        if reason is not None:
+            told = {"cell": asdict(cell), "reason": reason}
+            self._write(cell, ".failed.json", told)
+            return f"failed: {reason}"
+        directory = max(runs.glob("*/summary.json")).parent
+        result = _collect(directory)
+        result |= {"cell": asdict(cell), "nodes": self.spec.nodes}
+        result["config"] = {**config.flat(), "out-dir": Config().out_dir}
+        self._write(cell, ".json", result)
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        metric, test = metric_of(config.data), result["summary"]["test-after"]
+        return (
+            f"FM {test[f'fm-{metric}']:.3f}, sub-FM {test[f'sub-fm-{metric}']:.3f}, "
+            f"{_duration(time.monotonic() - began)}"
+        )
+
+    def _check(self, cell: Cell) -> None:
+        """Refuse results that another spec has made."""
+        result = self._read(cell)
+        if result is None:
+            return
+        now = json.loads(self.spec.unfilled(json.dumps(self.spec.config(cell).flat())))
+        # What this version added has its default in older results.
+        earlier = {**flat_defaults(), **result["config"]}
+        told = {"nodes": (result["nodes"], self.spec.nodes)}
+        told |= {key: (earlier[key], value) for key, value in now.items()}
+        for key, (then, value) in told.items():
+            if then != value and key not in _FREE:
+                raise FedPFTError(
+                    f"{self._place(cell, '.json')} was made with {key} = {then!r}, the "
+                    f"spec says {value!r}; give another --out, or remove that file"
+                )
+
+    def _read(self, cell: Cell) -> dict[str, Any] | None:
+        place = self._place(cell, ".json")
+        if cell not in self._known and place.exists():
+            try:
+                self._known[cell] = json.loads(place.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise FedPFTError(f"cannot read {place}: {error}; remove it") from error
+        return self._known.get(cell)
+
+    def _reason(self, cell: Cell) -> str | None:
+        place = self._place(cell, ".failed.json")
+        return json.loads(place.read_text())["reason"] if place.exists() else None
+
+    def _write(self, cell: Cell, suffix: str, content: Mapping[str, Any]) -> None:
+        place = self._place(cell, suffix)
+        draft = place.with_suffix(".partial")
+        text = self.spec.unfilled(json.dumps(content, indent=1))
+        try:
+            draft.write_text(text, encoding="utf-8")
+            flush(draft)
+            draft.replace(place)
+        except OSError as error:
+            raise FedPFTError(
+                f"cannot write {place} ({error}); make room, the same command goes on"
+            ) from error
+
+    def _place(self, cell: Cell, suffix: str) -> Path:
+        return self.out / "cells" / f"{cell.name}{suffix}"
+
+
+# Settings that may differ between a result and the spec: where things are put, and how
+# long to wait; but not what is read.
+_FREE = FREE_KEYS - {"fm.name", "data.path", "data.public-path"}
+
+
+def _collect(directory: Path) -> dict[str, Any]:
+    """Return the result of a finished run, without what is long or names places."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest.pop("config")
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    rounds = [
+        {key: value for key, value in json.loads(line).items() if key not in _LEFT}
+        for line in lines
+    ]
+    return {
+        "summary": json.loads((directory / "summary.json").read_text()),
+        "manifest": manifest,
+        "rounds": rounds,
+        "hits": json.loads((directory / "hits.json").read_text()),
+    }
+
+
+def _unfinished(runs: Path, flat: Mapping[str, Any]) -> str:
+    """Return the run directory that a stopped run of this configuration left, or ""."""
+    for directory in sorted(runs.glob("*/checkpoints"), reverse=True):
+        place = directory.parent
+        if (place / "summary.json").exists() or not any(directory.glob("round-*")):
+            continue
+        try:
+            left = flatten(tomllib.loads((place / "config.toml").read_text()))
+        except (OSError, ValueError):
+            continue
+        if all(left.get(k) == v for k, v in flat.items() if k not in FREE_KEYS):
+            return str(place)
+    return ""
+
+
+class _Shown:
+    """Show a cell's progress now and then: its rounds, and what it warns of."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        own, now = line.removeprefix(MARK), time.monotonic()
+        if line.startswith(f"{MARK}round ") and now - self._last > PROGRESS_SECONDS:
+            print(f"  {own}", flush=True)
+            self._last = now
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpft-compare",
+        description="Run a comparison of methods from a spec, e.g. "
+        "conf/compare/embedded.toml, and write its tables and plots.",
+    )
+    parser.add_argument("spec", type=Path)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where results are kept (default: ~/fedpft-runs/compare-SPEC)",
+    )
+    parser.add_argument("--only", default="", help="cells whose name has this text")
+    parser.add_argument(
+        "--tables", action="store_true", help="run nothing, write tables and plots"
+    )
+    parser.add_argument(
+        "--app",
+        type=Path,
+        default=CHECKOUT,
+        help="checkout of the app (default: where this package lives)",
+    )
+    return parser

@@ -1,0 +1,258 @@
+"""Read the spec of a comparison: methods x tasks x partitions x kept fractions x seeds.
+
+A spec is one TOML file:
+
+    nodes = 20
+    seeds = [0, 1, 2]
+    methods = ["fedpetuning", "fedpft", "long"]  # rows of methods, or tables below
+    kept = [0.25, 0.125]                         # sub-fm.keep-fraction (optional)
+    lrs = [5e-4, 1e-3]                           # train.lr (optional)
+    reference = "fedpetuning"                    # what gaps are taken from (optional)
+    pairs = [["long", "fedpft"]]                 # differences to show (optional)
+
+    [settings]            # of every cell (optional)
+    rounds = 10
+
+    [task.sst2]           # at least one
+    base = "../sst2.toml" # a configuration to start from (optional)
+    data.path = "{SST2}"  # the environment variable SST2
+
+    [partition.skewed]    # optional
+    partition.kind = "dirichlet"
+
+    [method.long]         # optional
+    method = "fedpft"
+    align.steps = 1000
+
+Later tables win: base, settings, task, partition, method. Of several rates each method
+takes, for every task, partition and kept fraction, the one that is best on validation
+with the first seed. A method that keeps the whole FM runs once for all kept fractions.
+"""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedpft_flower.commands import resolve
+from fedpft_flower.config import Config, FedPFTError, existing_path, flatten
+from fedpft_flower.methods import METHODS
+from fedpft_flower.planners import keep_all
+
+_VARIABLE = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_KEYS = {
+    "nodes": int,
+    "seeds": list,
+    "methods": list,
+    "kept": list,
+    "lrs": list,
+    "reference": str,
+    "pairs": list,
+    "settings": dict,
+    "task": dict,
+    "partition": dict,
+    "method": dict,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Name one run of a comparison."""
+
+    task: str
+    partition: str  # "" where the spec has no partitions
+    method: str
+    kept: float  # sub-fm.keep-fraction; 1 where the whole FM is kept
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Return the name of its files."""
+        parts = [self.task, self.partition, self.method]
+        numbers = [f"k{self.kept:g}", f"lr{self.lr:g}", f"s{self.seed}"]
+        return "-".join([*filter(None, parts), *numbers])
+
+
+class Spec:
+    """Hold a spec, and make the configuration of each of its cells."""
+
+    def __init__(self, place: Path) -> None:
+        """Read a spec.
+
+        Raises:
+            FedPFTError: it cannot be read, an environment variable that it names is
+                not set, or one of its cells makes no configuration.
+        """
+        self.place = place
+        # Environment variables that the spec names, and what they stand for.
+        self._variables: dict[str, str] = {}
+        table = self._read(place)
+        self._check(table)
+        self.nodes: int = table["nodes"]
+        self.seeds: list[int] = table["seeds"]
+        self.methods: list[str] = table["methods"]
+        self.tasks: list[str] = list(table["task"])
+        self.partitions: list[str] = list(table.get("partition", {})) or [""]
+        self.pairs: list[tuple[str, str]] = [(a, b) for a, b in table.get("pairs", [])]
+        usual = "fedpetuning" if "fedpetuning" in self.methods else self.methods[0]
+        self.reference: str = table.get("reference", usual)
+        self._table = table
+        self._bases = {task: self._base(task) for task in self.tasks}
+        for cell in self.all_cells:
+            self.config(cell)  # says what is wrong before anything runs
+
+    # ------------------------------------------------------------------------ cells
+
+    @cached_property
+    def all_cells(self) -> list[Cell]:
+        """Return all cells, the whole grid of rates for every seed."""
+        return [
+            Cell(task, partition, method, kept, lr, seed)
+            for seed in self.seeds
+            for task in self.tasks
+            for partition in self.partitions
+            for method in self.methods
+            for kept in self.kept(task, partition, method)
+            for lr in self.lrs(task, partition, method)
+        ]
+
+    def groups(self) -> Iterator[tuple[str, str, str, float]]:
+        """Yield task, partition, method and kept fraction, as they stand in tables."""
+        seen = dict.fromkeys(
+            (c.task, c.partition, c.method, c.kept) for c in self.all_cells
+        )
+        yield from seen
+
+    def kept(self, task: str, partition: str, method: str) -> list[float]:
+        """Return the kept fractions of a method."""
+        settings = self._settings(task, partition, method)
+        row = METHODS.get(settings.get("method", Config().method))
+        if row is not None and row.plan is keep_all:
+            return [1.0]
+        usual = settings.get("sub-fm.keep-fraction", Config().sub_fm.keep_fraction)
+        return [float(kept) for kept in self._table.get("kept", [usual])]
+
+    def lrs(self, task: str, partition: str, method: str) -> list[float]:
+        """Return the grid of rates of a method."""
+        settings = self._settings(task, partition, method)
+        usual = settings.get("train.lr", Config().train.lr)
+        return [float(lr) for lr in self._table.get("lrs", [usual])]
+
+    def config(self, cell: Cell) -> Config:
+        """Return the configuration of a cell.
+
+        Raises:
+            FedPFTError: there can be none.
+        """
+        settings = self._settings(cell.task, cell.partition, cell.method)
+        settings |= {"seed": cell.seed, "train.lr": cell.lr}
+        if cell.kept < 1.0:
+            settings["sub-fm.keep-fraction"] = cell.kept
+        try:
+            return resolve(settings)
+        except FedPFTError as error:
+            raise FedPFTError(f"{self.place}, {cell.name}: {error}") from error
+
+    def unfilled(self, text: str) -> str:
+        """Return JSON text in which variables stand for what they name."""
+        for name, value in self._variables.items():
+            text = text.replace(json.dumps(value)[:-1], f'"{{{name}}}')
+        return text
+
+    # ------------------------------------------------------------------------ parts
+
+    def _settings(self, task: str, partition: str, method: str) -> dict[str, Any]:
+        own = self._table.get("method", {}).get(method, {"method": method})
+        settings = dict(self._bases[task])
+        for part in (
+            self._table.get("settings", {}),
+            {k: v for k, v in self._table["task"][task].items() if k != "base"},
+            self._table.get("partition", {}).get(partition, {}),
+            own,
+        ):
+            settings |= flatten(part)
+        return settings
+
+    def _base(self, task: str) -> dict[str, Any]:
+        base = self._table["task"][task].get("base")
+        return flatten(self._read(self.place.parent / base)) if base else {}
+
+    def _read(self, place: Path) -> dict[str, Any]:
+        try:
+            text = place.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FedPFTError(f"cannot read {place}: {error}; give a spec") from error
+        for name in dict.fromkeys(_VARIABLE.findall(_uncommented(text))):
+            value = os.environ.get(name)
+            if not value:
+                raise FedPFTError(
+                    f"{place} names {{{name}}}; set the environment variable {name}"
+                )
+            there = existing_path(value)
+            value = str(there.absolute()) if there else value
+            self._variables[name] = value
+            text = text.replace(f"{{{name}}}", value)
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise FedPFTError(f"cannot read {place}: {error}; give a spec") from error
+
+    def _check(self, table: Mapping[str, Any]) -> None:
+        for problem in _problems(table):
+            raise FedPFTError(f"{self.place}: {problem}")
+
+
+def _uncommented(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+
+
+def _problems(table: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a spec as it was read."""
+    for key, value in table.items():
+        if key not in _KEYS:
+            yield f"unknown key {key!r}; a spec has {', '.join(_KEYS)}"
+        if type(value) is not _KEYS[key]:
+            yield f"{key} is no {_KEYS[key].__name__}"
+    for key in ("nodes", "seeds", "methods", "task"):
+        if not table.get(key):
+            yield f"{key} is missing"
+    for key, kinds in (
+        ("seeds", (int,)),
+        ("methods", (str,)),
+        ("kept", (int, float)),
+        ("lrs", (int, float)),
+    ):
+        values = table.get(key, [0])
+        if not values or any(type(value) not in kinds for value in values):
+            yield f"{key} = {values}; give a list of {kinds[-1].__name__}s"
+        if len(set(values)) < len(values):
+            yield f"{key} = {values} names one twice"
+    own = table.get("method", {})
+    for method in table["methods"]:
+        if method not in own and method not in METHODS:
+            yield (
+                f"method {method!r} is neither a table [method.{method}] nor one of "
+                f"{', '.join(METHODS)}"
+            )
+    for kind in ("task", "partition", "method"):
+        for name, settings in table.get(kind, {}).items():
+            if not _NAME.fullmatch(name):
+                yield f"{kind} {name!r}: names are letters, digits and . _ + -"
+            if not isinstance(settings, Mapping):
+                yield f"{kind}.{name} is no table"
+    for pair in table.get("pairs", []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            yield f'pairs: {pair} is no pair; write ["one", "other"]'
+    mentioned = [name for pair in table.get("pairs", []) for name in pair]
+    if "reference" in table:
+        mentioned.append(table["reference"])
+    for name in mentioned:
+        if name not in table["methods"]:
+            yield f"{name!r} is compared with, but is none of methods"

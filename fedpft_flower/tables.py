@@ -1,0 +1,523 @@
+"""Write what a comparison found: `results.csv`, tables in Markdown, plots."""
+
+import csv
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.evaluation import is_better, metric_of
+from fedpft_flower.spec import Cell, Spec
+
+# Metrics between 0 and 1 that are means over rows: their gaps are shown in points.
+_BY_ROW = ("accuracy", "exact-match")
+_POINTS = (*_BY_ROW, "macro-f1", "matthews", "token-accuracy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Hold a cell with what it found, or with the reason why it failed."""
+
+    cell: Cell
+    found: dict[str, Any] | None
+    reason: str | None
+
+    @property
+    def state(self) -> str:
+        """Return "finished", "failed" or "unrun"."""
+        if self.found is not None:
+            return "finished"
+        return "failed" if self.reason else "unrun"
+
+    @property
+    def metric(self) -> str:
+        """Return the metric of a finished cell."""
+        assert self.found is not None
+        settings = {**Config().flat(), **self.found["config"]}
+        return metric_of(Config.from_run_config(settings).data)
+
+    def test(self, model: str) -> float:
+        """Return a test metric of a finished cell.
+
+        Args:
+            model: "before" (the FM before training), "plain" (the averaged adapter
+                plugged in), "fm" (the same after its refinement), "sub-fm".
+        """
+        assert self.found is not None
+        summary, metric = self.found["summary"], self.metric
+        when = {"before": "test-before", "plain": "test-plain"}.get(model, "test-after")
+        name = "sub-fm" if model == "sub-fm" else "fm"
+        return float(summary[when][f"{name}-{metric}"])
+
+
+def write_tables(spec: Spec, results: Sequence[Result], out: Path) -> Path:
+    """Write `results.csv`, `table.md` and plots.
+
+    Returns:
+        Where the Markdown is.
+
+    Raises:
+        FedPFTError: the disk refuses.
+    """
+    try:
+        _write_csv(results, out / "results.csv")
+        text = markdown(spec, results)
+        (out / "table.md").write_text(text, encoding="utf-8")
+        _draw(spec, results, out)
+    except OSError as error:
+        raise FedPFTError(f"cannot write in {out} ({error}); make room") from error
+    return out / "table.md"
+
+
+# ------------------------------------------------------------------------ results.csv
+
+
+def row_of(result: Result) -> dict[str, Any]:
+    """Return a cell as a row of `results.csv`; what is not known is left out."""
+    cell = result.cell
+    row: dict[str, Any] = {
+        "task": cell.task,
+        "partition": cell.partition,
+        "method": cell.method,
+        "kept": cell.kept,
+        "lr": cell.lr,
+        "seed": cell.seed,
+        "state": result.state,
+        "reason": result.reason,
+    }
+    if result.found is None:
+        return row
+    summary, found = result.found["summary"], result.found
+    start, end = gradient_errors(found)[0], gradient_errors(found)[-1]
+    parameters = summary.get("parameters", {})
+    return row | {
+        "nodes": found["nodes"],
+        "rounds": summary.get("rounds"),
+        "metric": result.metric,
+        "test-before": result.test("before"),
+        "test-plugged-in": result.test("plain"),
+        "test-fm": result.test("fm"),
+        "test-sub-fm": result.test("sub-fm"),
+        **{
+            f"{name}-{model}": scores[f"{model}-{result.metric}"]
+            for name, scores in summary.get("more-tests", {}).items()
+            for model in ("fm", "sub-fm")
+        },
+        "gradient-error": start.get("relative"),
+        "gradient-cosine": start.get("cosine"),
+        "gradient-error-last": end.get("relative"),
+        **{f"parameters-{name}": count for name, count in parameters.items()},
+        **{
+            key: summary.get(key)
+            for key in (
+                "share-withheld",
+                "bytes-install-per-client",
+                "bytes-per-client-and-round",
+                "bytes-down",
+                "bytes-up",
+                "server-seconds",
+                "seconds",
+                "peak-memory-server",
+                "peak-memory-client",
+                "failures",
+            )
+        },
+        "epsilon": summary.get("privacy", {}).get("epsilon"),
+        "delta": summary.get("privacy", {}).get("delta"),
+        "fm-sha256": found["manifest"].get("fm-sha256"),
+    }
+
+
+def _write_csv(results: Sequence[Result], place: Path) -> None:
+    rows = [row_of(result) for result in results]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with place.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def gradient_errors(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the gradient errors of a run, first that with which training starts.
+
+    Each has "round", and where it was measured "relative" and "cosine".
+    """
+    errors = []
+    for entry in found["rounds"]:
+        alignment = entry.get("alignment", {})
+        error = alignment.get("gradient-after", alignment.get("gradient-before"))
+        error = entry.get("gradient-error", error)
+        if error or not entry["round"]:
+            errors.append({"round": entry["round"], **(error or {})})
+    return errors
+
+
+# --------------------------------------------------------------------------- Markdown
+
+
+def markdown(spec: Spec, results: Sequence[Result]) -> str:
+    """Return all tables: accuracies in the paper's form, costs, differences."""
+    by_group = _by_group(results)
+    text = [f"# {spec.place.stem}", "", _about(spec, results), ""]
+    text += ["## Test results of the FM", "", *_paper_table(spec, by_group), ""]
+    for task in spec.tasks:
+        for partition in spec.partitions:
+            title = f"{task}, {partition}" if partition else task
+            rows = _long_table(spec, by_group, task, partition)
+            text += [f"## {title}", "", *rows, ""]
+    if spec.pairs:
+        text += ["## Differences", "", *_differences(spec, by_group), ""]
+    for state in ("failed", "unrun"):
+        others = [result for result in results if result.state == state]
+        if others:
+            text += [f"## Cells {state}", ""]
+            text += [
+                f"- {r.cell.name}{f': {r.reason}' if r.reason else ''}" for r in others
+            ]
+            text.append("")
+    return "\n".join(text)
+
+
+Group = tuple[str, str, str, float]
+
+
+def _by_group(results: Sequence[Result]) -> dict[Group, list[Result]]:
+    """Return the finished cells by task, partition, method and kept fraction.
+
+    Of a grid of rates, those of the rate that all seeds share: the best one.
+    """
+    groups: dict[Group, list[Result]] = {}
+    for result in results:
+        cell = result.cell
+        if result.found is not None:
+            key = (cell.task, cell.partition, cell.method, cell.kept)
+            groups.setdefault(key, []).append(result)
+    for key, found in groups.items():
+        metric = found[0].metric
+        first = [r for r in found if r.cell.seed == found[0].cell.seed]
+        best = first[0]
+        for other in first[1:]:
+            if is_better(metric, _validation(other), _validation(best)):
+                best = other
+        groups[key] = [r for r in found if r.cell.lr == best.cell.lr]
+    return groups
+
+
+def _validation(result: Result) -> float:
+    assert result.found is not None
+    return float(result.found["rounds"][-1][f"fm-{result.metric}"])
+
+
+def _about(spec: Spec, results: Sequence[Result]) -> str:
+    states = [result.state for result in results]
+    told = ", ".join(
+        f"{states.count(state)} {state}"
+        for state in ("finished", "failed", "unrun")
+        if state in states
+    )
+    return (
+        f"{spec.nodes} nodes, seeds {', '.join(map(str, spec.seeds))}; cells: {told}. "
+        "Values are means over seeds, behind them the sample standard deviation. Gaps "
+        f"are distances from {spec.reference} with the same seeds, with the 95 % "
+        "interval of a paired bootstrap over seeds and test rows where the metric is a "
+        "mean over rows; with one seed, over test rows alone."
+    )
+
+
+def _paper_table(spec: Spec, groups: dict[Group, list[Result]]) -> list[str]:
+    columns = [(t, p) for t in spec.tasks for p in spec.partitions]
+    named = [f"{t}, {p}" if p else t for t, p in columns]
+    rows = dict.fromkeys((method, kept) for _, _, method, kept in spec.groups())
+    lines = _header("method", "kept", *named)
+    for method, kept in rows:
+        cells = [
+            _spread([r.test("fm") for r in groups.get((t, p, method, kept), [])])
+            for t, p in columns
+        ]
+        lines.append(_line(method, f"{kept:g}", *cells))
+    return lines
+
+
+def _long_table(
+    spec: Spec, groups: dict[Group, list[Result]], task: str, partition: str
+) -> list[str]:
+    lines = _header(
+        *("method", "kept", "lr", "seeds", "FM", "plugged in", "sub-FM"),
+        *(f"gap to {spec.reference}", "client parameters", "never sent"),
+        *("MB once", "MB a round", "server s", "gradient error", "cosine"),
+    )
+    for of, share, method, kept in spec.groups():
+        found = groups.get((of, share, method, kept), [])
+        if (of, share) != (task, partition) or not found:
+            continue
+        rows = [row_of(result) for result in found]
+        lines.append(
+            _line(
+                method,
+                f"{kept:g}",
+                f"{found[0].cell.lr:g}",
+                str(len(found)),
+                *(
+                    _spread([result.test(model) for result in found])
+                    for model in ("fm", "plain", "sub-fm")
+                ),
+                _gap(found, _reference(spec, groups, task, partition, kept)),
+                _spread(_known(rows, "parameters-sub-fm"), 1e-6, 1, " M"),
+                _spread(_known(rows, "share-withheld"), 100, 1, " %"),
+                _spread(_known(rows, "bytes-install-per-client"), 1e-6, 1),
+                _spread(_known(rows, "bytes-per-client-and-round"), 1e-6, 2),
+                _spread(_known(rows, "server-seconds"), 1, 0),
+                _spread(_known(rows, "gradient-error")),
+                _spread(_known(rows, "gradient-cosine")),
+            )
+        )
+    return lines
+
+
+def _reference(
+    spec: Spec, groups: dict[Group, list[Result]], task: str, part: str, kept: float
+) -> list[Result]:
+    """Return the reference's cells: of this kept fraction, or those of the whole FM."""
+    alike = groups.get((task, part, spec.reference, kept))
+    return alike or groups.get((task, part, spec.reference, 1.0), [])
+
+
+def _differences(spec: Spec, groups: dict[Group, list[Result]]) -> list[str]:
+    lines = _header("task", "kept", "one", "other", "seeds", "one minus other")
+    for one, other in spec.pairs:
+        for task, part, method, kept in spec.groups():
+            if method != one:
+                continue
+            found = groups.get((task, part, one, kept), [])
+            others = groups.get((task, part, other, kept))
+            others = others or groups.get((task, part, other, 1.0), [])
+            title = f"{task}, {part}" if part else task
+            count = len(_paired(found, others))
+            gap = _gap(found, others)
+            lines.append(_line(title, f"{kept:g}", one, other, str(count), gap))
+    return lines
+
+
+def _paired(ones: list[Result], others: list[Result]) -> list[tuple[Result, Result]]:
+    by_seed = {result.cell.seed: result for result in others}
+    return [(r, by_seed[r.cell.seed]) for r in ones if r.cell.seed in by_seed]
+
+
+def _gap(ones: list[Result], others: list[Result]) -> str:
+    """Return the mean difference of the FM's test metric, and its 95 % interval."""
+    pairs = [pair for pair in _paired(ones, others) if pair[0] != pair[1]]
+    if not pairs:
+        return "-"
+    metric = pairs[0][0].metric
+    scale, unit = (100, " points") if metric in _POINTS else (1, "")
+    mean = scale * statistics.mean(a.test("fm") - b.test("fm") for a, b in pairs)
+    rights = [(_hits(one), _hits(other)) for one, other in pairs]
+    if metric not in _BY_ROW or any(
+        a.shape != b.shape or not len(a) for a, b in rights
+    ):
+        return f"{mean:+.2f}{unit}"
+    low, high = interval(np.stack([scale * (one - other) for one, other in rights]))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){unit}"
+
+
+def _hits(result: Result) -> NDArray[np.float64]:
+    assert result.found is not None
+    hits = result.found.get("hits", {}).get("fm", "")
+    return np.array(list(hits), dtype=np.float64)
+
+
+def interval(values: NDArray[np.float64], draws: int = 4000) -> tuple[float, float]:
+    """Return the middle 95 % of the mean by a bootstrap over seeds and examples.
+
+    Args:
+        values: of every seed and example [S, N]; differences make it a paired one.
+        draws: how many samples.
+    """
+    generator = np.random.default_rng(0)
+    seeds, examples = values.shape
+    means = np.empty(draws)
+    for draw in range(draws):
+        rows = generator.integers(seeds, size=seeds)
+        columns = generator.integers(examples, size=examples)
+        means[draw] = values[rows].mean(axis=0)[columns].mean()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _known(rows: Sequence[dict[str, Any]], column: str) -> list[float]:
+    return [row[column] for row in rows if row.get(column) is not None]
+
+
+def _spread(
+    values: Sequence[float], scale: float = 1.0, digits: int = 3, unit: str = ""
+) -> str:
+    """Return mean (sample standard deviation), or a dash."""
+    if not values:
+        return "-"
+    mean = f"{scale * statistics.mean(values):.{digits}f}{unit}"
+    if len(values) < 2 or len(set(values)) == 1:
+        return mean
+    return f"{mean} ({scale * statistics.stdev(values):.{digits}f})"
+
+
+def _header(*names: str) -> list[str]:
+    return [_line(*names), "|" + "---|" * len(names)]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+# ------------------------------------------------------------------------------ plots
+
+Point = tuple[float, float]
+
+
+def _draw(spec: Spec, results: Sequence[Result], out: Path) -> None:
+    groups = _by_group(results)
+    if not groups:
+        return
+    metric = next(iter(groups.values()))[0].metric
+    score = f"{metric} of the FM (validation)"
+    figures: tuple[tuple[str, str, str, Callable[[Result], list[Point]]], ...] = (
+        ("metric-rounds", "round", score, _by_round),
+        ("metric-bytes", "MB sent in both directions", score, _by_bytes),
+        ("gradient-rounds", "round", "gradient error (relative L2)", _gradients),
+    )
+    for name, across, up, points in figures:
+        _panels(spec, groups, out / f"{name}.png", across, up, points)
+    _by_kept(spec, groups, out / "metric-kept.png", f"{metric} of the FM (test)")
+
+
+def _by_round(result: Result) -> list[Point]:
+    return [(entry["round"], score) for entry, score in _scored(result)]
+
+
+def _by_bytes(result: Result) -> list[Point]:
+    assert result.found is not None
+    sizes = [
+        e.get("bytes-down", 0) + e.get("bytes-up", 0) for e in result.found["rounds"]
+    ]
+    if not any(sizes):
+        return []
+    total = dict(
+        zip(
+            (entry["round"] for entry in result.found["rounds"]),
+            accumulate(sizes),
+            strict=True,
+        )
+    )
+    return [(total[e["round"]] / 1e6, score) for e, score in _scored(result)]
+
+
+def _scored(result: Result) -> Iterator[tuple[dict[str, Any], float]]:
+    assert result.found is not None
+    for entry in result.found["rounds"]:
+        if (score := entry.get(f"fm-{result.metric}")) is not None:
+            yield entry, float(score)
+
+
+def _gradients(result: Result) -> list[Point]:
+    assert result.found is not None
+    errors = gradient_errors(result.found)
+    return [(e["round"], e["relative"]) for e in errors if "relative" in e]
+
+
+def _panels(
+    spec: Spec,
+    groups: dict[Group, list[Result]],
+    place: Path,
+    across: str,
+    up: str,
+    points: Callable[[Result], list[Point]],
+) -> None:
+    """Draw a panel for each task and partition, a line with its seeds a method."""
+    columns = [(t, p) for t in spec.tasks for p in spec.partitions]
+    figure, panels = _grid(len(columns))
+    for panel, (task, partition) in zip(panels, columns, strict=True):
+        panel.set(title=", ".join(filter(None, (task, partition))), xlabel=across)
+        panel.set_ylabel(up)
+        panel.grid(alpha=0.3)
+        for (of, share, method, kept), found in groups.items():
+            lines = [line for r in found if (line := points(r))]
+            if (of, share) != (task, partition) or not lines:
+                continue
+            several = len(spec.kept(task, partition, method)) > 1
+            label = f"{method}, {kept:g}" if several else method
+            length = min(map(len, lines))
+            values = np.array([line[:length] for line in lines])  # seeds, points, 2
+            x, y = values[..., 0].mean(axis=0), values[..., 1]
+            (drawn,) = panel.plot(x, y.mean(axis=0), marker="o", ms=3, label=label)
+            low, high = y.min(axis=0), y.max(axis=0)
+            panel.fill_between(x, low, high, color=drawn.get_color(), alpha=0.12)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8)
+    _save(figure, place)
+
+
+def _by_kept(
+    spec: Spec, groups: dict[Group, list[Result]], place: Path, up: str
+) -> None:
+    """Draw the test metric against the kept fraction; whole FMs are level lines."""
+    columns = [(t, p) for t in spec.tasks for p in spec.partitions]
+    figure, panels = _grid(len(columns))
+    for panel, (task, partition) in zip(panels, columns, strict=True):
+        panel.set(title=", ".join(filter(None, (task, partition))))
+        panel.set(xlabel="kept fraction of the neurons", ylabel=up)
+        panel.grid(alpha=0.3)
+        for method in spec.methods:
+            found = {
+                kept: [result.test("fm") for result in results]
+                for (t, p, m, kept), results in groups.items()
+                if (t, p, m) == (task, partition, method)
+            }
+            if not found:
+                continue
+            if list(found) == [1.0]:
+                level = statistics.mean(found[1.0])
+                panel.axhline(level, ls="--", color="0.4", label=method)
+                continue
+            kept = sorted(found)
+            means = [statistics.mean(found[one]) for one in kept]
+            errors = [
+                statistics.stdev(found[one]) if len(found[one]) > 1 else 0.0
+                for one in kept
+            ]
+            panel.errorbar(kept, means, errors, marker="o", capsize=3, label=method)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8)
+    _save(figure, place)
+
+
+def _grid(count: int) -> tuple[Any, list[Any]]:
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure, panels = plt.subplots(
+        rows,
+        columns,
+        figsize=(5.2 * columns, 4 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    every = list(panels.flat)
+    for panel in every[count:]:
+        panel.axis("off")
+    return figure, every[:count]
+
+
+def _save(figure: Any, place: Path) -> None:
+    draft = place.with_suffix(".partial.png")
+    figure.savefig(draft, dpi=120)
+    draft.replace(place)
+    plt.close(figure)
