@@ -189,7 +189,7 @@ def distil(
 
     def loss_of(batch: Batch) -> tuple[Tensor, int]:
         mask, states = batch.get("attention_mask"), states_of(batch)
-        with _outputs(student_layers) as outputs:
+        with outputs_of(student_layers) as outputs:
             student(**batch)
         loss = state_loss(states, [real_tokens(h, mask) for h in outputs])
         if product_weight and student_ffns:
@@ -228,7 +228,7 @@ class Teacher:
         if keys and all(key in self._rows for key in keys):
             return list(torch.cat([self._rows[key] for key in keys], dim=1))
         mask = batch.get("attention_mask")
-        with torch.no_grad(), _outputs(self._layers) as outputs:
+        with torch.no_grad(), outputs_of(self._layers) as outputs:
             self._fm(**batch)
         states = [real_tokens(h, mask) for h in outputs]
         if keys:
@@ -278,7 +278,7 @@ def _learning(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _outputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def outputs_of(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Collect the outputs [B, T, D] of layers during a forward pass, in order."""
     found: list[Tensor] = []
 

@@ -26,6 +26,7 @@ from fedpft_flower.foundation import load_fm
 from fedpft_flower.images import check_images
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
+from fedpft_flower.protection import protection
 from fedpft_flower.report import RunDirectory, versions
 from fedpft_flower.server import Metrics, ProxyServer
 from fedpft_flower.strategies import inner_strategy, memory_of, remember, strategy_of
@@ -118,6 +119,17 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     summary["server-seconds"] = _seconds_in(
         [*(entry.get("alignment", {}) for entry in directory.rounds), refinement]
     )
+    summary["protection"] = protection(
+        federation.exposure,
+        server.parameters["fm"],
+        server.metric,
+        summary,
+        {"before": directory.rounds[0]["public"], "after": server.likeness()}
+        if "public" in directory.rounds[0]
+        else {},
+        hits,
+        counting.ledger.kinds("up"),
+    )
     summary["more-tests"] = {name: server.evaluate(name) for name in task.more_tests}
     federation.offer(server)  # a run that was over when it was resumed has not yet
     manifest = _manifest(config, task, splits, hashes, server, federation)
@@ -208,6 +220,7 @@ class _Run:
         self._best_score: float | None = None
         self.best_round, self._misses = 0, 0
         self._alignment: Metrics = {}
+        self._likeness: Metrics = {}
         self._began = time.monotonic()
 
     def prepare(self) -> None:
@@ -215,6 +228,7 @@ class _Run:
         server = self.strategy.server
         self._alignment = server.prepare()
         self.before = server.evaluate("test")
+        self._likeness = server.likeness()
 
     def resume(self, saved: Checkpoint) -> None:
         """Become the run that a checkpoint was made of."""
@@ -222,6 +236,7 @@ class _Run:
         strategy.server.restore(saved.tensors)
         remember(strategy.inner, saved.tensors, state["strategy"])
         strategy.federation.grid.ledger.restore(state["ledger"])
+        strategy.federation.exposure.restore(state["exposure"])
         strategy.done = saved.round
         self.directory.go_back(saved.round)
         self.before = state["before"]
@@ -235,6 +250,8 @@ class _Run:
         """Evaluate after a round (0: before training) and report it."""
         ledger = self.strategy.federation.grid.ledger
         entry: Metrics = {"round": 0, "alignment": self._alignment}
+        if self._likeness:
+            entry["public"] = self._likeness
         entry = self.strategy.rounds[current] if current else entry
         due = current % self.config.eval_every == 0 or current == self.config.rounds
         scores = self.strategy.server.evaluate("validation") if due else {}
@@ -288,6 +305,7 @@ class _Run:
             "plan": strategy.server.plan.to_json(),
             "installs": strategy.federation.installs(),
             "ledger": strategy.federation.grid.ledger.state(),
+            "exposure": strategy.federation.exposure.state(),
             "strategy": form,
             "before": self.before,
             "best": {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedpft_flower.config import FedPFTError, Scalar
 
-FORMAT = 2  # of the files; rises when older ones can no longer be read
+FORMAT = 3  # of the files; rises when older ones can no longer be read
 
 # Settings that may differ between a run and its continuation: they say where things
 # are and how long to wait. What stands there is compared by content.

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpft_flower.codec import REFUSED
 from fedpft_flower.config import FedPFTError
+from fedpft_flower.protection import Exposure
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.wire import (
     ARRAYS,
@@ -131,6 +132,11 @@ class Federation:
         self._earlier: dict[str, dict[str, Tensor]] = {}
         self._tensors: dict[str, Tensor] = {}
         self._text = ""
+        # What nodes were given, against the FM's own parameters.
+        self.exposure = Exposure()
+        self._exposed = ""  # hash of the sub-FM that was counted last
+        self._own: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
+        self._codec = ""
 
     @property
     def sub_fm(self) -> str:
@@ -183,10 +189,10 @@ class Federation:
         """Make the server's sub-FM, as it is now, the one to install."""
         if server.version == self._version:
             return
-        self._version = server.version
+        self._version, self._own = server.version, server.untouched
         package = server.package()
-        codec = server.config.wire.frozen
-        tensors, text = package_tensors(package, codec), package_json(package)
+        self._codec = server.config.wire.frozen
+        tensors, text = package_tensors(package, self._codec), package_json(package)
         content = package_hash(tensors, text)
         if content != self._current:
             self._remember()
@@ -228,7 +234,11 @@ class Federation:
             message = self._message(node, content(base))
             self.grid.ledger.count("down", message, sent=False)
             self.nodes[node].installed = self._current
-        return [node for node in asked if node in self.nodes]
+        hold = [node for node in asked if node in self.nodes]
+        if hold and self._exposed != self._current:
+            self.exposure.note(self._tensors, self._own(), self._codec)
+            self._exposed = self._current
+        return hold
 
     def installs(self) -> dict[str, str]:
         """Return which sub-FM every node was given last, by sampling key."""

@@ -6,7 +6,7 @@ the same adapter as the same run through Flower.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -51,6 +51,7 @@ from fedpft_flower.encoding import (
 from fedpft_flower.evaluation import evaluate, judge, metric_of
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.least_squares import Fit, refit
+from fedpft_flower.likeness import likeness
 from fedpft_flower.methods import method_of
 from fedpft_flower.moments import count_tokens
 from fedpft_flower.package import Package
@@ -63,6 +64,7 @@ from fedpft_flower.sub_fm import (
     build_sub_fm,
     compressed_ffns,
     config_fields,
+    cut,
     frozen_weights,
 )
 from fedpft_flower.tasks import TaskData
@@ -73,6 +75,9 @@ logger = logging.getLogger(__name__)
 GRADIENT_BATCHES = 8
 # Of a batch; a generating model has logits as long as its vocabulary for every token.
 GRADIENT_ROWS: dict[Objective, int] = {"classify": 8, "generate": 2}
+# Public rows on which FM and sub-FM are compared.
+LIKENESS_BATCHES = 8
+LIKENESS_ROWS: dict[Objective, int] = {"classify": 256, "generate": 32}
 ACTIVITY_BATCHES = 16
 # Of public rows, where a distillation watches for overfit; at most a fifth of them.
 HELD_OUT_BATCHES = 2
@@ -463,6 +468,24 @@ class ProxyServer:
             sub_fm = judge(self.sub_fm, rows, self._objective)
         metrics = {**_prefixed("fm", fm[0]), **_prefixed("sub-fm", sub_fm[0])}
         return metrics, {"fm": _digits(fm[1]), "sub-fm": _digits(sub_fm[1])}
+
+    def untouched(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the FM's own values of what is sent, one tensor after the other."""
+        return cut(base_model(self.fm), self.fm_weights, self.plan)
+
+    def likeness(self) -> Metrics:
+        """Compare FM and sub-FM on public rows, both with their current adapter.
+
+        Returns:
+            The fields of `Likeness`; nothing without a public corpus.
+        """
+        if self._public is None:
+            return {}
+        seed = derive_seed(self.config.seed, "likeness")
+        size = LIKENESS_ROWS[self._objective] // LIKENESS_BATCHES
+        rows = shuffled_batches(self._public, size, seed)
+        batches = islice(rows, LIKENESS_BATCHES)
+        return asdict(likeness(self.fm, self.sub_fm, batches))
 
     def gradient_error(self) -> dict[str, float]:
         """Return the gradient error of the sub-FM at the current adapter.

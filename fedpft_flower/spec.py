@@ -169,7 +169,8 @@ class Spec:
     # ------------------------------------------------------------------------ parts
 
     def _settings(self, task: str, partition: str, method: str) -> dict[str, Any]:
-        own = self._table.get("method", {}).get(method, {"method": method})
+        own = {"method": method} if method in METHODS else {}
+        own |= flatten(self._table.get("method", {}).get(method, {}))
         settings = dict(self._bases[task])
         for part in (
             self._table.get("settings", {}),

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def build_sub_fm(
     The sub-FM lies where the FM does, and is float32 in whatever numbers the FM is.
     """
     skeleton = build_skeleton(fm.config, plan, objective)
-    load_weights(skeleton, _cut_weights(fm, plan))
+    load_weights(skeleton, dict(cut(fm, _own_state(fm), plan)))
     place(skeleton, fm.device)
     skeleton.eval()
     return skeleton
@@ -205,25 +205,32 @@ def _replace(
     layer.set_submodule(path, new)
 
 
-def _cut_weights(fm: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    """Copy the FM's weights, without dropped layers and cut neurons."""
+def cut(
+    fm: PreTrainedModel, weights: Mapping[str, Tensor], plan: Plan
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield an FM's weights as the sub-FM has them before any alignment, one by one.
+
+    Dropped layers and cut neurons are left out, layers are renumbered.
+
+    Args:
+        fm: the FM.
+        weights: some or all of its weights by their names without an adapter.
+        plan: what to keep.
+    """
     places = {}
     for layer, ffn in enumerate(ffns_of(fm)):
         neurons = torch.tensor(plan.kept.get(layer, ()), dtype=torch.int64)
         for parameter, axis, indices in ffn.parameters_by_axis(neurons):
-            places[id(parameter)] = (axis, indices)
+            places[parameter.data_ptr()] = (axis, indices)
     prefix, order = layer_prefix(fm), {layer: i for i, layer in enumerate(plan.layers)}
-    weights: dict[str, Tensor] = {}
-    for name, tensor in _own_state(fm).items():
+    for name, tensor in weights.items():
         if name.startswith(prefix):
             number, _, rest = name.removeprefix(prefix).partition(".")
             if int(number) not in order:
                 continue
             name = f"{prefix}{order[int(number)]}.{rest}"
-        part = tensor.detach()
-        if id(tensor) in places:
-            axis, indices = places[id(tensor)]
-            part = part.index_select(axis, indices.to(tensor.device))
+        part, place = tensor.detach(), places.get(tensor.data_ptr())
+        if place is not None:
+            part = part.index_select(place[0], place[1].to(tensor.device))
         dtype = torch.float32 if part.is_floating_point() else part.dtype
-        weights[name] = part.to(dtype, copy=id(tensor) not in places)
-    return weights
+        yield name, part.to(dtype, copy=place is None)

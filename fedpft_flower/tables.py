@@ -133,6 +133,10 @@ def row_of(result: Result) -> dict[str, Any]:
                 "failures",
             )
         },
+        **{
+            key: summary.get("protection", {}).get(key)
+            for key in ("sent-verbatim", "re-fitted", "theft-gap")
+        },
         "epsilon": summary.get("privacy", {}).get("epsilon"),
         "delta": summary.get("privacy", {}).get("delta"),
         "fm-sha256": found["manifest"].get("fm-sha256"),

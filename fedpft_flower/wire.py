@@ -474,6 +474,14 @@ class Ledger:
         """Return all bytes of a kind in the whole run, both directions."""
         return sum(s for (_, _, kind), s in self.logical.items() if kind == wanted)
 
+    def kinds(self, direction: str) -> dict[str, int]:
+        """Return the bytes of a direction in the whole run, by kind."""
+        sizes: dict[str, int] = defaultdict(int)
+        for (_, way, kind), size in sorted(self.logical.items()):
+            if way == direction:
+                sizes[kind] += size
+        return dict(sizes)
+
     def table(self, current: int) -> dict[str, dict[str, int]]:
         """Return the bytes of a round as direction-kind -> logical, sent."""
         rows = sorted(key for key in self.logical if key[0] == current)

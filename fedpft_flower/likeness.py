@@ -1,0 +1,90 @@
+"""Compare what FM and sub-FM can do on public data, both with the current adapter.
+
+The better a sub-FM resembles the FM, the more of it a client holds: that is the price
+of fidelity, and has to be told with it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from fedpft_flower.activity import Batch, real_tokens
+from fedpft_flower.adapters import base_model
+from fedpft_flower.alignment import outputs_of
+from fedpft_flower.architectures import layers_of
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Hold how alike two models are on the same inputs."""
+
+    # Of the last layer's output over real tokens: |h_sub - h_FM| / |h_FM|, L2.
+    state_error: float
+    # Share of rows, or of tokens where text is generated, with the same answer.
+    agreement: float
+    # Where text is generated, the mean loss of the next token of both: their own
+    # ability, without any task.
+    fm_loss: float | None = None
+    sub_fm_loss: float | None = None
+
+
+@torch.no_grad()
+def likeness(fm: PeftModel, sub_fm: PeftModel, batches: Iterable[Batch]) -> Likeness:
+    """Compare the last hidden states and the answers of FM and sub-FM.
+
+    Args:
+        fm: the FM with the adapter.
+        sub_fm: the sub-FM with it.
+        batches: public inputs; `attention_mask` [B, T] marks real tokens.
+    """
+    fm.eval()
+    sub_fm.eval()
+    error = size = 0.0
+    answers = same = targets = 0
+    losses = [0.0, 0.0]
+    for batch in batches:
+        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        mask = inputs.get("attention_mask")
+        (state, logits), (sub_state, sub_logits) = (
+            _run(model, inputs) for model in (fm, sub_fm)
+        )
+        error += float((sub_state - state).square().sum())
+        size += float(state.square().sum())
+        said, sub_said = (
+            _answers(values, mask).argmax(dim=-1) for values in (logits, sub_logits)
+        )
+        answers += len(said)
+        same += int((said == sub_said).sum())
+        if logits.dim() == 3:
+            for place, values in enumerate((logits, sub_logits)):
+                loss, count = _next_token_loss(values, inputs)
+                losses[place] += loss
+            targets += count
+    means = [loss / targets for loss in losses] if targets else [None, None]
+    return Likeness((error / size) ** 0.5, same / answers, *means)
+
+
+def _run(model: PeftModel, inputs: Batch) -> tuple[Tensor, Tensor]:
+    """Return the last layer's output [tokens, D] and the logits [B, C] or [B, T, V]."""
+    last = layers_of(base_model(model))[-1]
+    with outputs_of([last]) as outputs:
+        logits: Tensor = model(**inputs).logits
+    state = real_tokens(outputs[0], inputs.get("attention_mask"))
+    return state.double(), logits.float()
+
+
+def _answers(logits: Tensor, mask: Tensor | None) -> Tensor:
+    return logits if logits.dim() == 2 else real_tokens(logits, mask)
+
+
+def _next_token_loss(logits: Tensor, inputs: Batch) -> tuple[float, int]:
+    """Return the summed cross-entropy of next tokens, and how many there are."""
+    wanted = inputs["input_ids"][:, 1:].to(logits.device)
+    real = inputs["attention_mask"][:, 1:].bool().to(logits.device)
+    loss = nn.functional.cross_entropy(
+        logits[:, :-1][real], wanted[real], reduction="sum"
+    )
+    return float(loss), int(real.sum())

@@ -1,0 +1,206 @@
+"""Say in numbers what a run gave away of the FM, and of the clients.
+
+Every figure comes from what was sent or evaluated in the run itself. None of them is a
+guarantee: the sheet says what a reader of the messages has, not what can be made of it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpft_flower.codec import encode_weights
+
+Figures = dict[str, Any]
+
+
+class Exposure:
+    """Count the FM's parameters among the sub-FMs that nodes were given.
+
+    A value counts as verbatim where what was sent is, bit for bit, what the wire's
+    codec makes of the FM's own value; what was sent instead of it is re-fitted. Of
+    several sub-FMs the one that shows most counts: alignment changes values, it does
+    not bring the FM's own back.
+    """
+
+    def __init__(self) -> None:
+        self.sent = self.verbatim = 0
+
+    def note(
+        self,
+        sent: Mapping[str, Tensor],
+        own: Iterable[tuple[str, Tensor]],
+        codec: str,
+    ) -> None:
+        """Count one sub-FM.
+
+        Args:
+            sent: the tensors that nodes hold, encoded.
+            own: the FM's parameters, cut as the plan says, under the same names.
+            codec: how `sent` is encoded.
+        """
+        given = verbatim = 0
+        for name, tensor in own:
+            given += tensor.numel()
+            same = torch.ones_like(tensor, dtype=torch.bool)
+            for part, values in encode_weights({name: tensor.cpu()}, codec).items():
+                equal = _bits(values) == _bits(sent[part])
+                if part != name:  # a row's scale stands for the row
+                    equal = equal.reshape([-1] + [1] * (tensor.ndim - 1))
+                same = same & equal
+            verbatim += int(same.sum())
+        self.sent, self.verbatim = max(self.sent, given), max(self.verbatim, verbatim)
+
+    def state(self) -> dict[str, int]:
+        """Return the counts, as JSON can hold them."""
+        return {"sent": self.sent, "verbatim": self.verbatim}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from what `state` returned."""
+        self.sent, self.verbatim = state["sent"], state["verbatim"]
+
+
+def protection(
+    exposure: Exposure,
+    parameters: int,
+    metric: str,
+    summary: Mapping[str, Any],
+    likeness: Mapping[str, Mapping[str, Any]],
+    hits: Mapping[str, str],
+    up: Mapping[str, int],
+) -> Figures:
+    """Return the figures of the protection sheet, and its rows for people.
+
+    Args:
+        exposure: what was sent.
+        parameters: how many the FM has, without head.
+        metric: what the run is judged by.
+        summary: of the run: test metrics, and what privacy was spent.
+        likeness: FM and sub-FM on public data, "before" and "after" training; empty
+            without a public corpus.
+        hits: which test rows FM and sub-FM get right, a digit a row.
+        up: bytes that clients sent, by kind.
+    """
+    before, after = summary["test-before"], summary["test-after"]
+    figures: Figures = {
+        "parameters": parameters,
+        "never-sent": 1 - exposure.sent / parameters,
+        "sent-verbatim": exposure.verbatim / parameters,
+        "re-fitted": (exposure.sent - exposure.verbatim) / parameters,
+        "capability-gap-before": before[f"fm-{metric}"] - before[f"sub-fm-{metric}"],
+        "theft-gap": after[f"fm-{metric}"] - after[f"sub-fm-{metric}"],
+        "theft-gap-interval": _paired_interval(hits["fm"], hits["sub-fm"]),
+        "public": {when: dict(found) for when, found in likeness.items()},
+        "bytes-up": dict(up),
+        "privacy": dict(summary.get("privacy", {})),
+    }
+    return figures | {"rows": list(_rows(figures, metric, before, after))}
+
+
+def _rows(
+    figures: Figures, metric: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterable[dict[str, str]]:
+    """Yield the rows of the sheet: name, value, what it means."""
+    total = figures["parameters"]
+    for key, name, note in (
+        ("never-sent", "FM parameters never sent", "no message of the run held them"),
+        (
+            "sent-verbatim",
+            "sent verbatim",
+            "every client has these values, as exact as the wire carries them",
+        ),
+        (
+            "re-fitted",
+            "sent re-fitted",
+            "alignment put other values in their place; they stand for what was cut",
+        ),
+    ):
+        share = figures[key]
+        yield _row(name, f"{100 * share:.1f} % ({share * total / 1e6:.2f} M)", note)
+    yield _row(
+        f"capability gap before training ({metric}, test)",
+        _minus(before, metric, figures["capability-gap-before"]),
+        "FM minus sub-FM, with the head as it starts: a new head guesses in both",
+    )
+    interval = figures["theft-gap-interval"]
+    around = (
+        "" if interval is None else f", 95 % {interval[0]:+.3f} to {interval[1]:+.3f}"
+    )
+    yield _row(
+        f"theft gap ({metric}, test)",
+        _minus(after, metric, figures["theft-gap"]) + around,
+        "FM with the adapter minus sub-FM with it: what a client that keeps both lacks",
+    )
+    for when, found in figures["public"].items():
+        yield _row(
+            f"public data, {when} training",
+            _likeness(found),
+            "sub-FM against FM, both with the adapter: last states, same answers",
+        )
+    sent = figures["bytes-up"]
+    listed = ", ".join(f"{kind} {size / 1e6:.3f} MB" for kind, size in sent.items())
+    yield _row(
+        "clients sent, all rounds",
+        listed or "nothing",
+        "adapters hold what was learnt from the rows; statistics are how often neurons "
+        "were inactive; control is counts of rows and steps, losses, names",
+    )
+    spent = figures["privacy"]
+    yield _row(
+        "differential privacy",
+        f"epsilon {spent['epsilon']:.3g}, delta {spent['delta']:.3g}"
+        if "epsilon" in spent
+        else "none",
+        "of clients against who sees the adapters"
+        if "epsilon" in spent
+        else "nothing bounds what adapters tell of single rows",
+    )
+
+
+def _row(name: str, value: str, note: str) -> dict[str, str]:
+    return {"name": name, "value": value, "note": note}
+
+
+def _minus(scores: Mapping[str, Any], metric: str, gap: float) -> str:
+    fm, sub_fm = scores[f"fm-{metric}"], scores[f"sub-fm-{metric}"]
+    return f"{fm:.3f} - {sub_fm:.3f} = {gap:+.3f}"
+
+
+def _likeness(found: Mapping[str, Any]) -> str:
+    text = (
+        f"state error {found['state_error']:.3f}, agreement "
+        f"{100 * found['agreement']:.1f} %"
+    )
+    if found.get("fm_loss") is not None:
+        text += (
+            f", next-token loss {found['fm_loss']:.3f} and {found['sub_fm_loss']:.3f}"
+        )
+    return text
+
+
+def _paired_interval(ones: str, others: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of the difference of two shares of the same rows.
+
+    The normal approximation with the variance of the paired differences; None for fewer
+    than two rows.
+    """
+    differences: Sequence[int] = [
+        int(one) - int(other) for one, other in zip(ones, others, strict=True)
+    ]
+    count = len(differences)
+    if count < 2:
+        return None
+    mean = sum(differences) / count
+    variance = sum((d - mean) ** 2 for d in differences) / (count - 1)
+    half = 1.96 * math.sqrt(variance / count)
+    return mean - half, mean + half
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """View floats as integers: NaN equals itself, -0.0 differs from 0.0."""
+    if not tensor.is_floating_point():
+        return tensor
+    same_size = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(same_size[tensor.element_size()])

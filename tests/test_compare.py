@@ -1,0 +1,297 @@
+"""Comparisons: specs, cells through the app, tables that can be recomputed."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedpft_flower import compare, tables
+from fedpft_flower.commands import Failure
+from fedpft_flower.compare import Comparison
+from fedpft_flower.config import MARK, FedPFTError
+from fedpft_flower.spec import Cell, Spec
+from fedpft_flower.tables import interval
+from tests.test_federation import run
+
+ROOT = Path(__file__).parent.parent
+SPECS = sorted((ROOT / "conf").glob("*/*.toml"))
+
+SPEC = """
+nodes = 3
+seeds = [0, 1]
+methods = ["fedpetuning", "fedpft-n", "aligned"]
+kept = [0.5, 0.25]
+pairs = [["aligned", "fedpft-n"]]
+
+[settings]
+rounds = 2
+gradient-every = 1
+fm.name = "{FM_OF_TEST}"
+data.task = "digits"
+data.max-train-rows = 120
+data.max-validation-rows = 40
+data.max-test-rows = 40
+data.public-rows = 64
+train.clients-per-round = 2
+train.local-steps = 2
+
+[task.digits]
+
+[partition.alike]
+partition.kind = "iid"
+
+[method.aligned]
+method = "fedpft-b"
+align.steps = 2
+"""
+
+
+@pytest.fixture
+def spec_file(tmp_path, vit_directory, monkeypatch):
+    monkeypatch.setenv("FM_OF_TEST", str(vit_directory))
+    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "small.toml"
+    place.write_text(SPEC)
+    return place
+
+
+@pytest.fixture
+def engine(local_grid, monkeypatch):
+    """Run cells in this process; returns the configurations that were run."""
+    ran = []
+
+    def run_here(config, nodes, app, show):
+        ran.append(config)
+        run(local_grid, config.flat(), nodes=nodes)
+
+    monkeypatch.setattr(compare, "run_experiment", run_here)
+    return ran
+
+
+def compared(spec_file, out, *options):
+    """Call the command; return its exit status."""
+    with pytest.raises(SystemExit) as ended:
+        compare.run([str(spec_file), "--out", str(out), *options])
+    return ended.value.code
+
+
+def test_cells_run_once_and_every_table_follows_from_the_csv(
+    spec_file, engine, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert compared(spec_file, out) == 0
+    # The whole FM is kept for both fractions: 1 + 2 + 2 cells a seed.
+    assert len(engine) == 10
+    shown = capsys.readouterr().out
+    assert "10 to go" in shown and "1 to go, about" in shown
+    assert shown.rstrip().endswith(f"results: {out}")
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert len(rows) == 10 and {row["state"] for row in rows} == {"finished"}
+    text = (out / "table.md").read_text()
+    for method, kept in (
+        ("fedpetuning", "1"),
+        ("fedpft-n", "0.5"),
+        ("aligned", "0.25"),
+    ):
+        found = [
+            float(row["test-fm"])
+            for row in rows
+            if (row["method"], row["kept"]) == (method, str(float(kept)))
+        ]
+        assert len(found) == 2
+        mean = f"{statistics.mean(found):.3f}"
+        if found[0] != found[1]:
+            mean += f" ({statistics.stdev(found):.3f})"
+        assert f"| {method} | {kept} | {mean} |" in text
+    assert "| digits, alike | 0.5 | aligned | fedpft-n | 2 | " in text
+    for plot in ("metric-rounds", "metric-bytes", "metric-kept", "gradient-rounds"):
+        assert (out / f"{plot}.png").stat().st_size > 10_000
+    # Nothing is run again.
+    assert compared(spec_file, out) == 0
+    assert len(engine) == 10
+    # No file names a place of this machine.
+    kept_files = [*out.glob("cells/*"), out / "results.csv", out / "table.md"]
+    assert not any(str(tmp_path.parent) in f.read_text() for f in kept_files)
+
+
+def test_csv_rows_are_those_of_the_runs(spec_file, engine, tmp_path):
+    out = tmp_path / "out"
+    assert compared(spec_file, out, "--only", "aligned-k0.5") == 1  # others are unrun
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    states = [row["state"] for row in rows]
+    assert (states.count("finished"), states.count("unrun")) == (2, 8)
+    assert "## Cells unrun" in (out / "table.md").read_text()
+    for row in rows:
+        if row["state"] == "unrun":
+            continue
+        (place,) = out.glob(f"runs/digits-alike-aligned-k0.5-lr0.001-s{row['seed']}/*")
+        summary = json.loads((place / "summary.json").read_text())
+        assert float(row["test-fm"]) == summary["test-after"]["fm-accuracy"]
+        assert int(row["bytes-down"]) == summary["bytes-down"]
+        assert int(row["parameters-sub-fm"]) == summary["parameters"]["sub-fm"]
+        hits = json.loads((place / "hits.json").read_text())
+        assert hits["fm"].count("1") / len(hits["fm"]) == float(row["test-fm"])
+        rounds = [json.loads(x) for x in (place / "metrics.jsonl").open()]
+        start = rounds[0]["alignment"]["gradient-after"]["relative"]
+        assert float(row["gradient-error"]) == start
+        last = rounds[-1]["gradient-error"]["relative"]
+        assert float(row["gradient-error-last"]) == last != start
+        assert not (place / "checkpoints").exists()
+
+
+def test_a_failed_cell_says_why_and_stops_no_other(
+    spec_file, engine, tmp_path, monkeypatch, capsys
+):
+    out, works = tmp_path / "out", compare.run_experiment
+
+    def breaks(config, nodes, app, show):
+        if config.method == "fedpft-n":
+            return Failure("finished:failed", [f"{MARK}error: no room for it"])
+        return works(config, nodes, app, show)
+
+    monkeypatch.setattr(compare, "run_experiment", breaks)
+    assert compared(spec_file, out, "--only", "k0.5-") == 1
+    assert capsys.readouterr().out.count("failed: no room for it") == 2
+    text = (out / "table.md").read_text()
+    name = "digits-alike-fedpft-n-k0.5-lr0.001-s0"
+    assert f"- {name}: no room for it" in text
+    monkeypatch.setattr(compare, "run_experiment", works)  # it was mended
+    compared(spec_file, out, "--only", "k0.5-")
+    assert "no room" not in (out / "table.md").read_text()
+
+
+def test_a_stopped_cell_goes_on_where_it_was(spec_file, engine, tmp_path, monkeypatch):
+    out, works = tmp_path / "out", compare.run_experiment
+    from fedpft_flower.server import ProxyServer
+
+    real = ProxyServer.end_round
+
+    def stopped(self, current, *rest):
+        if current == 2:
+            raise KeyboardInterrupt
+        return real(self, current, *rest)
+
+    monkeypatch.setattr(ProxyServer, "end_round", stopped)
+    only = ("--only", "aligned-k0.5-lr0.001-s0")
+    assert compared(spec_file, out, *only) == 130
+    monkeypatch.setattr(ProxyServer, "end_round", real)
+    assert compare.run_experiment is works
+    compared(spec_file, out, *only)
+    assert [bool(config.resume) for config in engine] == [False, True]
+    assert len(list(out.glob("cells/*.json"))) == 1
+
+
+def test_results_of_another_spec_are_refused(spec_file, engine, tmp_path, capsys):
+    out = tmp_path / "out"
+    compared(spec_file, out, "--only", "fedpetuning")
+    spec_file.write_text(SPEC.replace("rounds = 2", "rounds = 3"))
+    assert compared(spec_file, out) == 2
+    error = capsys.readouterr().err
+    assert "was made with rounds = 2, the spec says 3" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_of_several_rates_each_method_takes_its_best(spec_file, engine, tmp_path):
+    rates = "lrs = [1e-6, 0.02]\n"
+    spec_file.write_text(rates + SPEC.replace("kept = [0.5, 0.25]", "kept = [0.5]"))
+    spec, out = Spec(spec_file), tmp_path / "out"
+    assert compared(spec_file, out, "--only", "fedpft-n") == 1
+    assert len(engine) == 3  # two rates with the first seed, the best with the second
+    comparison = Comparison(spec, out)
+    cell = Cell("digits", "alike", "fedpft-n", 0.5, 0.02, 1)
+    losses = {}
+    for lr in (1e-6, 0.02):
+        name = f"digits-alike-fedpft-n-k0.5-lr{lr:g}-s0"
+        found = json.loads((out / "cells" / f"{name}.json").read_text())
+        losses[lr] = found["rounds"][-1]["fm-accuracy"]
+    assert comparison.best_lr(cell) == max(losses, key=losses.get)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("nodes = 3", ""), "nodes is missing"),
+        (("seeds = [0, 1]", "seeds = [0, 0]"), "names one twice"),
+        (('"fedpft-n", ', '"fedpft-x", '), "'fedpft-x' is neither a table"),
+        (("rounds = 2", "rouns = 2"), "unknown configuration key 'rouns'"),
+        (("kept = [0.5", 'kept = ["a"'), "give a list of floats"),
+        (("[task.digits]", "[task.a/b]"), "cannot read"),
+        (("[settings]", "[setings]"), "unknown key 'setings'"),
+        (('["aligned", "fedpft-n"]', '["aligned", "fedot"]'), "none of methods"),
+        (("{FM_OF_TEST}", "{NO_SUCH_VARIABLE}"), "set the environment variable"),
+        (("nodes = 3", "nodes = true"), "nodes is no int"),
+    ],
+)
+def test_a_wrong_spec_is_refused_in_one_line(
+    spec_file, engine, tmp_path, capsys, change, said
+):
+    spec_file.write_text(SPEC.replace(*change))
+    assert compared(spec_file, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+    assert not engine
+
+
+def test_an_unreadable_result_names_the_file(spec_file, engine, tmp_path, capsys):
+    place = tmp_path / "out/cells"
+    place.mkdir(parents=True)
+    broken = place / "digits-alike-fedpetuning-k1-lr0.001-s0.json"
+    broken.write_text("{")
+    assert compared(spec_file, tmp_path / "out") == 2
+    assert str(broken) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", SPECS, ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_spec_makes_configurations(path, monkeypatch, tmp_path):
+    for name in ("DATA", "VIT"):
+        monkeypatch.setenv(name, str(tmp_path))
+    spec = Spec(path)
+    assert len({cell.name for cell in spec.all_cells}) == len(spec.all_cells) > 1
+
+
+def test_a_spec_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert compared(tmp_path / "no.toml", tmp_path / "out") == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_the_interval_covers_seeds_and_examples():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 400)) + 0.5
+    low, high = interval(values)
+    assert low < values.mean() < high
+    # Over the examples alone: 1.96 standard errors of the mean over the seeds.
+    alike = np.repeat(values[:1], 3, axis=0)
+    low, high = interval(alike)
+    error = 1.96 * alike[0].std(ddof=1) / 20
+    assert (high - low) / 2 == pytest.approx(error, rel=0.1)
+    # Seeds that differ widen it.
+    wide = alike + np.array([[-1.0], [0.0], [1.0]])
+    assert interval(wide)[1] > high + 0.5
+
+
+def test_gaps_are_paired_by_seed():
+    def result(method, seed, hits):
+        found = {
+            "config": {"data.task": "digits"},
+            "summary": {"test-after": {"fm-accuracy": hits.count("1") / len(hits)}},
+            "hits": {"fm": hits},
+        }
+        return tables.Result(Cell("t", "", method, 0.5, 0.1, seed), found, None)
+
+    ones = [result("a", 0, "1111"), result("a", 1, "1100"), result("a", 2, "1111")]
+    others = [result("b", 1, "1000"), result("b", 0, "1110")]
+    assert tables._gap(ones, others).startswith("+25.0 (")
+    assert tables._gap(ones, ones) == tables._gap(ones, []) == "-"
+
+
+def test_nothing_of_a_place_that_cannot_be_written(spec_file, engine, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert compared(spec_file, tmp_path / "file" / "out") == 2
+    assert "choose another --out" in capsys.readouterr().err
+    with pytest.raises(FedPFTError, match="choose another"):
+        Comparison(Spec(spec_file), tmp_path / "file" / "out")
