@@ -51,14 +51,13 @@ class Result:
         """Return a test metric of a finished cell.
 
         Args:
-            model: "before" (the FM before training), "plain" (the averaged adapter
-                plugged in), "fm" (the same after its refinement), "sub-fm".
+            model: "plain" (the FM with the averaged adapter), "fm" (the same after its
+                refinement), "sub-fm".
         """
         assert self.found is not None
-        summary, metric = self.found["summary"], self.metric
-        when = {"before": "test-before", "plain": "test-plain"}.get(model, "test-after")
+        when = "test-plain" if model == "plain" else "test-after"
         name = "sub-fm" if model == "sub-fm" else "fm"
-        return float(summary[when][f"{name}-{metric}"])
+        return float(self.found["summary"][when][f"{name}-{self.metric}"])
 
 
 def write_tables(spec: Spec, results: Sequence[Result], out: Path) -> Path:
@@ -105,7 +104,7 @@ def row_of(result: Result) -> dict[str, Any]:
         "nodes": found["nodes"],
         "rounds": summary.get("rounds"),
         "metric": result.metric,
-        "test-before": result.test("before"),
+        "test-before": summary.get("test-before", {}).get(f"fm-{result.metric}"),
         "test-plugged-in": result.test("plain"),
         "test-fm": result.test("fm"),
         "test-sub-fm": result.test("sub-fm"),

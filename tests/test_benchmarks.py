@@ -3,7 +3,6 @@
 import statistics
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
@@ -14,7 +13,6 @@ from benchmarks import (
     imports,
     overhead,
     pretrain_vit,
-    recipes,
 )
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config, DataConfig, FedPFTError
@@ -142,64 +140,6 @@ def test_the_imports_table_names_what_is_heavy_of_what_is_loaded():
     line = imports.table({"hello": answers}).splitlines()[2]
     assert line.startswith("| hello | 2.00 (1.00 to 3.00) | 1.00 (1.00 to 1.00) | 250")
     assert line.endswith("| torch, peft |")
-
-
-def test_a_sweep_chooses_the_rate_by_validation_and_runs_each_cell_once(
-    settings, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("FM_OF_TEST", settings["fm.name"])
-    spec = tmp_path / "spec.toml"
-    spec.write_text(
-        """
-        seeds = [0, 1]
-        nodes = 3
-        lrs = [1e-6, 0.02]
-        [task.digits]
-        rounds = 1
-        fm.name = "{FM_OF_TEST}"
-        data.task = "digits"
-        data.public-rows = 64
-        sub-fm.keep-fraction = 0.5
-        train.local-steps = 20
-        [recipe.n]
-        method = "fedpft-n"
-        [recipe.refined]
-        method = "fedpft-n"
-        plug-in.steps = 2
-        """
-    )
-    out = tmp_path / "out"
-    sweep = recipes.Sweep(spec, out, only="")
-    sweep.run()
-    files = sorted(path.name for path in out.glob("*.json"))
-    assert len(files) == 6  # two rates with the first seed, the best with the second
-    scores = {
-        lr: sweep.result(recipes.Cell("digits", "n", 0, lr))["rounds"][-1][
-            "fm-accuracy"
-        ]
-        for lr in (1e-6, 0.02)
-    }
-    assert sweep.best_lr("digits", "n") == max(scores, key=scores.get)
-    lines = recipes.table(sweep).splitlines()
-    assert lines[2].startswith("| digits | n | ") and lines[2].count(" - ") == 2
-    assert lines[3].startswith("| digits | refined | ") and " - " not in lines[3]
-    monkeypatch.setattr(sweep, "_run", None)  # nothing is run again
-    sweep.run()
-
-
-def test_the_interval_covers_seeds_and_examples():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=(3, 400)) + 0.5
-    low, high = recipes.interval(values)
-    assert low < values.mean() < high
-    # Over the examples alone: 1.96 standard errors of the mean over the seeds.
-    alike = np.repeat(values[:1], 3, axis=0)
-    low, high = recipes.interval(alike)
-    error = 1.96 * alike[0].std(ddof=1) / 20
-    assert (high - low) / 2 == pytest.approx(error, rel=0.1)
-    # Seeds that differ widen it.
-    wide = alike + np.array([[-1.0], [0.0], [1.0]])
-    assert recipes.interval(wide)[1] > high + 0.5
 
 
 @pytest.fixture
