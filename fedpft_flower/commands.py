@@ -32,6 +32,7 @@ from fedpft_flower.config import (
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
 from fedpft_flower.partitions import check_kind
+from fedpft_flower.privacy import check_private
 from fedpft_flower.strategies import strategy_of
 
 START_SECONDS = 60.0
@@ -74,6 +75,7 @@ def run_experiment(
     config = read_config(conf, pairs)
     method_of(config)
     strategy_of(config.strategy, config.strategy_args)
+    check_private(config)
     metric_of(config.data)
     check_kind(config.data, config.partition)
     if not (app / "pyproject.toml").is_file() or not (app / "client_app.py").is_file():
