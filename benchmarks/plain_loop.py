@@ -39,8 +39,8 @@ class PlainLoop:
             )
         if config.privacy.on:
             raise FedPFTError(
-                f"privacy.mechanism = {config.privacy.mechanism!r}: the plain loop adds "
-                "no noise; give privacy.mechanism=none"
+                f"privacy.mechanism = {config.privacy.mechanism!r}: the plain loop "
+                "adds no noise; give privacy.mechanism=none"
             )
         self.config = config
         self.task, _, self.server = load(config)

@@ -167,7 +167,7 @@ def load(
 
 def _tell_privacy(privacy: Privacy, config: Config) -> None:
     logger.info(
-        "privacy: %s releases spend epsilon = %.3g at delta = %g",
+        "privacy: %d releases spend epsilon = %.3g at delta = %g",
         config.rounds,
         privacy.planned_epsilon,
         config.privacy.delta,

@@ -1,11 +1,11 @@
 """Release averaged adapters with differential privacy, and account for each release.
 
 Clipping, averaging, noise and accounting are Flower's: a wrapper around the strategy
-that averages, and an RDP accountant. What is here refuses settings whose guarantee would
-be false, and has every release on disk before anybody can use it.
+that averages, and an RDP accountant. What is here refuses settings whose guarantee
+would be false, and has every release counted on disk before anybody can use it.
 
-The guarantee: whoever sees all releases cannot tell, up to (epsilon, delta), whether one
-client trained or sent back what it was given. A round releases
+The guarantee: whoever sees all releases cannot tell, up to (epsilon, delta), whether
+one client trained or sent back what it was given. A round releases
     w + (1 / n) (sum_i clip(w_i - w) + N(0, (z C)^2 I)),
 n clients, norm C, multiplier z: without one client the sum changes by C at most. The
 sample may be known to everyone, since no amplification by sampling is counted: the seed
@@ -115,8 +115,8 @@ def _lacking(config: Config) -> str:
         ),
         (
             not wanted,
-            "train.clients-per-round = 0 leaves the sample's size to the nodes that are "
-            "there, and noise is calibrated to it; give the size",
+            "train.clients-per-round = 0 leaves the sample's size to the nodes that "
+            "are there, and noise is calibrated to it; give the size",
         ),
         (
             train.min_replies != wanted,
@@ -165,8 +165,8 @@ class Privacy:
         self.clients = config.train.clients_per_round
         if config.privacy.delta * nodes >= 1:
             raise FedPFTError(
-                f"privacy.delta = {config.privacy.delta:g} lets any of {nodes} nodes be "
-                f"given away; set less than {1 / nodes:.2g}"
+                f"privacy.delta = {config.privacy.delta:g} lets one of {nodes} nodes "
+                f"be given away; set less than {1 / nodes:.2g}"
             )
         self._accountant = self._new_accountant()
         self._event = GaussianPrivacyEvent(
@@ -183,8 +183,8 @@ class Privacy:
             )
         if self.is_over:
             raise FedPFTError(
-                f"privacy.max-epsilon = {config.privacy.max_epsilon:g} allows no round, "
-                "one alone spends more; raise it, or privacy.noise-multiplier"
+                f"privacy.max-epsilon = {config.privacy.max_epsilon:g} allows no "
+                "round, one alone spends more; raise it, or privacy.noise-multiplier"
             )
         self._strategy = _WRAPPERS[config.privacy.mechanism](
             inner,
