@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Array, ArrayRecord, Error, Message
 from flwr.serverapp.strategy import FedAvg
 
 from client_app import app as client_app
-from fedpft_flower import commands, privacy, report, strategy
+from fedpft_flower import commands, report, strategy
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.client import _load_sub_fm_cached
 from fedpft_flower.config import Config, FedPFTError
@@ -28,7 +27,7 @@ from fedpft_flower.strategies import STRATEGIES, inner_strategy
 from fedpft_flower.wire import Store
 from tests.test_federation import NODES, broken, results, run, with_arrays, with_metrics
 from tests.test_resume import CHILD, ROOT, Cut, cut, directory
-from tests.test_strategies import ARGUMENTS, vector
+from tests.test_strategies import ARGUMENTS
 
 dp_accounting = pytest.importorskip("dp_accounting")
 
@@ -73,7 +72,13 @@ def final(settings):
     """Return the adapter [D] of the newest checkpoint."""
     tensors = Checkpoints(directory(settings), 2).load().tensors
     names = [name for name in tensors if name.startswith("adapter/")]
-    return np.concatenate([tensors[n].double().numpy().ravel() for n in names])
+    return np.concatenate([tensors[n].double().numpy().ravel() for n in sorted(names)])
+
+
+def vector(record):
+    """Return the arrays of a record as one [D], in the order of `final`."""
+    arrays = [record[name].numpy().ravel() for name in sorted(record)]
+    return np.concatenate(arrays).astype("f8")
 
 
 def clipped(update, norm):
@@ -87,14 +92,19 @@ def clipped(update, norm):
 def test_without_noise_and_clipping_a_run_is_the_uniform_mean(
     local_grid, private, mechanism
 ):
+    private |= {
+        "rounds": 1,
+        "privacy.mechanism": mechanism,
+    }  # Adam enlarges what is small
     plain = {k: v for k, v in private.items() if not k.startswith("privacy.")}
     run(local_grid, plain)
     expected = final(private)
     loose = {"privacy.noise-multiplier": 1e-6, "privacy.clipping-norm": 10.0}
-    run(local_grid, private | loose | {"privacy.mechanism": mechanism})
-    np.testing.assert_allclose(final(private), expected, atol=5e-5)
+    run(local_grid, private | loose)
+    # Seven deviations of the noise that is left.
+    np.testing.assert_allclose(final(private), expected, atol=7 * 1e-5 / CLIENTS)
     run(local_grid, plain | {"weighting": "examples"})
-    assert np.abs(final(private) - expected).max() > 1e-4
+    assert np.abs(final(private) - expected).max() > 7e-5
 
 
 def test_uniform_weights_are_the_mean_of_the_clients(local_grid, private):
@@ -128,31 +138,18 @@ def test_noise_has_the_size_that_the_formula_gives(local_grid, private, mechanis
     assert abs(inside - math.erf(1 / math.sqrt(2))) < 6 * 0.47 / math.sqrt(size)
 
 
-def test_a_client_that_stayed_away_changes_the_sum_by_the_norm_at_most(private):
-    config = Config.from_run_config(private)
-    rng = np.random.default_rng(0)
-    sent = rng.normal(size=50).astype("f4")
-    updates = [rng.normal(size=50) * 10.0**k for k in range(CLIENTS)]
-    norm, sums = config.privacy.clipping_norm, []
-    for last in (updates[-1], clipped(updates[-1], 1e-9)):
-        total = sum(clipped(u, norm) for u in [*updates[:-1], last])
-        sums.append(sent + total)
-    assert np.linalg.norm(sums[0] - sums[1]) <= norm * (1 + 1e-6)
-
-
 def test_noise_follows_no_seed(local_grid, private, monkeypatch):
     made = []
-    real = FedAvg.aggregate_train
+    train = strategy.FedPFT.configure_train
 
     def seeded(self, *arguments):
-        np.random.seed(0)  # what a library of the process might do
-        return real(self, *arguments)
+        np.random.seed(0)  # as a library in this process may do
+        return train(self, *arguments)
 
-    monkeypatch.setattr(Privacy, "begin", lambda self, *saved: np.random.seed(0))
+    monkeypatch.setattr(strategy.FedPFT, "configure_train", seeded)
     for _ in range(2):
         run(local_grid, private | {"rounds": 1})
         made.append(final(private))
-    assert np.abs(made[0] - made[1]).min() >= 0
     assert (made[0] != made[1]).mean() > 0.9
 
 
@@ -166,11 +163,11 @@ def independent(multiplier, releases, delta):
 
     accountant = RdpAccountant()
     accountant.compose(dp_event.GaussianDpEvent(multiplier), releases)
-    return accountant.get_epsilon(delta)
+    return float(accountant.get_epsilon(delta))
 
 
 def by_hand(multiplier, releases, delta):
-    """Return the classic bound: min over orders a of n a / 2 z^2 + log(1 / d) / (a - 1).
+    """Return the classic bound, over orders a: n a / 2 z^2 + log(1 / d) / (a - 1).
 
     Mironov 2017, arXiv 1702.07476, propositions 1, 3 and 7.
     """
@@ -336,9 +333,7 @@ def test_the_norm_in_a_message_cannot_be_another_than_the_runs(local_grid, priva
 
 
 @pytest.mark.parametrize("mechanism", ["server", "client"])
-def test_clients_tell_nothing_but_their_adapter(
-    local_grid, private, monkeypatch, mechanism
-):
+def test_clients_tell_nothing_but_their_adapter(local_grid, private, mechanism):
     private |= {"method": "fedpft", "align.activity": "public"}
     private["privacy.mechanism"] = mechanism
     said = {}
@@ -358,11 +353,9 @@ def test_clients_tell_nothing_but_their_adapter(
         known = {"key", "named", "store", "held", "source"}
         assert set(content["config"]) == known
     place, rounds, summary, manifest = results(private)
-    written = (place / "metrics.jsonl").read_text() + (
-        place / "summary.json"
-    ).read_text()
-    for word in ("train_loss", "train-loss", 'steps": 3', "inactive"):
-        assert word not in written
+    for name in ("metrics.jsonl", "summary.json"):
+        written = (place / name).read_text()
+        assert not re.search("train.loss|inactive", written)
     assert set(manifest["nodes"].values()) == {None}
     for entry in rounds[1:]:
         for one in entry["per-client"].values():
@@ -437,15 +430,14 @@ def test_a_setting_with_a_false_guarantee_is_refused_before_anything_is_loaded(
         commands.run_experiment(conf, pairs, 2, ROOT, False)
 
 
-def test_exactly_the_strategies_that_average_uniformly_keep_the_guarantee(private):
+def test_exactly_the_strategies_that_average_uniformly_keep_the_guarantee():
     """By Flower's own rule: the mean, and nothing behind it."""
-    plain = {
-        n for n, k in STRATEGIES.items() if k.aggregate_train is FedAvg.aggregate_train
-    }
+    mean = FedAvg.aggregate_train
+    plain = {n for n, kind in STRATEGIES.items() if kind.aggregate_train is mean}
     assert plain == STRATEGIES.keys() - NO_MEAN.keys() == {"FedAvg", "FedProx"}
 
 
-def test_the_settings_of_a_good_run_pass(private):
+def test_sound_settings_pass(private):
     check_private(Config())
     check_private(Config.from_run_config(private))
     bits = {"wire.adapter": "bf16", "strategy": "FedProx"}
@@ -527,7 +519,7 @@ def test_a_lost_or_damaged_count_is_refused(local_grid, private):
     text = count.read_text()
     for damaged in (text[:-5], "[]", text.replace('"rdp"', '"other"')):
         count.write_text(damaged)
-        with pytest.raises(FedPFTError, match="privacy .* start anew"):
+        with pytest.raises(FedPFTError, match=r"privacy .* start anew"):
             run(local_grid, private)
     count.unlink()
     with pytest.raises(FedPFTError, match="cannot read how much privacy was spent"):
@@ -550,8 +542,7 @@ def test_a_full_disk_uses_no_release(local_grid, private, monkeypatch):
         monkeypatch.setattr(Path, "replace", full)
         return real(self, *arguments)
 
-    monkeypatch.setattr(privacy.Privacy, "aggregate_train", aggregate)
+    monkeypatch.setattr(Privacy, "aggregate_train", aggregate)
     with pytest.raises(FedPFTError, match=r"No space left.*resume with resume="):
         run(local_grid, private)
     assert not used
-    assert torch.is_tensor(torch.ones(1))
