@@ -5,7 +5,7 @@ that averages, and an RDP accountant. What is here refuses settings whose guaran
 would be false, and has every release counted on disk before anybody can use it.
 
 The guarantee: whoever sees all releases cannot tell, up to (epsilon, delta), whether
-one client trained or sent back what it was given. A round releases
+one client's updates were in them, or zeros in their place. A round releases
     w + (1 / n) (sum_i clip(w_i - w) + N(0, (z C)^2 I)),
 n clients, norm C, multiplier z: without one client the sum changes by C at most. The
 sample may be known to everyone, since no amplification by sampling is counted: the seed
