@@ -16,6 +16,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Error, Message
 from flwr.serverapp.strategy import FedAvg
 
+from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
 from fedpft_flower import commands, report, strategy
 from fedpft_flower.checkpoint import Checkpoints
@@ -260,6 +261,29 @@ def test_a_round_without_all_replies_is_skipped(local_grid, private, bad):
     assert summary["skipped"] == 1
 
 
+def test_a_round_whose_sample_cannot_be_installed_asks_nobody_and_still_aligns(
+    local_grid, private
+):
+    installs = []
+
+    def second(message, reply):
+        if message.metadata.message_type == "query.install":
+            installs.append(message)
+            if len(installs) == 2:
+                return Message(Error(5, "node offline"), reply_to=message)
+        return reply
+
+    private |= {"method": "fedpft", "align.activity": "public"}
+    grid, _ = run(local_grid, private, dict.fromkeys(range(NODES), second))
+    asked = [m for m in grid.seen if m.metadata.message_type == "train"]
+    rounds_asked = [m.content["config"]["server-round"] for m in asked]
+    assert rounds_asked == [1] * CLIENTS + [3] * CLIENTS
+    _, rounds, _, _ = results(private)
+    assert rounds[2]["skipped"] == f"0 usable replies of {CLIENTS}"
+    assert "alignment" in rounds[2]
+    assert [entry["privacy"]["releases"] for entry in rounds] == [0, 1, 1, 2]
+
+
 def unmoved(message, reply):
     reply.content["arrays"] = copy.deepcopy(message.content["arrays"])
     return reply
@@ -435,6 +459,11 @@ def test_exactly_the_strategies_that_average_uniformly_keep_the_guarantee():
     mean = FedAvg.aggregate_train
     plain = {n for n, kind in STRATEGIES.items() if kind.aggregate_train is mean}
     assert plain == STRATEGIES.keys() - NO_MEAN.keys() == {"FedAvg", "FedProx"}
+
+
+def test_a_plain_loop_adds_no_noise_and_says_so(private):
+    with pytest.raises(FedPFTError, match="the plain loop adds no noise"):
+        PlainLoop(Config.from_run_config(private), NODES)
 
 
 def test_sound_settings_pass(private):
