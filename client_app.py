@@ -7,6 +7,7 @@ itself: a node that introduces itself waits for neither PyTorch models nor PEFT.
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedpft_flower.clipping import clipping_mod
 from fedpft_flower.codec import codec_mod
 
 app = ClientApp(mods=[codec_mod])
@@ -28,7 +29,7 @@ def install(message: Message, context: Context) -> Message:
     return install.install(message, context)
 
 
-@app.train()
+@app.train(mods=[clipping_mod])
 def train(message: Message, context: Context) -> Message:
     """Train the adapter on this node's rows."""
     from fedpft_flower import client

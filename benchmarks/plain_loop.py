@@ -37,6 +37,11 @@ class PlainLoop:
                 f"strategy = {config.strategy!r}: the plain loop only averages; give "
                 "strategy=FedAvg"
             )
+        if config.privacy.on:
+            raise FedPFTError(
+                f"privacy.mechanism = {config.privacy.mechanism!r}: the plain loop "
+                "adds no noise; give privacy.mechanism=none"
+            )
         self.config = config
         self.task, _, self.server = load(config)
         if self.task.train is None:
@@ -78,7 +83,7 @@ class PlainLoop:
             seed = derive_seed(config.seed, "client", current, key)
             train_adapter(server.sub_fm, rows, config.train, server.lr(current), seed)
             adapters.append(get_adapter(server.sub_fm))
-            weights.append(len(rows))
+            weights.append(1 if config.weighting == "uniform" else len(rows))
         averaged = average_rates(rates, weights) if rates else None
         return average_adapters(adapters, weights), averaged
 
@@ -96,7 +101,7 @@ class PlainLoop:
 
 
 def average_adapters(adapters: Sequence[Adapter], weights: Sequence[int]) -> Adapter:
-    """Average adapters, weighted by examples."""
+    """Average adapters by their weights."""
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     return {
         name: torch.einsum(

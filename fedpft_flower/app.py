@@ -26,6 +26,7 @@ from fedpft_flower.foundation import load_fm
 from fedpft_flower.images import check_images
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
+from fedpft_flower.privacy import Privacy, check_private
 from fedpft_flower.protection import protection
 from fedpft_flower.report import RunDirectory, versions
 from fedpft_flower.server import Metrics, ProxyServer
@@ -57,6 +58,7 @@ def _serve(grid: Grid, context: Context) -> None:
         torch.set_num_threads(config.server_threads)
     method_of(config)
     strategy_of(config.strategy, config.strategy_args)
+    check_private(config)
     metric_of(config.data)
     with closing(RunDirectory(config, context.run_id)) as directory:
         logger.info("run directory: %s", directory.path)
@@ -87,8 +89,13 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     federation.meet(max(config.train.clients_per_round, config.train.min_nodes))
     clients = server.check_clients(len(federation.nodes))
     inner = inner_strategy(config.strategy, config.strategy_args, clients)
-    _tell_rows(federation, task)
-    run = _Run(config, directory, checkpoints, FedPFT(server, federation, inner), own)
+    _tell_rows(federation, task, config)
+    privacy = None
+    if config.privacy.on:
+        privacy = Privacy(config, inner, len(federation.nodes), checkpoints.note_spent)
+        _tell_privacy(privacy, config)
+    strategy = FedPFT(server, federation, inner, privacy)
+    run = _Run(config, directory, checkpoints, strategy, own)
     if saved is None:
         run.prepare()
     else:
@@ -176,8 +183,20 @@ def load(
     return task, public, ProxyServer(config, fm, task, public, plan)
 
 
-def _tell_rows(federation: Federation, task: TaskData) -> None:
+def _tell_privacy(privacy: Privacy, config: Config) -> None:
+    logger.info(
+        "privacy: %d releases spend epsilon = %.3g at delta = %g",
+        config.rounds,
+        privacy.planned_epsilon,
+        config.privacy.delta,
+    )
+
+
+def _tell_rows(federation: Federation, task: TaskData, config: Config) -> None:
     nodes = federation.nodes.values()
+    if config.privacy.on:
+        logger.info("%d nodes, their rows are not told", len(nodes))
+        return
     rows = sum(node.examples for node in nodes)
     logger.info("%d nodes, %d training rows", len(nodes), rows)
     everybody = all(node.partitions == len(nodes) for node in nodes)
@@ -225,7 +244,9 @@ class _Run:
 
     def prepare(self) -> None:
         """Align before the first round, and evaluate what training will start from."""
-        server = self.strategy.server
+        server, privacy = self.strategy.server, self.strategy.privacy
+        if privacy is not None:
+            privacy.begin()
         self._alignment = server.prepare()
         self.before = server.evaluate("test")
         self._likeness = server.likeness()
@@ -235,6 +256,9 @@ class _Run:
         state, strategy = saved.state, self.strategy
         strategy.server.restore(saved.tensors)
         remember(strategy.inner, saved.tensors, state["strategy"])
+        if strategy.privacy is not None:
+            # The latter is ahead where a release was made and no checkpoint since.
+            strategy.privacy.begin(state["privacy"], self._checkpoints.spent())
         strategy.federation.grid.ledger.restore(state["ledger"])
         strategy.federation.exposure.restore(state["exposure"])
         strategy.done = saved.round
@@ -263,6 +287,8 @@ class _Run:
         entry["bytes-up"] = ledger.total("up", current)
         now = time.monotonic()
         entry["seconds"], self._began = now - self._began, now
+        if self.strategy.privacy is not None:
+            entry["privacy"] = self.strategy.privacy.spent()
         self.directory.add_round(entry)
         if scores:
             self._judge(current, scores[f"fm-{self._metric}"])
@@ -307,6 +333,7 @@ class _Run:
             "ledger": strategy.federation.grid.ledger.state(),
             "exposure": strategy.federation.exposure.state(),
             "strategy": form,
+            "privacy": strategy.privacy and strategy.privacy.state(),
             "before": self.before,
             "best": {
                 "round": self.best_round,
@@ -326,6 +353,10 @@ class _Run:
         loss = entry.get("train-loss", entry.get("fm-loss"))
         if loss is not None:
             parts.append(f"loss {loss:.3f}")
+        if "skipped" in entry:
+            parts.append(f"skipped ({entry['skipped']})")
+        if "privacy" in entry:
+            parts.append(f"epsilon {entry['privacy']['epsilon']:.3g}")
         parts.append(f"down {_size(entry['bytes-down'])}")
         parts.append(f"up {_size(entry['bytes-up'])}")
         parts.append(f"{entry['seconds']:.1f} s")
@@ -357,6 +388,8 @@ def _summary(run: _Run, plain: Metrics, after: Metrics, ledger: Ledger) -> Metri
         ),
         "seconds": sum(entry["seconds"] for entry in rounds),
         "failures": sum(len(entry.get("failures", ())) for entry in rounds),
+        "skipped": sum("skipped" in entry for entry in rounds),
+        "privacy": strategy.privacy and strategy.privacy.spent(),
     }
 
 
@@ -398,7 +431,10 @@ def _manifest(
             for name, rows in splits.items()
             if rows is not None
         },
-        "nodes": {node.key: node.examples for node in federation.nodes.values()},
+        "nodes": {
+            node.key: None if config.privacy.on else node.examples
+            for node in federation.nodes.values()
+        },
         "fm-sha256": hashes["FM"],
         "plan": server.plan.to_json(),
         "sub-fm-sha256": federation.sub_fm,
@@ -430,9 +466,17 @@ def _show(summary: Metrics, metric: str) -> None:
         ),
         ("bytes per client and round", _size(summary["bytes-per-client-and-round"])),
         ("peak memory, server", _size(summary["peak-memory-server"])),
-        ("peak memory, client", _size(summary["peak-memory-client"])),
+        *(
+            [("peak memory, client", _size(summary["peak-memory-client"]))]
+            if summary["peak-memory-client"]
+            else []
+        ),
         ("client failures", str(summary["failures"])),
     ]
+    if spent := summary["privacy"]:
+        told = f"{spent['epsilon']:.3g}, {spent['delta']:g}"
+        rows.append(("privacy spent (epsilon, delta)", told))
+        rows.append(("rounds skipped", str(summary["skipped"])))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         logger.info("  %s  %s", name.ljust(width), value)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fedpft_flower.config import FedPFTError, Scalar
 
+_SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
+
 FORMAT = 3  # of the files; rises when older ones can no longer be read
 
 # Settings that may differ between a run and its continuation: they say where things
@@ -114,6 +116,41 @@ class Checkpoints:
             f"{self._root} has no checkpoint to resume from{found}; name the run "
             "directory of a run that ended its round 0"
         )
+
+    def note_spent(self, spent: Mapping[str, Any]) -> None:
+        """Put on disk how much privacy is spent, between two checkpoints.
+
+        Raises:
+            FedPFTError: the disk refuses; what stood there before still does.
+        """
+        draft = self._root / ".privacy.partial"
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps(spent), encoding="utf-8")
+            flush(draft)
+            draft.replace(self._root / _SPENT)
+            flush(self._root)
+        except OSError as error:
+            raise FedPFTError(
+                f"cannot write in {self._root} ({error}); make room and resume with "
+                f"resume={self._root.parent}"
+            ) from error
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def spent(self) -> dict[str, Any]:
+        """Return what `note_spent` wrote last.
+
+        Raises:
+            FedPFTError: it is not there, or not whole.
+        """
+        try:
+            text = (self._root / _SPENT).read_text(encoding="utf-8")
+            return dict(json.loads(text))
+        except (OSError, TypeError, ValueError) as error:
+            raise FedPFTError(
+                f"cannot read how much privacy was spent ({error}); start anew"
+            ) from error
 
     def _place(self, current: int) -> Path:
         return self._root / f"round-{current:06d}"

@@ -48,6 +48,7 @@ from fedpft_flower.wire import (
     pack_tensors,
     package_from,
     reply,
+    train_metrics,
     unpack_tensors,
 )
 
@@ -79,19 +80,25 @@ def train(message: Message, context: Context) -> Message:
     load_adapter(sub_fm.model, unpack_tensors(arrays_of(message)))
     metrics: dict[str, Any] = {}
     if request["measure-activity"]:
+        if config.privacy.on:
+            raise FedPFTError(
+                "the server asks for activity statistics, which have no noise; set "
+                "align.activity = 'public'"
+            )
         metrics |= pack_rates(_measure(sub_fm, rows, config))
     seed = derive_seed(config.seed, "client", current, node.key)
     proximal_mu = request.get("proximal-mu", 0.0)  # only Flower's FedProx sends it
     report = train_adapter(
         sub_fm.model, rows, config.train, request["lr"], seed, proximal_mu
     )
-    metrics |= {
-        "num-examples": report.examples,
+    told = {
+        "num-examples": 1 if config.weighting == "uniform" else report.examples,
         "train_loss": report.loss,  # the name that Flower's QFedAvg reads
         "steps": report.steps,
         "seconds": report.seconds,
         "peak-memory": peak_memory(),
     }
+    metrics |= {name: told[name] for name in train_metrics(config)}
     adapter, _ = pack_tensors(get_adapter(sub_fm.model))
     return reply(message, {ARRAYS: adapter, METRICS: MetricRecord(metrics)})
 

@@ -33,6 +33,7 @@ from fedpft_flower.config import (
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
 from fedpft_flower.partitions import check_kind
+from fedpft_flower.privacy import check_private
 from fedpft_flower.strategies import strategy_of
 
 CHECKOUT = Path(__file__).resolve().parent.parent  # of the app, this package's own
@@ -99,6 +100,7 @@ def run_experiment(
     """
     method_of(config)
     strategy_of(config.strategy, config.strategy_args)
+    check_private(config)
     metric_of(config.data)
     check_kind(config.data, config.partition)
     if not (app / "pyproject.toml").is_file() or not (app / "client_app.py").is_file():

@@ -268,6 +268,29 @@ class WireConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Say with which differential privacy averaged adapters are released."""
+
+    # Where updates are clipped: "none" gives no guarantee at all; "server", or "client"
+    # before they leave it. The server adds the noise in both.
+    mechanism: str = "none"
+    # Standard deviation of the noise in the sum of a round's updates, as a multiple of
+    # `clipping_norm`.
+    noise_multiplier: float = 0.0
+    # Largest L2 norm of a client's update, over all of its tensors together.
+    clipping_norm: float = 0.0
+    # Of (epsilon, delta); less than 1 / nodes.
+    delta: float = 1e-5
+    # The run ends before the round whose release would exceed it; 0 sets no bound.
+    max_epsilon: float = 0.0
+
+    @property
+    def on(self) -> bool:
+        """Tell whether anything is guaranteed."""
+        return self.mechanism != "none"
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Say which checkpoints stay on the server's disk."""
 
@@ -284,6 +307,9 @@ class Config:
     # its arguments as one JSON object: '{"eta": 0.01}'.
     strategy: str = "FedAvg"
     strategy_args: str = ""
+    # What a client counts in averages: as many as its "examples", or all the same
+    # ("uniform"; nobody then tells how many rows it has when it replies).
+    weighting: str = "examples"
     rounds: int = 10
     seed: int = 0
     # Where run directories go; relative paths start at the home directory, with
@@ -315,6 +341,7 @@ class Config:
     align: AlignConfig = field(default_factory=AlignConfig)
     plug_in: PlugInConfig = field(default_factory=PlugInConfig)
     wire: WireConfig = field(default_factory=WireConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -537,10 +564,16 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "plug-in.steps": (-1, 1e9, True),
     "plug-in.lr": (0, 1e3, False),
     "plug-in.batch-size": (1, 1e6, True),
+    "privacy.noise-multiplier": (0, 1e6, True),
+    "privacy.clipping-norm": (0, 1e6, True),
+    "privacy.delta": (0, 0.1, False),
+    "privacy.max-epsilon": (0, 1e9, True),
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "select": ("last", "best"),
+    "weighting": ("examples", "uniform"),
+    "privacy.mechanism": ("none", "server", "client"),
     "wire.frozen": ("fp32", "bf16", "fp16", "int8"),
     "wire.adapter": ("fp32", "bf16", "fp16"),
     "fm.dtype": ("checkpoint", "float32", "bfloat16"),

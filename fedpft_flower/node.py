@@ -132,5 +132,7 @@ def hello(message: Message, context: Context) -> Message:
             "source": source_hash(),
         }
     )
-    sizes = MetricRecord({"num-examples": len(rows), "num-partitions": node.count})
+    # With differential privacy it tells no more than that it has rows.
+    examples = min(1, len(rows)) if config.privacy.on else len(rows)
+    sizes = MetricRecord({"num-examples": examples, "num-partitions": node.count})
     return reply(message, {CONFIG: introduction, METRICS: sizes})

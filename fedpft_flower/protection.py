@@ -94,7 +94,7 @@ def protection(
         "theft-gap-interval": _paired_interval(hits["fm"], hits["sub-fm"]),
         "public": {when: dict(found) for when, found in likeness.items()},
         "bytes-up": dict(up),
-        "privacy": dict(summary.get("privacy", {})),
+        "privacy": dict(summary.get("privacy") or {}),
     }
     return figures | {"rows": list(_rows(figures, metric, before, after))}
 

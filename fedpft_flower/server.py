@@ -289,14 +289,19 @@ class ProxyServer:
             and self._realigns_after(current)
         )
 
-    def check_update(self, adapter: Mapping[str, Tensor]) -> None:
+    def check_update(self, adapter: Mapping[str, Tensor]) -> float:
         """Check a client's adapter: names, shapes, finite values, how far it moved.
+
+        With differential privacy updates are clipped instead of left out.
+
+        Returns:
+            How far it moved (L2 norm over all tensors).
 
         Raises:
             FedPFTError: it does not fit, or moved by more than `max-update-norm`.
         """
         check_adapter(adapter, self.adapter)
-        most = self.config.train.max_update_norm
+        most = 0.0 if self.config.privacy.on else self.config.train.max_update_norm
         moved = sum(
             float((adapter[name].double() - own.double()).square().sum())
             for name, own in self.adapter.items()
@@ -306,6 +311,7 @@ class ProxyServer:
                 f"the adapter moved by {moved**0.5:.4g} (L2 norm), more than "
                 f"train.max-update-norm = {most:g}"
             )
+        return float(moved**0.5)
 
     def check_rates(self, rates: Sequence[Tensor], current: int) -> None:
         """Check a client's inactive rates: all that were asked for, each in [0, 1].

@@ -18,7 +18,8 @@ from fedpft_flower.config import FedPFTError
 # Beginnings of the names that do not average adapters by themselves, and why.
 _NOT_OFFERED = {
     "FedXgb": "it joins decision trees, and adapters are tensors",
-    "DifferentialPrivacy": "it wraps another strategy, which is not offered yet",
+    "DifferentialPrivacy": "it wraps another strategy; set privacy.mechanism (adaptive "
+    "clipping has no accountant)",
     "Strategy": "it is abstract",
 }
 

@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable, Mapping
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from torch import Tensor
 
 from fedpft_flower.adapters import Adapter
 from fedpft_flower.config import FedPFTError, one_line
 from fedpft_flower.federation import Federation, RoundError
+from fedpft_flower.privacy import Privacy
 from fedpft_flower.server import Metrics, ProxyServer, average_rates
 from fedpft_flower.strategies import shortage
 from fedpft_flower.wire import (
     ARRAYS,
     METRICS,
-    TRAIN_METRICS,
     ChosenNodes,
     arrays_of,
     config_of,
@@ -23,6 +24,7 @@ from fedpft_flower.wire import (
     pack_tensors,
     reason_of,
     split_rates,
+    train_metrics,
     unpack_rates,
     unpack_tensors,
 )
@@ -34,13 +36,18 @@ class FedPFT(Strategy):
     """Train adapters on the sub-FM and plug them into the server's FM.
 
     Sampling, learning rate and alignment are the `ProxyServer`'s; averaging is the
-    inner Flower strategy's.
+    inner Flower strategy's, where there is `privacy` with clipping and noise.
     """
 
     def __init__(
-        self, server: ProxyServer, federation: Federation, inner: FedAvg
+        self,
+        server: ProxyServer,
+        federation: Federation,
+        inner: FedAvg,
+        privacy: Privacy | None = None,
     ) -> None:
         self.server, self.federation, self.inner = server, federation, inner
+        self.privacy = privacy
         self.rounds: dict[int, Metrics] = {}
         # The last round that is over (0: evaluated before training); a resumed run
         # begins behind it.
@@ -77,7 +84,7 @@ class FedPFT(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds behind `done`, until the last one or `stopped`.
+        """Run the rounds behind `done`, until the last one, `stopped`, or no privacy.
 
         Takes the place of Flower's loop, which can neither resume, try a round again,
         nor stop early; the arguments and hooks are the same.
@@ -93,6 +100,15 @@ class FedPFT(Strategy):
             self.done = 0
         while self.done < num_rounds and not self.stopped:
             current = self.done + 1
+            if self.privacy is not None and self.privacy.is_over:
+                logger.info(
+                    "privacy.max-epsilon: %g are spent, round %d would exceed it; the "
+                    "run ends after round %d",
+                    self.privacy.spent()["epsilon"],
+                    current,
+                    self.done,
+                )
+                break
             request = train_config or ConfigRecord()
             arrays, metrics = self._round(current, arrays, request, grid, timeout)
             result.arrays, self.done = arrays, current
@@ -159,13 +175,17 @@ class FedPFT(Strategy):
                 "codec": server.config.wire.adapter,
             }
         )
+        if self.privacy is not None and len(chosen) != self.privacy.clients:
+            self._sent = []  # the round is skipped: nobody need train for it
+            return []
         if not chosen:
             raise RoundError(
                 f"round {server_round}: no chosen node holds the sub-FM; "
                 f"{'; '.join(f'{name}: {why}' for name, why in left_out.items())}"
             )
         view = ChosenNodes(federation.grid, chosen)
-        messages = self.inner.configure_train(server_round, arrays, request, view)
+        averaging = self.privacy or self.inner
+        messages = averaging.configure_train(server_round, arrays, request, view)
         self._sent = list(messages)
         return self._sent
 
@@ -203,7 +223,8 @@ class FedPFT(Strategy):
             for name, reason in {**record["failures"], **bad}.items()
             if name not in self._good
         }
-        self._check_enough(server_round, bad)
+        if self.privacy is None:
+            self._check_enough(server_round, bad)
         # In the order of the keys: the order of arrival must not matter.
         kept = [self._good[name] for name in sorted(self._good)]
         rates, weights = [], []
@@ -214,7 +235,10 @@ class FedPFT(Strategy):
                 rates.append(unpack_rates(statistics))
                 weights.append(metrics_of(reply)["num-examples"])
         self._describe(server_round)
-        arrays, metrics = self.inner.aggregate_train(server_round, kept)
+        if self.privacy is not None and len(kept) != self.privacy.clients:
+            return self._skip(server_round, len(kept))
+        averaging = self.privacy or self.inner
+        arrays, metrics = averaging.aggregate_train(server_round, kept)
         if arrays is None or metrics is None:
             raise FedPFTError(f"round {server_round}: the strategy aggregated nothing")
         adapter = {
@@ -222,12 +246,32 @@ class FedPFT(Strategy):
             for name, tensor in unpack_tensors(arrays).items()
         }
         self._check_aggregated(server_round, adapter)
-        record["train-loss"] = metrics["train_loss"]
+        if "train_loss" in metrics:
+            record["train-loss"] = metrics["train_loss"]
         averaged = average_rates(rates, weights) if rates else None
-        alignment = self.server.end_round(server_round, adapter, averaged)
+        return self._end_round(server_round, adapter, averaged), metrics
+
+    def _end_round(
+        self, current: int, adapter: Adapter, rates: list[Tensor] | None
+    ) -> ArrayRecord:
+        record = self.rounds[current]
+        alignment = self.server.end_round(current, adapter, rates)
         if alignment:
             record["alignment"] = alignment
-        return pack_tensors(self.server.adapter)[0], metrics
+        return pack_tensors(self.server.adapter)[0]
+
+    def _skip(self, current: int, count: int) -> tuple[ArrayRecord, MetricRecord]:
+        """End a round whose replies are not all there, with the adapter as it was.
+
+        The noise is that of all clients, and asking others would let a client's failure
+        choose who is averaged. Nothing made of the replies leaves this method, so that
+        no privacy is spent; what shows is which client failed.
+        """
+        assert self.privacy is not None
+        reason = f"{count} usable replies of {self.privacy.clients}"
+        self.rounds[current]["skipped"] = reason
+        logger.warning("round %d is skipped: %s", current, reason)
+        return self._end_round(current, self.server.adapter, None), MetricRecord()
 
     def _check_aggregated(self, current: int, adapter: Adapter) -> None:
         # All replies were finite, so it is the strategy that diverges.
@@ -264,9 +308,9 @@ class FedPFT(Strategy):
                     size = federation.grid.node_bytes[current, number, way]
                     table[node.key][f"bytes-{way}"] = size
         record["per-client"] = table
-        record["peak-memory-client"] = max(
-            one["peak-memory"] for one in table.values() if one["outcome"] == "ok"
-        )
+        peaks = [one["peak-memory"] for one in table.values() if "peak-memory" in one]
+        if peaks:
+            record["peak-memory-client"] = max(peaks)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -336,10 +380,10 @@ class FedPFT(Strategy):
         if found != [ARRAYS, METRICS]:
             raise FedPFTError("it is not one adapter with metrics")
         statistics, others = split_rates(metrics_of(reply))
-        if set(others) != set(TRAIN_METRICS):
+        known, told = train_metrics(self.server.config), metrics_of(reply)
+        if set(others) != set(known):
             raise FedPFTError(f"its metrics are {sorted(others)}")
-        told = metrics_of(reply)
-        for name, most in TRAIN_METRICS.items():
+        for name, most in known.items():
             if not 0 <= told[name] <= most:  # also true for NaN
                 raise FedPFTError(f"{name} = {told[name]} is outside [0, {most:g}]")
         if type(told["num-examples"]) is not int or not told["num-examples"]:
@@ -349,7 +393,9 @@ class FedPFT(Strategy):
         adapter = unpack_tensors(arrays_of(reply))
         if list(adapter) != list(self.server.adapter):
             raise FedPFTError("the adapter has other names or another order")
-        self.server.check_update(adapter)
+        moved = self.server.check_update(adapter)
+        if self.privacy is not None:
+            self.privacy.check_moved(moved, self.server.adapter)
 
 
 def _note(

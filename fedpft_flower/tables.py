@@ -136,8 +136,8 @@ def row_of(result: Result) -> dict[str, Any]:
             key: summary.get("protection", {}).get(key)
             for key in ("sent-verbatim", "re-fitted", "theft-gap")
         },
-        "epsilon": summary.get("privacy", {}).get("epsilon"),
-        "delta": summary.get("privacy", {}).get("delta"),
+        "epsilon": (summary.get("privacy") or {}).get("epsilon"),
+        "delta": (summary.get("privacy") or {}).get("delta"),
         "fm-sha256": found["manifest"].get("fm-sha256"),
     }
 

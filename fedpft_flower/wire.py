@@ -46,7 +46,7 @@ from fedpft_flower.codec import (
     encode_weights,
     recode,
 )
-from fedpft_flower.config import FedPFTError, cache_dir, last_used, one_line
+from fedpft_flower.config import Config, FedPFTError, cache_dir, last_used, one_line
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
 
@@ -56,14 +56,16 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
 _EXPIRED = {3, 4}  # Flower's error codes for a message and a reply that lived too long
 PACKAGE = "package"  # key of a package's JSON in an install
-# What a node says of its training, and the most that is believed.
-TRAIN_METRICS = {
+# What a node says of its training, and the most that is believed (`train_metrics`).
+TRAIN_METRICS: dict[str, float] = {
     "num-examples": 1e12,
     "train_loss": 1e6,
     "steps": 1e12,
     "seconds": 1e9,
     "peak-memory": 1e15,
 }
+# With differential privacy; a reason may quote a row or a label.
+_UNTOLD = "this node cannot take part; with privacy.mechanism only its own log says why"
 RATES = "inactive-rates."  # prefix of activity statistics among the metrics
 
 Handler = Callable[[Message, Context], Message]
@@ -86,6 +88,20 @@ def config_of(message: Message) -> dict[str, Any]:
 def metrics_of(message: Message) -> dict[str, Any]:
     """Return the values of a message's metric record; empty without one."""
     return dict(message.content.metric_records.get(METRICS, {}))
+
+
+def train_metrics(config: Config) -> dict[str, float]:
+    """Return which metrics a reply to a train message holds, and the most of each.
+
+    With uniform weights every client has one example. With differential privacy nothing
+    else leaves a client beside its adapter: losses, steps and seconds have no noise.
+    """
+    known = dict(TRAIN_METRICS)
+    if config.weighting == "uniform":
+        known["num-examples"] = 1
+    if config.privacy.on:
+        known = {"num-examples": known["num-examples"]}
+    return known
 
 
 def last_line(reason: str | None) -> str:
@@ -116,6 +132,8 @@ def one_line_errors(handler: Handler) -> Handler:
         site = context.node_config.get("site")
         reason = one_line(f"{site}: {reason}" if site else reason)
         logger.error("%s", reason)
+        if context.run_config.get("privacy.mechanism", "none") != "none":
+            reason = one_line(f"{site}: {_UNTOLD}" if site else _UNTOLD)
         return Message(Error(REFUSED, reason), reply_to=message)
 
     return handle
