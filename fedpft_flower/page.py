@@ -60,22 +60,24 @@ p { margin: .5rem 0; max-width: 46rem; }
 .quiet, .unit { color: var(--quiet); }
 .tiles {
   display: grid; gap: .75rem; margin: 1.5rem 0 0;
-  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr));
+  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr));
 }
 .tiles div { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; }
 .tiles dt { color: var(--quiet); font-size: .85rem; }
 .tiles dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-top: 1rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 caption { text-align: left; color: var(--quiet); padding-bottom: .3rem; }
 th, td {
   text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere;
+  border-bottom: 1px solid var(--line); overflow-wrap: break-word;
 }
 thead th { color: var(--quiet); font-weight: 500; white-space: nowrap; }
 tbody th { font-weight: 500; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 table.pairs th { width: 16rem; color: var(--quiet); }
+table.pairs td, .hash { overflow-wrap: anywhere; }
+.number + :not(.number) { padding-left: 1rem; }
 table.layers td:last-child { width: 60%; padding-right: 0; vertical-align: middle; }
 .bad { color: var(--bad); }
 code, .hash { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .85em; }
@@ -331,7 +333,6 @@ def _curves(rounds: Sequence[Metrics], metric: str, plan: Plan) -> Markup:
     return _figures(
         lines(f"{metric} on validation", metric, scores),
         lines("Loss", "cross-entropy", losses),
-        lines("Learning rate of the clients", "", {"rate": _series(rounds, "lr")}),
     )
 
 
@@ -359,7 +360,10 @@ def _bytes(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
         ),
         _table(
             ["direction, kind", "for all recipients", "of that sent"],
-            [[kind, size(all_), size(sent)] for kind, (all_, sent) in totals.items()],
+            [
+                [kind, size(all_), size(sent)]
+                for kind, (all_, sent) in sorted(totals.items())
+            ],
             {1, 2},
         ),
         element(
@@ -373,24 +377,42 @@ def _bytes(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
 
 
 def _gradient_error(rounds: Sequence[Metrics]) -> Markup:
-    def found(when: str, name: str) -> Series:
-        return [
-            (entry["round"], float(error[name]))
+    found = {
+        f"{when} alignment": {
+            entry["round"]: error
             for entry in rounds
             if (error := entry.get("alignment", {}).get(f"gradient-{when}"))
-        ]
-
-    whens = (("before alignment", "before"), ("after alignment", "after"))
-    drawn = [
-        lines(title, unit, {label: found(when, name) for label, when in whens})
-        for title, unit, name in (
-            ("Error of the sub-FM's adapter gradients", "relative L2", "relative"),
-            ("Their direction", "cosine with the FM's", "cosine"),
-        )
-    ]
-    if not any(drawn):
+        }
+        for when in ("before", "after")
+    }
+    measured = {current for errors in found.values() for current in errors}
+    if not measured:
         return _nothing("This run measured no gradient error.")
-    return _figures(*drawn)
+    kinds = (
+        ("Error of the sub-FM's adapter gradients", "relative L2", "relative"),
+        ("Their direction", "cosine with the FM's", "cosine"),
+    )
+    if len(measured) == 1:  # a point is no curve
+        rows = [
+            [label, *(_score(error[name]) for *_, name in kinds)]
+            for label, errors in found.items()
+            for error in errors.values()
+        ]
+        titles = ["in round " + str(*measured), *(unit for _, unit, _ in kinds)]
+        return _table(titles, rows, {1, 2})
+    return _figures(
+        *(
+            lines(
+                title,
+                unit,
+                {
+                    label: [(current, error[name]) for current, error in errors.items()]
+                    for label, errors in found.items()
+                },
+            )
+            for title, unit, name in kinds
+        )
+    )
 
 
 @dataclass
