@@ -113,6 +113,7 @@ def _loading(run: FinishedRun, origin: Origin) -> str:
     image = task.modality == "image"
     processor = "AutoImageProcessor" if image else "AutoTokenizer"
     told = "" if origin.on_hub else "  # or where it is"
+    labels = run.manifest["labels"]
     lines = [
         "## Use",
         "```python",
@@ -127,7 +128,12 @@ def _loading(run: FinishedRun, origin: Origin) -> str:
         f"from transformers import AutoConfig, {model}",
         "",
         'config = AutoConfig.from_pretrained("adapter")',
-        f'base = {model}.from_pretrained("{origin.name}", config=config){told}',
+        f"base = {model}.from_pretrained(",
+        f'    "{origin.name}",{told}',
+        "    config=config,",
+        # A classifier's own head of another size is replaced by the adapter's.
+        *(["    ignore_mismatched_sizes=True,"] if labels else []),
+        ")",
         'model = PeftModel.from_pretrained(base, "adapter")',
         "```",
     ]

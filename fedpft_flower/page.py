@@ -111,6 +111,8 @@ def render_page(
 ) -> str:
     """Return the report of a finished run as one HTML document.
 
+    It is the same whether its facts come from memory or from the files.
+
     Args:
         config: the effective configuration, flat.
         rounds: the objects of `metrics.jsonl`.
@@ -227,7 +229,10 @@ def _what(
         ("adapter of", f"the {summary['select']} round{_best(summary)}"),
         ("seed", manifest["seed"]),
         ("platform", _platform(manifest)),
-        ("versions", ", ".join(f"{n} {v}" for n, v in manifest["versions"].items())),
+        (
+            "versions",
+            ", ".join(f"{n} {v}" for n, v in sorted(manifest["versions"].items())),
+        ),
     ]
     rows += [
         (f"{name}, SHA-256", element("span", manifest[key], class_="hash"))
@@ -244,11 +249,11 @@ def _what(
             split["source"] or _DESCRIPTION.get(name, ""),
             element("span", split["sha256"], class_="hash"),
         ]
-        for name, split in manifest["splits"].items()
+        for name, split in sorted(manifest["splits"].items())
     ]
     whole = [
         (key, element("code", repr(value) if isinstance(value, str) else str(value)))
-        for key, value in settings.items()
+        for key, value in sorted(settings.items())
     ]
     return [
         _pairs(rows),
@@ -289,7 +294,7 @@ def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
         rows.append(("FM, refined", "test", after, "fm"))
     if not plan.is_whole:
         rows.append(("sub-FM", "test", after, "sub-fm"))
-    for split, found in summary.get("more-tests", {}).items():
+    for split, found in sorted(summary.get("more-tests", {}).items()):
         rows.append(("FM", split, found, "fm"))
         if not plan.is_whole:
             rows.append(("sub-FM", split, found, "sub-fm"))
