@@ -9,7 +9,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from fedpft_flower.architectures import Architecture, model_class_of
 from fedpft_flower.config import Objective
 from fedpft_flower.evaluation import METRICS, metric_of
-from fedpft_flower.methods import method_of
 from fedpft_flower.page import data_name, last_part, shown_settings
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import FinishedRun
@@ -97,10 +96,11 @@ def _metric_names(run: FinishedRun) -> list[str]:
 def _introduction(run: FinishedRun, origin: Origin) -> str:
     known = "" if origin.on_hub else f" (SHA-256 `{run.manifest['fm-sha256']}`)"
     labels = ", ".join(map(_plain, run.manifest["labels"]))
+    whole = Plan.from_json(run.manifest["plan"]).is_whole
+    trained = "it" if whole else "a smaller model, which was plugged into the whole one"
     return (
-        f"`{origin.name}`{known}, fine-tuned by federated proxy fine-tuning (FedPFT, "
-        "arXiv 2404.11536): clients trained an adapter on a smaller model, and it was "
-        "plugged into the whole one.\n\n"
+        f"`{origin.name}`{known}, fine-tuned in a federation by FedPFT-Flower (FedPFT: "
+        f"arXiv 2404.11536): clients trained an adapter on {trained}.\n\n"
         "- `adapter/`: the adapter alone, in PEFT's format\n"
         f"- `merged/`: the whole model with the adapter merged, {origin.dtype}"
         + (f"\n\nLabels, in order: {labels}." if labels else "")
@@ -162,7 +162,7 @@ def _training(run: FinishedRun) -> str:
         "model's weights were never sent"
     )
     rows = [
-        ("method", f"{config.method} ({method_of(config).paper})"),
+        ("method", config.method),
         ("clients had", kept),
         ("aggregation", config.strategy),
         ("rounds", run.summary["rounds"]),
