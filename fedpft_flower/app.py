@@ -4,6 +4,7 @@ import logging
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -500,6 +501,8 @@ def _speak() -> None:
 
 def quiet() -> None:
     """Turn off the reports and progress bars of the libraries that load."""
+    # PEFT asks models for a name that transformers is about to drop.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

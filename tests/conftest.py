@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import os
 import resource
 from contextlib import contextmanager
@@ -104,6 +105,34 @@ def llama_directory(tmp_path_factory):
 def generator_directory(tmp_path_factory):
     """Write a tiny random Llama, a language model, as a user's own FM."""
     return write_llama(tmp_path_factory.mktemp("generator"), "generate")
+
+
+@pytest.fixture
+def generation(settings, generator_directory, tmp_path):
+    """Return the configuration of a small federation that learns responses."""
+    data = tmp_path / "data"
+    data.mkdir()
+    words = ["good", "bad", "film", "very", "fast", *"abcdef"]
+    pairs = [(one, two) for one in words for two in words]
+    for split, start in (("train", 0), ("validation", 1), ("test", 2)):
+        rows = pairs[start::2] if split == "train" else pairs[start::7]
+        lines = [{"ask": f"{a} {b}", "say": f"{b} {a}", "who": a} for a, b in rows]
+        text = "\n".join(json.dumps(line) for line in lines)
+        (data / f"{split}.jsonl").write_text(text)
+    (tmp_path / "public.csv").write_text("text\n" + "\n".join(["a b good c"] * 40))
+    return settings | {
+        "fm.name": str(generator_directory),
+        "data.task": "generation",
+        "data.path": str(data),
+        "data.text-columns": "ask,say",
+        "data.public-path": str(tmp_path / "public.csv"),
+        "data.public-rows": 0,
+        "data.max-length": 16,
+        "partition.kind": "iid",
+        "train.lr": 0.02,
+        "train.local-steps": 5,
+        "lora.alpha": 8,
+    }
 
 
 def write_llama(place, objective):

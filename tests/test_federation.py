@@ -483,6 +483,7 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
         "summary.json",
         "manifest.json",
         "curves.png",
+        "report.html",
         "adapter",
         "checkpoints",
         ".lock",

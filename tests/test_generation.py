@@ -318,33 +318,6 @@ def test_logit_loss_is_the_mean_over_tokens():
 # ------------------------------------------------------------------------------ runs
 
 
-@pytest.fixture
-def generation(settings, generator_directory, tmp_path):
-    """Return the configuration of a small federation that learns responses."""
-    data = tmp_path / "data"
-    data.mkdir()
-    pairs = [(one, two) for one in WORDS for two in WORDS]
-    for split, start in (("train", 0), ("validation", 1), ("test", 2)):
-        rows = pairs[start::2] if split == "train" else pairs[start::7]
-        lines = [{"ask": f"{a} {b}", "say": f"{b} {a}", "who": a} for a, b in rows]
-        text = "\n".join(json.dumps(line) for line in lines)
-        (data / f"{split}.jsonl").write_text(text)
-    (tmp_path / "public.csv").write_text("text\n" + "\n".join(["a b good c"] * 40))
-    return settings | {
-        "fm.name": str(generator_directory),
-        "data.task": "generation",
-        "data.path": str(data),
-        "data.text-columns": "ask,say",
-        "data.public-path": str(tmp_path / "public.csv"),
-        "data.public-rows": 0,
-        "data.max-length": 16,
-        "partition.kind": "iid",
-        "train.lr": 0.02,
-        "train.local-steps": 5,
-        "lora.alpha": 8,
-    }
-
-
 @pytest.mark.parametrize("method", ["fedpft", "fedpft-ls", "fedot", "fedpetuning"])
 def test_responses_are_learnt_by_every_method(local_grid, generation, method):
     generation |= {"method": method, "plug-in.steps": 5, "rounds": 4}

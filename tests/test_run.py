@@ -89,12 +89,12 @@ def stock_accuracy(results):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from fedpft_flower.config import Config, flatten
-    from fedpft_flower.foundation import _source
+    from fedpft_flower.foundation import source_of_fm
     from fedpft_flower.tasks import load_task
 
     manifest = json.loads((results / "manifest.json").read_text())
     config = Config.from_run_config(flatten(manifest["config"]))
-    place = _source(config.fm.name)
+    place = source_of_fm(config.fm.name)
     stock = AutoModelForSequenceClassification.from_pretrained(
         place, num_labels=len(manifest["labels"])
     )

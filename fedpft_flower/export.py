@@ -1,0 +1,214 @@
+"""Make of a finished run what can be handed on (`fedpft-export`).
+
+An export opens where there is only `transformers` and `peft`: the adapter as a PEFT
+folder, the FM with the adapter merged, and a model card.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fedpft_flower.adapters import attach_adapter, export_adapter, load_adapter
+from fedpft_flower.app import quiet
+from fedpft_flower.card import Origin, render_card
+from fedpft_flower.config import FedPFTError, existing_path, names_in
+from fedpft_flower.foundation import (
+    BUNDLED_HUB_NAME,
+    BUNDLED_NAME,
+    FoundationModel,
+    load_fm,
+    source_of_fm,
+)
+from fedpft_flower.page import last_part
+from fedpft_flower.plan import Plan
+from fedpft_flower.report import FinishedRun, put
+from fedpft_flower.sub_fm import frozen_weights
+from fedpft_flower.tasks import task_of
+from fedpft_flower.wire import tensors_hash
+
+# Files of an FM's directory that say what others may do with it.
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Export a finished run from the command line; exit 0 only if all is written."""
+    options = _parser().parse_args(arguments)
+    quiet()
+    place = options.run.expanduser().absolute()
+    out = options.out.expanduser().absolute() if options.out else place / "export"
+    try:
+        export(place, out, options.fm, _tell)
+    except FedPFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing is left behind", file=sys.stderr)
+        sys.exit(130)
+    print(f"exported: {out}", flush=True)
+
+
+def export(
+    place: Path,
+    out: Path,
+    fm_name: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write adapter, merged FM and model card of a finished run, all or nothing.
+
+    The merged FM has the numbers in which the server held the FM: those of its
+    checkpoint, unless `fm.dtype` said otherwise (float32 for a float16 one).
+
+    Args:
+        place: the run directory.
+        out: the directory to write, which must not be there.
+        fm_name: where the FM is now; None takes the run's `fm.name`.
+        tell: is told what is being done, a line at a time.
+
+    Raises:
+        FedPFTError: the run is not finished, the FM is another one, `out` is there or
+            cannot be written.
+    """
+    if out.exists():
+        raise FedPFTError(f"{out} is there already; remove it or give another --out")
+    finished = FinishedRun.read(place)
+    config = finished.config
+    if fm_name is not None:
+        config = replace(config, fm=replace(config.fm, name=_typed(fm_name)))
+        finished = replace(finished, config=config)
+    tell(f"loading FM {last_part(config.fm.name)}")
+    fm = _load(finished)
+    dtype, model = fm.model.dtype, _with_adapter(finished, fm)
+    origin = _origin(config.fm.name, fm, dtype)
+    card = render_card(finished, origin)
+
+    def write(draft: Path) -> None:
+        draft.mkdir()
+        tell("writing the adapter")
+        _write_adapter(model, fm, origin, draft / "adapter")
+        tell(f"merging, and writing the FM in {origin.dtype}")
+        merged = model.merge_and_unload().to(dtype)
+        merged.config.dtype = dtype
+        merged.save_pretrained(draft / "merged")
+        fm.processor.save_pretrained(draft / "merged")
+        for path in _licence_files(config.fm.name):
+            shutil.copyfile(path, draft / path.name)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        put(out, write)
+    except FedPFTError:
+        raise
+    except Exception as error:  # tokenizers have no public class for a full disk
+        raise FedPFTError(
+            f"cannot write {out} ({error}); make room or give another --out"
+        ) from error
+
+
+def _typed(name: str) -> str:
+    """Return an FM's name; what a user typed as a path means the shell's directory."""
+    there = existing_path(name)
+    return str(there.absolute()) if there is not None else name
+
+
+def _load(run: FinishedRun) -> FoundationModel:
+    """Load the FM as the run did, and make sure that it is the same."""
+    config, task = run.config, task_of(run.config.data.task)
+    fm = load_fm(
+        config.fm.name,
+        run.manifest["labels"],
+        task.modality,
+        config.seed,
+        names_in(config.lora.head),
+        task.objective,
+        config.fm.dtype,
+    )
+    found = tensors_hash(frozen_weights(fm.model, fm.head))
+    if found != run.manifest["fm-sha256"]:
+        raise FedPFTError(
+            f"the FM {last_part(config.fm.name)!r} has SHA-256 {found[:16]}..., the "
+            f"run had {run.manifest['fm-sha256'][:16]}...; give the run's FM by --fm"
+        )
+    return fm
+
+
+def _with_adapter(run: FinishedRun, fm: FoundationModel) -> PeftModel:
+    """Return the FM with the adapter that the run ended with."""
+    plan, weights = (
+        Plan.from_json(run.manifest["plan"]),
+        run.path / "adapter" / "adapter_model.safetensors",
+    )
+    config = run.config
+    model = attach_adapter(fm.model, config.lora, fm.head, config.seed, plan.adapters)
+    try:
+        load_adapter(model, load_file(weights))
+    except (OSError, SafetensorError) as error:
+        raise FedPFTError(
+            f"cannot read {weights} ({error}); give a run directory that is whole"
+        ) from error
+    return model.eval()
+
+
+def _write_adapter(
+    model: PeftModel, fm: FoundationModel, origin: Origin, place: Path
+) -> None:
+    """Write a PEFT folder with label names and processor, and without our paths."""
+    model.peft_config["default"].base_model_name_or_path = origin.name
+    export_adapter(model, place)
+    (place / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    fm.model.config.save_pretrained(place)
+    fm.processor.save_pretrained(place)
+
+
+def _origin(name: str, fm: FoundationModel, dtype: torch.dtype) -> Origin:
+    local = existing_path(source_of_fm(name)) is not None
+    return Origin(
+        name=BUNDLED_HUB_NAME if name == BUNDLED_NAME else last_part(name),
+        on_hub=name == BUNDLED_NAME or not local,
+        architecture=fm.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        licence=_licence(name),
+        licence_files=tuple(path.name for path in _licence_files(name)),
+    )
+
+
+def _licence(name: str) -> str | None:
+    """Return the licence that the FM's own card names, or None."""
+    source = source_of_fm(name)
+    local = existing_path(source)
+    try:
+        card = ModelCard.load(local / "README.md" if local else source)
+    except Exception:  # no card, no network, or YAML of any kind
+        return None
+    licence = card.data.get("license_name") or card.data.get("license")
+    return licence if isinstance(licence, str) and licence != "other" else None
+
+
+def _licence_files(name: str) -> list[Path]:
+    local = existing_path(source_of_fm(name))
+    found = [path for kind in _LICENCES for path in (local.glob(kind) if local else ())]
+    return sorted(path for path in found if path.is_file())
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpft-export",
+        description="Write adapter, merged FM and model card of a finished run.",
+    )
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    parser.add_argument("--out", type=Path, help="what to write (default: RUN/export)")
+    parser.add_argument("--fm", help="where the run's FM is now, if it was moved")
+    return parser
