@@ -17,7 +17,8 @@ WORDS = ["good", "bad", "film", "very", "not", "red", "blue", "fast"]
 @pytest.fixture
 def server(bert_directory):
     def build(**changes):
-        settings = {"method": "fedpft-n", "fm.name": str(bert_directory)} | changes
+        settings = {"method": "fedpft-n", "data.max-length": 16} | changes
+        settings["fm.name"] = str(bert_directory)
         config = Config.from_run_config(settings)
         texts = [" ".join(WORDS[(i + j) % 8] for j in range(6)) for i in range(40)]
         rows = Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(40)]})
@@ -53,7 +54,8 @@ def test_training_lowers_the_loss_and_changes_what_was_not_sent(server):
     tokenizer = healing.tokenizer_of(package)
     before = {name: p.detach().clone() for name, p in grown.named_parameters()}
     texts = Dataset.from_dict({"text": [" ".join(WORDS)] * 40})
-    rows = healing.encode_public(texts, tokenizer, "text", DataConfig(), "classify")
+    data = DataConfig(max_length=16)
+    rows = healing.encode_public(texts, tokenizer, "text", data, "classify")
     steps = healing.pretrain(grown, rows, tokenizer, 0.01, seed=0)
     losses = [next(steps)[1] for _ in range(30)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
