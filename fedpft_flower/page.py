@@ -390,6 +390,11 @@ def _gradient_error(rounds: Sequence[Metrics]) -> Markup:
         }
         for when in ("before", "after")
     }
+    found["while training"] = {
+        entry["round"]: entry["gradient-error"]
+        for entry in rounds
+        if "gradient-error" in entry
+    }
     measured = {current for errors in found.values() for current in errors}
     if not measured:
         return _nothing("This run measured no gradient error.")
@@ -433,7 +438,9 @@ class _Node:
     failures: list[str] = field(default_factory=list)
 
 
-def _sum_up(rounds: Sequence[Metrics], rows: Mapping[str, int]) -> dict[str, _Node]:
+def _sum_up(
+    rounds: Sequence[Metrics], rows: Mapping[str, int | None]
+) -> dict[str, _Node]:
     nodes = {name: _Node(rows=count) for name, count in rows.items()}
     for entry in rounds:
         for name, one in entry.get("per-client", {}).items():
@@ -442,8 +449,9 @@ def _sum_up(rounds: Sequence[Metrics], rows: Mapping[str, int]) -> dict[str, _No
             node.up += one.get("bytes-up", 0)
             if one["outcome"] == "ok":
                 node.rounds += 1
-                node.losses.append(one["train_loss"])
-                node.seconds += one["seconds"]
+                # With differential privacy nodes tell neither.
+                node.losses += [one["train_loss"]] if "train_loss" in one else []
+                node.seconds += one.get("seconds", 0.0)
             else:
                 reason = one["outcome"].removeprefix(f"{name}: ")
                 node.failures.append(f"round {entry['round']}: {reason}")
@@ -461,7 +469,7 @@ def _nodes(rounds: Sequence[Metrics], manifest: Metrics) -> list[Markup]:
             _score(sum(node.losses) / len(node.losses)) if node.losses else "",
             size(node.down),
             size(node.up),
-            f"{node.seconds:.1f}",
+            f"{node.seconds:.1f}" if node.seconds else "",
             [
                 element("span", part, element("br"), class_="bad")
                 for part in node.failures
