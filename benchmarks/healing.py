@@ -5,10 +5,10 @@ python -m benchmarks.healing [KEY=VALUE ...] [--seeds N ...] [--tokens N] [--out
 The attacker holds what a client receives: the sub-FM as it is installed, and no FM to
 learn from. He widens every FFN to the FM's own number of neurons (new input weights
 drawn like the kept ones, new output weights zero, so that nothing changes at first)
-and trains all weights on texts of his own, without labels: tokens hidden from an
-encoder, or the next token for a decoder, told from the hidden states by the token
-embedding. Here his texts are the server's public rows, which favours him; a tenth is
-held out.
+and trains the FFNs, all else is the FM's already, on texts of his own, without labels:
+tokens hidden from an encoder, or the next token for a decoder, told from the hidden
+states by a matrix of his own, which learns alone at first, and the token embedding.
+Here his texts are the server's public rows, which favours him; a tenth is held out.
 
 How much is back is told by what the FM's owner can measure, at several numbers of
 tokens spent: the test accuracy of a linear probe on pooled hidden states (fitted on the
@@ -60,6 +60,7 @@ from fedpft_flower.sub_fm import build_skeleton, config_from, load_weights
 
 BATCH = 32
 HIDDEN_SHARE = 0.15  # of an encoder's tokens
+WARM_UP = 0.1  # of the tokens, on the matrix alone: FFNs do not pay for its beginning
 PROBE_ROWS = 2000
 
 
@@ -145,7 +146,8 @@ def heal(config: Config, marks: Sequence[int], lr: float) -> Iterator[Point]:
     probe, far = probe_accuracy(healed, *split), distance(healed, fm, batches)
     start = (probe, far)
     yield Point(config.seed, 0, math.nan, probe, 0.0, far, 0.0)
-    learning = pretrain(healed, own, tokenizer, lr, config.seed)
+    alone = WARM_UP * marks[-1]
+    learning = pretrain(healed, own, tokenizer, lr, config.seed, alone)
     spent, loss = 0, math.nan
     for mark in marks:
         while spent < mark:
@@ -214,9 +216,23 @@ def regrow(package: Package, seed: int) -> PreTrainedModel:
 
 
 def pretrain(
-    model: PreTrainedModel, rows: Rows, tokenizer: Any, lr: float, seed: int
+    model: PreTrainedModel,
+    rows: Rows,
+    tokenizer: Any,
+    lr: float,
+    seed: int,
+    alone: float = 0.0,
 ) -> Iterator[tuple[int, float]]:
-    """Train all weights on texts without labels, a step at a time.
+    """Train the FFNs on texts without labels, a step at a time.
+
+    Args:
+        model: the model to heal.
+        rows: texts.
+        tokenizer: of the FM.
+        lr: of AdamW.
+        seed: of order and hidden tokens.
+        alone: tokens on which the matrix that tells tokens learns alone, ten times as
+            fast.
 
     Yields:
         The tokens of the step's batch, padding left out, and its loss.
@@ -233,8 +249,22 @@ def pretrain(
     turn = nn.Linear(size, size).to(embedding.device)
     nn.init.eye_(turn.weight)
     nn.init.zeros_(turn.bias)
-    trained = [*model.base_model.parameters(), *turn.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
+    ffns = [
+        parameter
+        for ffn in ffns_of(model)
+        for linear in (*(up for up, _ in ffn.up), ffn.down)
+        for parameter in linear.parameters()
+    ]
+    model.requires_grad_(False)
+    for parameter in ffns:
+        parameter.requires_grad_(True)
+    trained = [*ffns, *turn.parameters()]
+    groups: list[dict[str, Any]] = [
+        {"params": ffns, "lr": 0.0},
+        {"params": list(turn.parameters())},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=10 * lr, weight_decay=0.01)
+    spent = 0
     generator = torch.Generator().manual_seed(derive_seed(seed, "hide"))
     for batch in endless_batches(rows, BATCH, derive_seed(seed, "heal")):
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
@@ -252,6 +282,10 @@ def pretrain(
             picked = chosen
         logits = turn(states[picked.to(states.device)]) @ embedding.T
         loss = nn.functional.cross_entropy(logits, ids[chosen].to(logits.device))
+        spent += int(mask.sum())
+        if spent > alone:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
