@@ -7,10 +7,10 @@ NODES ?= 20
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compare bench check format clean
+.PHONY: help demo deploy-demo test compare bench check format clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 .venv/installed: pyproject.toml
 	@echo "installing into .venv (once; PyTorch and Ray are large, this takes minutes)"
@@ -28,6 +28,9 @@ demo: .venv/installed ## install, then run the embedded example end to end
 
 test: .venv/installed ## every test, offline; what is skipped is printed at the end
 	@$(BIN)/python -m pytest
+
+deploy-demo: .venv/installed ## a deployment of real processes on this machine: TLS, keys, three sites
+	@$(BIN)/python -m deploy.demo $(SET)
 
 compare: .venv/installed ## every method on the embedded task, 3 seeds: table and plots
 	@$(BIN)/fedpft-compare conf/compare/embedded.toml $(SET)

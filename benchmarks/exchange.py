@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import ROOT, run_main
-from benchmarks.deployment import Deployment
+from deploy.processes import Deployment
 
 
 def main() -> None:

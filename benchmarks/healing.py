@@ -91,6 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.tokens, options.points) < 1:
         raise FedPFTError("--tokens and --points must be positive; give 1 or more")
+    options.out.mkdir(parents=True, exist_ok=True)
     quiet()
     base, points = read_config(None, options.settings).flat(), list[Point]()
     for seed in options.seeds:
@@ -104,7 +105,6 @@ def main() -> None:
                 f"distance {point.distance:.3f}",
                 flush=True,
             )
-    options.out.mkdir(parents=True, exist_ok=True)
     write_csv(points, options.out / "healing.csv")
     draw(points, options.out / "healing.png")
     print(table(points))

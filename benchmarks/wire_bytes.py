@@ -19,8 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import ROOT, run_main
-from benchmarks.deployment import Deployment
 from benchmarks.tap import APP, STANDBY, Count, NodeTap, Tap
+from deploy.processes import Deployment
 from fedpft_flower.commands import read_config
 from fedpft_flower.server import Metrics
 from fedpft_flower.wire import HELLO, INSTALL, TRAIN

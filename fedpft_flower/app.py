@@ -5,8 +5,9 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -29,7 +30,7 @@ from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy, check_private
 from fedpft_flower.protection import protection
-from fedpft_flower.report import RunDirectory, versions
+from fedpft_flower.report import LOG, RunDirectory, versions
 from fedpft_flower.server import Metrics, ProxyServer
 from fedpft_flower.strategies import inner_strategy, memory_of, remember, strategy_of
 from fedpft_flower.strategy import FedPFT
@@ -46,14 +47,15 @@ def serve(grid: Grid, context: Context) -> None:
         FedPFTError: one clear line about what to mend; the run's status is failed.
     """
     _speak()
-    try:
-        _serve(grid, context)
-    except FedPFTError as error:
-        logger.error("error: %s", error)
-        raise FedPFTError(str(error)) from None
+    with ExitStack() as until_told:
+        try:
+            _serve(grid, context, until_told)
+        except FedPFTError as error:
+            logger.error("error: %s", error)
+            raise FedPFTError(str(error)) from None
 
 
-def _serve(grid: Grid, context: Context) -> None:
+def _serve(grid: Grid, context: Context, until_told: ExitStack) -> None:
     config = Config.from_run_config(context.run_config)
     if config.server_threads:
         torch.set_num_threads(config.server_threads)
@@ -61,9 +63,11 @@ def _serve(grid: Grid, context: Context) -> None:
     strategy_of(config.strategy, config.strategy_args)
     check_private(config)
     metric_of(config.data)
-    with closing(RunDirectory(config, context.run_id)) as directory:
-        logger.info("run directory: %s", directory.path)
-        _federate(grid, config, directory)
+    directory = RunDirectory(config, context.run_id)
+    until_told.enter_context(closing(directory))
+    until_told.enter_context(_kept(directory.path / LOG))
+    logger.info("run directory: %s", directory.path)
+    _federate(grid, config, directory)
 
 
 def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
@@ -118,6 +122,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
         server.restore(checkpoints.load(run.best_round).tensors)
     plain, right = server.judge("test")
     hits = {"plain": right["fm"], **right}
+    alike = server.likeness()  # before the FM learns to follow the sub-FM
     refinement, after = server.refine(), plain
     if refinement.get("kept"):
         after, right = server.judge("test")
@@ -132,7 +137,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
         server.parameters["fm"],
         server.metric,
         summary,
-        {"before": directory.rounds[0]["public"], "after": server.likeness()}
+        {"before": directory.rounds[0]["public"], "after": alike}
         if "public" in directory.rounds[0]
         else {},
         hits,
@@ -278,7 +283,9 @@ class _Run:
         if self._likeness:
             entry["public"] = self._likeness
         entry = self.strategy.rounds[current] if current else entry
-        due = current % self.config.eval_every == 0 or current == self.config.rounds
+        privacy = self.strategy.privacy
+        last = current == self.config.rounds or (privacy and privacy.is_over)
+        due = current % self.config.eval_every == 0 or last
         scores = self.strategy.server.evaluate("validation") if due else {}
         entry |= scores
         entry |= self._gradient(current, entry)
@@ -497,6 +504,27 @@ def _speak() -> None:
         package.propagate = False
     package.setLevel(logging.INFO)
     quiet()
+
+
+class _Kept(logging.FileHandler):
+    """Write lines to a file; a full disk is told by those who write results."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Let a line go."""
+
+
+@contextmanager
+def _kept(place: Path) -> Iterator[None]:
+    """Keep the lines of this package in a file too, with the time."""
+    handler = _Kept(place, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    package = logging.getLogger(__package__)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
 
 
 def quiet() -> None:

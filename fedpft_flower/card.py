@@ -9,7 +9,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from fedpft_flower.architectures import Architecture, model_class_of
 from fedpft_flower.config import Objective
 from fedpft_flower.evaluation import METRICS, metric_of
-from fedpft_flower.page import data_name, last_part, shown_settings
+from fedpft_flower.page import (
+    count_nodes,
+    data_name,
+    last_part,
+    shown_settings,
+)
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import FinishedRun
 from fedpft_flower.tasks import task_of
@@ -166,7 +171,7 @@ def _training(run: FinishedRun) -> str:
         ("clients had", kept),
         ("aggregation", config.strategy),
         ("rounds", run.summary["rounds"]),
-        ("clients", f"{len(nodes)} with {sum(nodes.values())} training rows"),
+        ("clients", count_nodes(nodes)),
         ("LoRA", f"r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout}"),
         ("learning rate", f"{config.train.lr}, decay {config.train.lr_decay}"),
         ("refined on public rows", _yes(run.summary["refinement"].get("kept", False))),

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -206,17 +207,22 @@ def _interrupt(number: int, frame: object) -> None:
 # ----------------------------------------------------------------- the Flower processes
 
 
-def flower_home(place: Path, port: int) -> dict[str, str]:
+def flower_home(place: Path, port: int, ca: Path | None = None) -> dict[str, str]:
     """Create a Flower home that knows the SuperLink at a port by the name `own`.
+
+    Args:
+        place: a directory to create.
+        port: of the SuperLink.
+        ca: the certificate that its own is signed by; None for no TLS.
 
     Returns:
         The environment in which Flower's commands use it.
     """
     place.mkdir()
-    (place / "config.toml").write_text(
-        '[superlink]\ndefault = "own"\n\n'
-        f'[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
+    trust = {"root-certificates": str(ca)} if ca else {"insecure": True}
+    own = {"address": f"127.0.0.1:{port}", **trust}
+    settings = {"superlink": {"default": "own", "own": own}}
+    (place / "config.toml").write_text(tomli_w.dumps(settings))
     return {
         "FLWR_HOME": str(place),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -259,16 +265,26 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         stop(process)
 
 
-def wait_until_up(process: "subprocess.Popen[Any]", port: int, log: Path) -> None:
+def wait_until_up(
+    process: "subprocess.Popen[Any]", port: int, log: Path, ca: Path | None = None
+) -> None:
     """Wait until a SuperLink answers.
+
+    Args:
+        process: the SuperLink.
+        port: where it listens.
+        log: what it says.
+        ca: the certificate that its own is signed by; None for no TLS.
 
     Raises:
         FedPFTError: it ended or does not answer; the end of its log says why.
     """
     deadline = time.monotonic() + START_SECONDS
+    trust = ssl.create_default_context(cafile=ca) if ca else None
+    url = f"http{'s' if ca else ''}://127.0.0.1:{port}/health"
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+            with urlopen(url, timeout=2, context=trust):
                 return
         except (URLError, OSError):
             time.sleep(0.2)

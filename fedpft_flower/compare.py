@@ -7,7 +7,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedpft_flower.commands import CHECKOUT, end_like_ctrl_c, run_experiment
 from fedpft_flower.config import MARK, Config, FedPFTError, flat_defaults, flatten
 from fedpft_flower.evaluation import is_better, metric_of
 from fedpft_flower.spec import Cell, Spec
-from fedpft_flower.tables import Result, write_tables
+from fedpft_flower.tables import Result, last_score, write_tables
 
 # How often a cell's own progress is shown.
 PROGRESS_SECONDS = 30.0
@@ -101,7 +101,7 @@ class Comparison:
             result = self._read(Cell(**values))
             if result is None:
                 return None
-            score = result["rounds"][-1][f"fm-{metric}"]
+            score = last_score(result, metric)
             if best is None or is_better(metric, score, best_score):
                 best, best_score = lr, score
         return best
@@ -119,6 +119,8 @@ class Comparison:
 
     def run(self, only: str = "") -> None:
         """Run every cell without a result whose name has this text."""
+        if not any(only in cell.name for cell in self.spec.all_cells):
+            raise FedPFTError(f"--only {only!r} is in no cell's name; see results.csv")
         for cell in self.cells():  # what failed earlier may be mended
             if only in cell.name:
                 self._place(cell, ".failed.json").unlink(missing_ok=True)
@@ -144,36 +146,44 @@ class Comparison:
         began, config = time.monotonic(), self.spec.config(cell)
         runs = self.out / "runs" / cell.name
         flat = config.flat() | {"out-dir": str(runs), "checkpoint.keep": 1}
-        flat["resume"] = _unfinished(runs, flat)
-        try:
-            failure = run_experiment(
-                Config.from_run_config(flat), self.spec.nodes, self._app, _Shown()
-            )
-            reason = (failure.told or failure.status) if failure else None
-        except FedPFTError as error:
-            reason = str(error)
-        if reason is not None:
-            told = {"cell": asdict(cell), "reason": reason}
-            self._write(cell, ".failed.json", told)
-            return f"failed: {reason}"
-        directory = max(runs.glob("*/summary.json")).parent
-        result = _collect(directory)
+        found = self._attempt(flat | {"resume": _unfinished(runs, flat)})
+        if isinstance(found, _Failed) and found.reason.startswith("resume: "):
+            found = self._attempt(flat)  # what is left there is of no use
+        if isinstance(found, _Failed):
+            self._write(cell, ".failed.json", {"cell": asdict(cell), **asdict(found)})
+            return f"failed: {found.reason}"
+        result = _collect(found)
         result |= {"cell": asdict(cell), "nodes": self.spec.nodes}
-        result["config"] = {**config.flat(), "out-dir": Config().out_dir}
+        result["config"] = self.spec.unfilled(config)
         self._write(cell, ".json", result)
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        shutil.rmtree(found / "checkpoints", ignore_errors=True)
         metric, test = metric_of(config.data), result["summary"]["test-after"]
         return (
-            f"FM {test[f'fm-{metric}']:.3f}, sub-FM {test[f'sub-fm-{metric}']:.3f}, "
-            f"{_duration(time.monotonic() - began)}"
+            f"FM {test[f'fm-{metric}']:.3f}, sub-FM {test[f'sub-fm-{metric}']:.3f} "
+            f"({metric}), {_duration(time.monotonic() - began)}"
         )
+
+    def _attempt(self, flat: Mapping[str, Any]) -> "Path | _Failed":
+        """Run an experiment; return its run directory, or why there is none."""
+        runs = Path(flat["out-dir"])
+        earlier, config = {*runs.glob("*")}, Config.from_run_config(flat)
+        try:
+            failure = run_experiment(config, self.spec.nodes, self._app, _Shown())
+        except (FedPFTError, OSError) as error:
+            return _Failed(str(error))
+        if failure is not None:
+            return _Failed(failure.told or failure.status, list(failure.lines)[-30:])
+        (made,) = (
+            [Path(config.resume)] if config.resume else {*runs.glob("*")} - earlier
+        )
+        return made
 
     def _check(self, cell: Cell) -> None:
         """Refuse results that another spec has made."""
         result = self._read(cell)
         if result is None:
             return
-        now = json.loads(self.spec.unfilled(json.dumps(self.spec.config(cell).flat())))
+        now = self.spec.unfilled(self.spec.config(cell))
         # What this version added has its default in older results.
         earlier = {**flat_defaults(), **result["config"]}
         told = {"nodes": (result["nodes"], self.spec.nodes)}
@@ -189,21 +199,29 @@ class Comparison:
         place = self._place(cell, ".json")
         if cell not in self._known and place.exists():
             try:
-                self._known[cell] = json.loads(place.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise FedPFTError(f"cannot read {place}: {error}; remove it") from error
+                found = json.loads(place.read_text(encoding="utf-8"))
+                self._known[cell] = {key: found[key] for key in _PARTS}
+                last_score(found, metric_of(self.spec.config(cell).data))
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise FedPFTError(
+                    f"{place} is not a cell's result ({error!r}); remove it"
+                ) from error
         return self._known.get(cell)
 
     def _reason(self, cell: Cell) -> str | None:
         place = self._place(cell, ".failed.json")
-        return json.loads(place.read_text())["reason"] if place.exists() else None
+        try:
+            return str(json.loads(place.read_text())["reason"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError):
+            return f"{place} cannot be read"
 
     def _write(self, cell: Cell, suffix: str, content: Mapping[str, Any]) -> None:
         place = self._place(cell, suffix)
         draft = place.with_suffix(".partial")
-        text = self.spec.unfilled(json.dumps(content, indent=1))
         try:
-            draft.write_text(text, encoding="utf-8")
+            draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
             flush(draft)
             draft.replace(place)
         except OSError as error:
@@ -214,6 +232,17 @@ class Comparison:
     def _place(self, cell: Cell, suffix: str) -> Path:
         return self.out / "cells" / f"{cell.name}{suffix}"
 
+
+@dataclass(frozen=True)
+class _Failed:
+    """Say why a cell failed, and how its stream ended."""
+
+    reason: str
+    lines: list[str] = field(default_factory=list)
+
+
+# What a result has.
+_PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
 
 # Settings that may differ between a result and the spec: where things are put, and how
 # long to wait; but not what is read.
@@ -253,7 +282,7 @@ def _unfinished(runs: Path, flat: Mapping[str, Any]) -> str:
 
 
 class _Shown:
-    """Show a cell's progress now and then: its rounds, and what it warns of."""
+    """Show a cell's rounds now and then."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()

@@ -211,6 +211,9 @@ class Federation:
             FedPFTError: before training, when a node that is there did not install it.
         """
         asked = list(nodes)
+        if asked and self._exposed != self._current:  # whether or not they answer
+            self.exposure.note(self._tensors, self._own(), self._codec)
+            self._exposed = self._current
         lacking = [n for n in asked if self.nodes[n].installed != self._current]
         machines: dict[str, int] = {}
         for node in lacking:
@@ -234,11 +237,7 @@ class Federation:
             message = self._message(node, content(base))
             self.grid.ledger.count("down", message, sent=False)
             self.nodes[node].installed = self._current
-        hold = [node for node in asked if node in self.nodes]
-        if hold and self._exposed != self._current:
-            self.exposure.note(self._tensors, self._own(), self._codec)
-            self._exposed = self._current
-        return hold
+        return [node for node in asked if node in self.nodes]
 
     def installs(self) -> dict[str, str]:
         """Return which sub-FM every node was given last, by sampling key."""

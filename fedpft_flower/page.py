@@ -164,6 +164,13 @@ def last_part(name: str) -> str:
     return PurePath(name).name if name.startswith(("/", "~", ".")) else name
 
 
+def count_nodes(nodes: Mapping[str, int | None]) -> str:
+    """Return how many nodes there were, and rows where nodes told them."""
+    told = [rows for rows in nodes.values() if rows is not None]
+    rows = f"{sum(told)} training rows" if told else "rows that they did not tell"
+    return f"{len(nodes)} with {rows}"
+
+
 def data_name(config: Mapping[str, Scalar]) -> str:
     """Return what a run's data is called: its path's last part, or its task."""
     path, subset = last_part(str(config["data.path"])), config["data.subset"]
@@ -224,7 +231,7 @@ def _what(
         ("task", settings["data.task"]),
         ("data", last_part(str(settings["data.path"])) or "embedded"),
         ("labels", ", ".join(labels) if labels else "none: text is generated"),
-        ("nodes", f"{len(nodes)} with {sum(nodes.values())} training rows"),
+        ("nodes", count_nodes(nodes)),
         ("rounds", f"{summary['rounds']} of {settings['rounds']}"),
         ("adapter of", f"the {summary['select']} round{_best(summary)}"),
         ("seed", manifest["seed"]),

@@ -275,8 +275,8 @@ class Privacy:
             and moved > most * (1 + _ROUNDING) + _ROUNDING * size
         ):
             raise FedPFTError(
-                f"the adapter moved by {moved:.4g} (L2 norm), more than "
-                f"privacy.clipping-norm = {most:g}: the node does not clip"
+                f"the adapter moved by more than privacy.clipping-norm = {most:g} (L2 "
+                "norm): the node does not clip"
             )
 
     def configure_train(

@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpft_flower.codec import encode_weights
+from fedpft_flower.codec import decode_weights, encode_weights
+from fedpft_flower.evaluation import is_better
 
 Figures = dict[str, Any]
+
+# Metrics that are means over rows, of which hits tell intervals.
+BY_ROW = ("accuracy", "exact-match")
 
 
 class Exposure:
@@ -22,11 +26,13 @@ class Exposure:
     A value counts as verbatim where what was sent is, bit for bit, what the wire's
     codec makes of the FM's own value; what was sent instead of it is re-fitted. Of
     several sub-FMs the one that shows most counts: alignment changes values, it does
-    not bring the FM's own back.
+    not bring the FM's own back. How far values are re-fitted is told of the last one.
     """
 
     def __init__(self) -> None:
         self.sent = self.verbatim = 0
+        # Relative L2 distance of the re-fitted values from the FM's own.
+        self.distance = 0.0
 
     def note(
         self,
@@ -42,24 +48,38 @@ class Exposure:
             codec: how `sent` is encoded.
         """
         given = verbatim = 0
-        for name, tensor in own:
+        moved = size = 0.0
+        for name, values in own:
+            tensor = values.cpu()
             given += tensor.numel()
             same = torch.ones_like(tensor, dtype=torch.bool)
-            for part, values in encode_weights({name: tensor.cpu()}, codec).items():
-                equal = _bits(values) == _bits(sent[part])
+            encoded = encode_weights({name: tensor}, codec)
+            held = {part: sent[part].cpu() for part in encoded}
+            for part, one in encoded.items():
+                equal = _bits(one) == _bits(held[part])
                 if part != name:  # a row's scale stands for the row
                     equal = equal.reshape([-1] + [1] * (tensor.ndim - 1))
                 same = same & equal
             verbatim += int(same.sum())
+            if not bool(same.all()):
+                change = (decode_weights(held)[name] - tensor).double()[~same]
+                moved += float(change.square().sum())
+                size += float(tensor.double()[~same].square().sum())
         self.sent, self.verbatim = max(self.sent, given), max(self.verbatim, verbatim)
+        self.distance = (moved / size) ** 0.5 if size else 0.0
 
-    def state(self) -> dict[str, int]:
-        """Return the counts, as JSON can hold them."""
-        return {"sent": self.sent, "verbatim": self.verbatim}
+    def state(self) -> dict[str, float]:
+        """Return the figures, as JSON can hold them."""
+        return {
+            "sent": self.sent,
+            "verbatim": self.verbatim,
+            "distance": self.distance,
+        }
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: Mapping[str, float]) -> None:
         """Go on from what `state` returned."""
-        self.sent, self.verbatim = state["sent"], state["verbatim"]
+        self.sent, self.verbatim = int(state["sent"]), int(state["verbatim"])
+        self.distance = state["distance"]
 
 
 def protection(
@@ -89,9 +109,12 @@ def protection(
         "never-sent": 1 - exposure.sent / parameters,
         "sent-verbatim": exposure.verbatim / parameters,
         "re-fitted": (exposure.sent - exposure.verbatim) / parameters,
-        "capability-gap-before": before[f"fm-{metric}"] - before[f"sub-fm-{metric}"],
-        "theft-gap": after[f"fm-{metric}"] - after[f"sub-fm-{metric}"],
-        "theft-gap-interval": _paired_interval(hits["fm"], hits["sub-fm"]),
+        "re-fitted-distance": exposure.distance,
+        "capability-gap-before": _gap(before, metric),
+        "theft-gap": _gap(after, metric),
+        "theft-gap-interval": _paired_interval(hits["fm"], hits["sub-fm"])
+        if metric in BY_ROW
+        else None,
         "public": {when: dict(found) for when, found in likeness.items()},
         "bytes-up": dict(up),
         "privacy": dict(summary.get("privacy") or {}),
@@ -105,7 +128,12 @@ def _rows(
     """Yield the rows of the sheet: name, value, what it means."""
     total = figures["parameters"]
     for key, name, note in (
-        ("never-sent", "FM parameters never sent", "no message of the run held them"),
+        (
+            "never-sent",
+            "FM parameters never sent",
+            "no message of the run held them; the head is not among these, it trains "
+            "and is sent whole",
+        ),
         (
             "sent-verbatim",
             "sent verbatim",
@@ -114,7 +142,8 @@ def _rows(
         (
             "re-fitted",
             "sent re-fitted",
-            "alignment put other values in their place; they stand for what was cut",
+            "alignment put other values in their place, at a relative distance of "
+            f"{figures['re-fitted-distance']:.3g} (L2) from the FM's own",
         ),
     ):
         share = figures[key]
@@ -122,7 +151,7 @@ def _rows(
     yield _row(
         f"capability gap before training ({metric}, test)",
         _minus(before, metric, figures["capability-gap-before"]),
-        "FM minus sub-FM, with the head as it starts: a new head guesses in both",
+        "by how much the FM is better, with the head as it starts: a new head guesses",
     )
     interval = figures["theft-gap-interval"]
     around = (
@@ -131,29 +160,32 @@ def _rows(
     yield _row(
         f"theft gap ({metric}, test)",
         _minus(after, metric, figures["theft-gap"]) + around,
-        "FM with the adapter minus sub-FM with it: what a client that keeps both lacks",
+        "by how much the FM with the adapter is better than the sub-FM with it, which "
+        "a client can keep",
     )
     for when, found in figures["public"].items():
         yield _row(
             f"public data, {when} training",
             _likeness(found),
-            "sub-FM against FM, both with the adapter: last states, same answers",
+            "sub-FM against FM, both with the averaged adapter: last states, answers",
         )
     sent = figures["bytes-up"]
     listed = ", ".join(f"{kind} {size / 1e6:.3f} MB" for kind, size in sent.items())
+    spent = figures["privacy"]
+    control = "names, and that they trained" if spent else "names, counts, losses"
     yield _row(
         "clients sent, all rounds",
         listed or "nothing",
         "adapters hold what was learnt from the rows; statistics are how often neurons "
-        "were inactive; control is counts of rows and steps, losses, names",
+        f"were inactive; control is {control}",
     )
-    spent = figures["privacy"]
     yield _row(
         "differential privacy",
         f"epsilon {spent['epsilon']:.3g}, delta {spent['delta']:.3g}"
         if "epsilon" in spent
         else "none",
-        "of clients against who sees the adapters"
+        "of a client's updates, against who sees what the server gives out; the server "
+        "itself sees them without noise"
         if "epsilon" in spent
         else "nothing bounds what adapters tell of single rows",
     )
@@ -163,9 +195,15 @@ def _row(name: str, value: str, note: str) -> dict[str, str]:
     return {"name": name, "value": value, "note": note}
 
 
+def _gap(scores: Mapping[str, Any], metric: str) -> float:
+    """Return by how much the FM is better than the sub-FM; below 0 it is worse."""
+    fm, sub_fm = float(scores[f"fm-{metric}"]), float(scores[f"sub-fm-{metric}"])
+    return fm - sub_fm if is_better(metric, 1, 0) else sub_fm - fm
+
+
 def _minus(scores: Mapping[str, Any], metric: str, gap: float) -> str:
     fm, sub_fm = scores[f"fm-{metric}"], scores[f"sub-fm-{metric}"]
-    return f"{fm:.3f} - {sub_fm:.3f} = {gap:+.3f}"
+    return f"{gap:+.3f} (FM {fm:.3f}, sub-FM {sub_fm:.3f})"
 
 
 def _likeness(found: Mapping[str, Any]) -> str:

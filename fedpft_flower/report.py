@@ -40,6 +40,9 @@ _PACKAGES = (
 )
 
 
+LOG = "run.log"  # what the run said, with the time
+
+
 class RunDirectory:
     """Hold the results of one run; every file appears whole or not at all."""
 

@@ -29,7 +29,6 @@ takes, for every task, partition and kept fraction, the one that is best on vali
 with the first seed. A method that keeps the whole FM runs once for all kept fractions.
 """
 
-import json
 import os
 import re
 import tomllib
@@ -41,11 +40,13 @@ from typing import Any
 
 from fedpft_flower.commands import resolve
 from fedpft_flower.config import Config, FedPFTError, existing_path, flatten
-from fedpft_flower.methods import METHODS
+from fedpft_flower.methods import METHODS, method_of
 from fedpft_flower.planners import keep_all
 
 _VARIABLE = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+# Settings that name places of this machine.
+_PLACES = ("fm.name", "data.path", "data.public-path")
 _KEYS = {
     "nodes": int,
     "seeds": list,
@@ -107,6 +108,13 @@ class Spec:
         self._bases = {task: self._base(task) for task in self.tasks}
         for cell in self.all_cells:
             self.config(cell)  # says what is wrong before anything runs
+        names = [cell.name.casefold() for cell in self.all_cells]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise FedPFTError(
+                f"{place}: several cells are called {twice[0]!r}; give tasks, "
+                "partitions, methods and rates other names and values"
+            )
 
     # ------------------------------------------------------------------------ cells
 
@@ -131,19 +139,24 @@ class Spec:
         yield from seen
 
     def kept(self, task: str, partition: str, method: str) -> list[float]:
-        """Return the kept fractions of a method."""
-        settings = self._settings(task, partition, method)
-        row = METHODS.get(settings.get("method", Config().method))
-        if row is not None and row.plan is keep_all:
+        """Return the kept fractions of a method.
+
+        Raises:
+            FedPFTError: the settings name a number of neurons too.
+        """
+        config = self._config(task, partition, method)
+        if METHODS[config.method].plan is keep_all:
             return [1.0]
-        usual = settings.get("sub-fm.keep-fraction", Config().sub_fm.keep_fraction)
-        return [float(kept) for kept in self._table.get("kept", [usual])]
+        if "kept" in self._table and config.sub_fm.keep_neurons:
+            raise FedPFTError(
+                f"{self.place}: kept and sub-fm.keep-neurons exclude each other"
+            )
+        return list(map(float, self._table.get("kept", [config.sub_fm.keep_fraction])))
 
     def lrs(self, task: str, partition: str, method: str) -> list[float]:
         """Return the grid of rates of a method."""
-        settings = self._settings(task, partition, method)
-        usual = settings.get("train.lr", Config().train.lr)
-        return [float(lr) for lr in self._table.get("lrs", [usual])]
+        usual = self._config(task, partition, method).train.lr
+        return list(map(float, self._table.get("lrs", [usual])))
 
     def config(self, cell: Cell) -> Config:
         """Return the configuration of a cell.
@@ -151,22 +164,37 @@ class Spec:
         Raises:
             FedPFTError: there can be none.
         """
-        settings = self._settings(cell.task, cell.partition, cell.method)
-        settings |= {"seed": cell.seed, "train.lr": cell.lr}
-        if cell.kept < 1.0:
+        settings: dict[str, Any] = {"seed": cell.seed, "train.lr": cell.lr}
+        if "kept" in self._table and cell.kept != 1.0:
             settings["sub-fm.keep-fraction"] = cell.kept
-        try:
-            return resolve(settings)
-        except FedPFTError as error:
-            raise FedPFTError(f"{self.place}, {cell.name}: {error}") from error
+        return self._config(cell.task, cell.partition, cell.method, settings)
 
-    def unfilled(self, text: str) -> str:
-        """Return JSON text in which variables stand for what they name."""
-        for name, value in self._variables.items():
-            text = text.replace(json.dumps(value)[:-1], f'"{{{name}}}')
-        return text
+    def unfilled(self, config: Config) -> dict[str, Any]:
+        """Return settings in which variables stand for the places that they name."""
+        flat = config.flat() | {"out-dir": Config().out_dir}
+        for key in _PLACES:
+            for name, value in self._variables.items():
+                if str(flat[key]).startswith(value):
+                    flat[key] = f"{{{name}}}{str(flat[key]).removeprefix(value)}"
+        return flat
 
     # ------------------------------------------------------------------------ parts
+
+    def _config(
+        self,
+        task: str,
+        partition: str,
+        method: str,
+        more: Mapping[str, Any] | None = None,
+    ) -> Config:
+        settings = self._settings(task, partition, method) | dict(more or {})
+        try:
+            config = resolve(settings)
+            method_of(config)
+        except FedPFTError as error:
+            what = " ".join(filter(None, (task, partition, method)))
+            raise FedPFTError(f"{self.place}, {what}: {error}") from error
+        return config
 
     def _settings(self, task: str, partition: str, method: str) -> dict[str, Any]:
         own = {"method": method} if method in METHODS else {}
@@ -188,7 +216,7 @@ class Spec:
     def _read(self, place: Path) -> dict[str, Any]:
         try:
             text = place.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # the latter of its name, or bytes
             raise FedPFTError(f"cannot read {place}: {error}; give a spec") from error
         for name in dict.fromkeys(_VARIABLE.findall(_uncommented(text))):
             value = os.environ.get(name)
@@ -202,7 +230,7 @@ class Spec:
             text = text.replace(f"{{{name}}}", value)
         try:
             return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise FedPFTError(f"cannot read {place}: {error}; give a spec") from error
 
     def _check(self, table: Mapping[str, Any]) -> None:
@@ -211,7 +239,7 @@ class Spec:
 
 
 def _uncommented(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    return "\n".join(line for line in text.splitlines() if line.lstrip()[:1] != "#")
 
 
 def _problems(table: Mapping[str, Any]) -> Iterator[str]:
@@ -224,6 +252,11 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
     for key in ("nodes", "seeds", "methods", "task"):
         if not table.get(key):
             yield f"{key} is missing"
+    if table["nodes"] < 1:
+        yield f"nodes = {table['nodes']}; give at least 1"
+    for kept in table.get("kept", []):
+        if type(kept) in (int, float) and not 0 < kept < 1:
+            yield f"kept = {kept}; give fractions between 0 and 1"
     for key, kinds in (
         ("seeds", (int,)),
         ("methods", (str,)),
@@ -248,6 +281,8 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{kind} {name!r}: names are letters, digits and . _ + -"
             if not isinstance(settings, Mapping):
                 yield f"{kind}.{name} is no table"
+            elif kind == "task" and not isinstance(settings.get("base", ""), str):
+                yield f"task.{name}: base = {settings['base']!r} is no file's name"
     for pair in table.get("pairs", []):
         if not isinstance(pair, list) or len(pair) != 2:
             yield f'pairs: {pair} is no pair; write ["one", "other"]'

@@ -2,9 +2,9 @@
 
 import csv
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from matplotlib import pyplot as plt
 
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.evaluation import is_better, metric_of
+from fedpft_flower.protection import BY_ROW
+from fedpft_flower.report import put
 from fedpft_flower.spec import Cell, Spec
 
-# Metrics between 0 and 1 that are means over rows: their gaps are shown in points.
-_BY_ROW = ("accuracy", "exact-match")
-_POINTS = (*_BY_ROW, "macro-f1", "matthews", "token-accuracy")
+# Metrics whose gaps are shown in points.
+_POINTS = (*BY_ROW, "macro-f1", "matthews", "token-accuracy")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Result:
         return float(self.found["summary"][when][f"{name}-{self.metric}"])
 
 
+def last_score(found: Mapping[str, Any], metric: str) -> float:
+    """Return the FM's validation metric at the last evaluation of a run."""
+    scores = [entry.get(f"fm-{metric}") for entry in found["rounds"]]
+    return float([score for score in scores if score is not None][-1])
+
+
 def write_tables(spec: Spec, results: Sequence[Result], out: Path) -> Path:
     """Write `results.csv`, `table.md` and plots.
 
@@ -70,9 +77,9 @@ def write_tables(spec: Spec, results: Sequence[Result], out: Path) -> Path:
         FedPFTError: the disk refuses.
     """
     try:
-        _write_csv(results, out / "results.csv")
+        put(out / "results.csv", lambda place: _write_csv(results, place))
         text = markdown(spec, results)
-        (out / "table.md").write_text(text, encoding="utf-8")
+        put(out / "table.md", lambda place: place.write_text(text, encoding="utf-8"))
         _draw(spec, results, out)
     except OSError as error:
         raise FedPFTError(f"cannot write in {out} ({error}); make room") from error
@@ -176,9 +183,8 @@ def markdown(spec: Spec, results: Sequence[Result]) -> str:
     text += ["## Test results of the FM", "", *_paper_table(spec, by_group), ""]
     for task in spec.tasks:
         for partition in spec.partitions:
-            title = f"{task}, {partition}" if partition else task
             rows = _long_table(spec, by_group, task, partition)
-            text += [f"## {title}", "", *rows, ""]
+            text += [f"## {_title(spec, task, partition)}", "", *rows, ""]
     if spec.pairs:
         text += ["## Differences", "", *_differences(spec, by_group), ""]
     for state in ("failed", "unrun"):
@@ -190,6 +196,16 @@ def markdown(spec: Spec, results: Sequence[Result]) -> str:
             ]
             text.append("")
     return "\n".join(text)
+
+
+def _title(spec: Spec, task: str, partition: str) -> str:
+    """Return a task's name, its partition, and its metric with its better direction."""
+    (method, *_), seed = spec.methods, spec.seeds[0]
+    kept, lr = (of(task, partition, method)[0] for of in (spec.kept, spec.lrs))
+    cell = Cell(task, partition, method, kept, lr, seed)
+    metric = metric_of(spec.config(cell).data)
+    better = "" if is_better(metric, 1, 0) else ", less is better"
+    return f"{', '.join(filter(None, (task, partition)))} ({metric}{better})"
 
 
 Group = tuple[str, str, str, float]
@@ -219,7 +235,7 @@ def _by_group(results: Sequence[Result]) -> dict[Group, list[Result]]:
 
 def _validation(result: Result) -> float:
     assert result.found is not None
-    return float(result.found["rounds"][-1][f"fm-{result.metric}"])
+    return last_score(result.found, result.metric)
 
 
 def _about(spec: Spec, results: Sequence[Result]) -> str:
@@ -240,14 +256,16 @@ def _about(spec: Spec, results: Sequence[Result]) -> str:
 
 def _paper_table(spec: Spec, groups: dict[Group, list[Result]]) -> list[str]:
     columns = [(t, p) for t in spec.tasks for p in spec.partitions]
-    named = [f"{t}, {p}" if p else t for t, p in columns]
+    named = [_title(spec, t, p) for t, p in columns]
     rows = dict.fromkeys((method, kept) for _, _, method, kept in spec.groups())
     lines = _header("method", "kept", *named)
     for method, kept in rows:
-        cells = [
-            _spread([r.test("fm") for r in groups.get((t, p, method, kept), [])])
-            for t, p in columns
-        ]
+        cells = []
+        for task, partition in columns:
+            found = groups.get((task, partition, method, kept), [])
+            cell = _spread([result.test("fm") for result in found])
+            lacks = 0 < len(found) < len(spec.seeds)
+            cells.append(f"{cell} [{_seeds(len(found))}]" if lacks else cell)
         lines.append(_line(method, f"{kept:g}", *cells))
     return lines
 
@@ -275,7 +293,7 @@ def _long_table(
                     _spread([result.test(model) for result in found])
                     for model in ("fm", "plain", "sub-fm")
                 ),
-                _gap(found, _reference(spec, groups, task, partition, kept)),
+                _gap(found, _reference(spec, groups, task, partition, kept), spec),
                 _spread(_known(rows, "parameters-sub-fm"), 1e-6, 1, " M"),
                 _spread(_known(rows, "share-withheld"), 100, 1, " %"),
                 _spread(_known(rows, "bytes-install-per-client"), 1e-6, 1),
@@ -307,7 +325,7 @@ def _differences(spec: Spec, groups: dict[Group, list[Result]]) -> list[str]:
             others = others or groups.get((task, part, other, 1.0), [])
             title = f"{task}, {part}" if part else task
             count = len(_paired(found, others))
-            gap = _gap(found, others)
+            gap = _gap(found, others, spec)
             lines.append(_line(title, f"{kept:g}", one, other, str(count), gap))
     return lines
 
@@ -317,7 +335,11 @@ def _paired(ones: list[Result], others: list[Result]) -> list[tuple[Result, Resu
     return [(r, by_seed[r.cell.seed]) for r in ones if r.cell.seed in by_seed]
 
 
-def _gap(ones: list[Result], others: list[Result]) -> str:
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def _gap(ones: list[Result], others: list[Result], spec: Spec) -> str:
     """Return the mean difference of the FM's test metric, and its 95 % interval."""
     pairs = [pair for pair in _paired(ones, others) if pair[0] != pair[1]]
     if not pairs:
@@ -326,9 +348,7 @@ def _gap(ones: list[Result], others: list[Result]) -> str:
     scale, unit = (100, " points") if metric in _POINTS else (1, "")
     mean = scale * statistics.mean(a.test("fm") - b.test("fm") for a, b in pairs)
     rights = [(_hits(one), _hits(other)) for one, other in pairs]
-    if metric not in _BY_ROW or any(
-        a.shape != b.shape or not len(a) for a, b in rights
-    ):
+    if metric not in BY_ROW or any(a.shape != b.shape or not len(a) for a, b in rights):
         return f"{mean:+.2f}{unit}"
     low, high = interval(np.stack([scale * (one - other) for one, other in rights]))
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){unit}"
@@ -369,8 +389,8 @@ def _spread(
     if not values:
         return "-"
     mean = f"{scale * statistics.mean(values):.{digits}f}{unit}"
-    if len(values) < 2 or len(set(values)) == 1:
-        return mean
+    if len(values) < 2 or digits == 0 or (scale != 1.0 and len(set(values)) == 1):
+        return mean  # of sizes, which seeds share
     return f"{mean} ({scale * statistics.stdev(values):.{digits}f})"
 
 
@@ -391,8 +411,7 @@ def _draw(spec: Spec, results: Sequence[Result], out: Path) -> None:
     groups = _by_group(results)
     if not groups:
         return
-    metric = next(iter(groups.values()))[0].metric
-    score = f"{metric} of the FM (validation)"
+    score = "the FM's {metric}, averaged adapter (validation)"
     figures: tuple[tuple[str, str, str, Callable[[Result], list[Point]]], ...] = (
         ("metric-rounds", "round", score, _by_round),
         ("metric-bytes", "MB sent in both directions", score, _by_bytes),
@@ -400,7 +419,8 @@ def _draw(spec: Spec, results: Sequence[Result], out: Path) -> None:
     )
     for name, across, up, points in figures:
         _panels(spec, groups, out / f"{name}.png", across, up, points)
-    _by_kept(spec, groups, out / "metric-kept.png", f"{metric} of the FM (test)")
+    if len({kept for *_, kept in groups} - {1.0}) > 1:
+        _by_kept(spec, groups, out / "metric-kept.png")
 
 
 def _by_round(result: Result) -> list[Point]:
@@ -445,12 +465,15 @@ def _panels(
     up: str,
     points: Callable[[Result], list[Point]],
 ) -> None:
-    """Draw a panel for each task and partition, a line with its seeds a method."""
+    """Draw a panel for each task and partition, for each method the mean and the range.
+
+    Where seeds ended after unlike numbers of rounds, up to the first end.
+    """
     columns = [(t, p) for t in spec.tasks for p in spec.partitions]
     figure, panels = _grid(len(columns))
     for panel, (task, partition) in zip(panels, columns, strict=True):
         panel.set(title=", ".join(filter(None, (task, partition))), xlabel=across)
-        panel.set_ylabel(up)
+        panel.set_ylabel(up.format(metric=_metric(groups, task, partition)))
         panel.grid(alpha=0.3)
         for (of, share, method, kept), found in groups.items():
             lines = [line for r in found if (line := points(r))]
@@ -466,19 +489,26 @@ def _panels(
             panel.fill_between(x, low, high, color=drawn.get_color(), alpha=0.12)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8)
+        else:
+            panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center")
     _save(figure, place)
 
 
-def _by_kept(
-    spec: Spec, groups: dict[Group, list[Result]], place: Path, up: str
-) -> None:
+def _metric(groups: dict[Group, list[Result]], task: str, partition: str) -> str:
+    found = [rs[0] for (t, p, *_), rs in groups.items() if (t, p) == (task, partition)]
+    return found[0].metric if found else "metric"
+
+
+def _by_kept(spec: Spec, groups: dict[Group, list[Result]], place: Path) -> None:
     """Draw the test metric against the kept fraction; whole FMs are level lines."""
     columns = [(t, p) for t in spec.tasks for p in spec.partitions]
     figure, panels = _grid(len(columns))
     for panel, (task, partition) in zip(panels, columns, strict=True):
         panel.set(title=", ".join(filter(None, (task, partition))))
-        panel.set(xlabel="kept fraction of the neurons", ylabel=up)
+        panel.set(xlabel="kept fraction of the neurons")
+        panel.set_ylabel(f"the FM's {_metric(groups, task, partition)} (test)")
         panel.grid(alpha=0.3)
+        colours = cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
         for method in spec.methods:
             found = {
                 kept: [result.test("fm") for result in results]
@@ -489,7 +519,8 @@ def _by_kept(
                 continue
             if list(found) == [1.0]:
                 level = statistics.mean(found[1.0])
-                panel.axhline(level, ls="--", color="0.4", label=method)
+                colour = next(colours)
+                panel.axhline(level, ls="--", color=colour, label=method)
                 continue
             kept = sorted(found)
             means = [statistics.mean(found[one]) for one in kept]
@@ -497,7 +528,15 @@ def _by_kept(
                 statistics.stdev(found[one]) if len(found[one]) > 1 else 0.0
                 for one in kept
             ]
-            panel.errorbar(kept, means, errors, marker="o", capsize=3, label=method)
+            panel.errorbar(
+                kept,
+                means,
+                errors,
+                marker="o",
+                capsize=3,
+                label=method,
+                color=next(colours),
+            )
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8)
     _save(figure, place)

@@ -24,6 +24,7 @@ def own_cache(tmp_path_factory):
     place = tmp_path_factory.mktemp("cache")
     os.environ["FEDPFT_CACHE"] = str(place)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     os.environ.pop("FEDPFT_OUT", None)
     return place
 

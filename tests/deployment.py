@@ -4,7 +4,7 @@ import json
 import time
 from contextlib import contextmanager, suppress
 
-from benchmarks.deployment import Deployment
+from deploy.processes import Deployment
 
 SITES = {"north": range(100), "south": range(100, 130)}
 

@@ -4,6 +4,7 @@ import csv
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,9 +109,7 @@ def test_cells_run_once_and_every_table_follows_from_the_csv(
             if (row["method"], row["kept"]) == (method, str(float(kept)))
         ]
         assert len(found) == 2
-        mean = f"{statistics.mean(found):.3f}"
-        if found[0] != found[1]:
-            mean += f" ({statistics.stdev(found):.3f})"
+        mean = f"{statistics.mean(found):.3f} ({statistics.stdev(found):.3f})"
         assert f"| {method} | {kept} | {mean} |" in text
     assert "| digits, alike | 0.5 | aligned | fedpft-n | 2 | " in text
     for plot in ("metric-rounds", "metric-bytes", "metric-kept", "gradient-rounds"):
@@ -164,6 +163,8 @@ def test_a_failed_cell_says_why_and_stops_no_other(
     text = (out / "table.md").read_text()
     name = "digits-alike-fedpft-n-k0.5-lr0.001-s0"
     assert f"- {name}: no room for it" in text
+    told = json.loads((out / "cells" / f"{name}.failed.json").read_text())
+    assert told["lines"] == [f"{MARK}error: no room for it"]
     monkeypatch.setattr(compare, "run_experiment", works)  # it was mended
     compared(spec_file, out, "--only", "k0.5-")
     assert "no room" not in (out / "table.md").read_text()
@@ -229,6 +230,14 @@ def test_of_several_rates_each_method_takes_its_best(spec_file, engine, tmp_path
         (('["aligned", "fedpft-n"]', '["aligned", "fedot"]'), "none of methods"),
         (("{FM_OF_TEST}", "{NO_SUCH_VARIABLE}"), "set the environment variable"),
         (("nodes = 3", "nodes = true"), "nodes is no int"),
+        (("nodes = 3", "nodes = -1"), "give at least 1"),
+        (("kept = [0.5", "kept = [1.0, 0.5"), "fractions between 0 and 1"),
+        (("rounds = 2", "sub-fm.keep-neurons = 3"), "exclude each other"),
+        (("[task.digits]", "[task.digits]\nbase = 5"), "is no file's name"),
+        (("[task.digits]", '[task.digits]\nbase = "no.toml"'), "cannot read"),
+        (("rounds = 2", 'train.lr = "fast"'), "train.lr"),
+        (("kept = [0.5", "lrs = [1e-3, 1.0000001e-3]\nkept = [0.5"), "other names"),
+        (('method = "fedpft-b"', 'method = ["fedpft-b"]'), "method"),
     ],
 )
 def test_a_wrong_spec_is_refused_in_one_line(
@@ -291,8 +300,13 @@ def test_gaps_are_paired_by_seed():
 
     ones = [result("a", 0, "1111"), result("a", 1, "1100"), result("a", 2, "1111")]
     others = [result("b", 1, "1000"), result("b", 0, "1110")]
-    assert tables._gap(ones, others).startswith("+25.0 (")
-    assert tables._gap(ones, ones) == tables._gap(ones, []) == "-"
+    spec = SimpleNamespace(seeds=[0, 1, 2])
+    shown = tables._gap(ones, others, spec)
+    assert shown.startswith("+25.0 (") and shown.endswith(" points [2 seeds]")
+    assert tables._gap(ones, ones, spec) == tables._gap(ones, [], spec) == "-"
+    # Rows of other numbers are no pairs.
+    others[0] = result("b", 1, "10000")
+    assert tables._gap(ones, others, spec).startswith("+27.50 points")
 
 
 def test_nothing_of_a_place_that_cannot_be_written(spec_file, engine, tmp_path, capsys):

@@ -135,7 +135,7 @@ def test_an_image_export_opens_without_us(local_grid, settings, vit_directory):
         "pipeline_tag: image-classification",
         f"value: {summary['test-after']['fm-accuracy']}",
         manifest["splits"]["test"]["sha256"],
-        "has no protection sheet",
+        "FM parameters never sent",
         f'{name}.from_pretrained("merged")',
     ):
         assert text in card

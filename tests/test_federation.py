@@ -484,6 +484,8 @@ def test_results_are_complete_and_the_adapter_opens_on_the_stock_fm(
         "manifest.json",
         "curves.png",
         "report.html",
+        "hits.json",
+        "run.log",
         "adapter",
         "checkpoints",
         ".lock",

@@ -169,10 +169,14 @@ def test_of_several_sub_fms_the_one_that_shows_most_counts():
     second = {"w": torch.full((2, 3), 9.0), "b": torch.zeros(2)}
     exposure = Exposure()
     exposure.note(second, own, "fp32")
-    assert exposure.state() == {"sent": 8, "verbatim": 2}
+    assert (exposure.sent, exposure.verbatim) == (8, 2)
     exposure.note(first, own, "fp32")
+    assert exposure.distance == 0.0  # the FM's own values there are all zero
     exposure.note(second, own, "fp32")
-    assert exposure.state() == {"sent": 8, "verbatim": 6}
+    assert (exposure.sent, exposure.verbatim) == (8, 6)
+    moved, size = np.array([9.0, 8, 7, 6, 5, 4]), np.arange(6.0)
+    far = np.linalg.norm(moved) / np.linalg.norm(size)
+    assert exposure.distance == pytest.approx(far)
     again = Exposure()
     again.restore(exposure.state())
     assert again.state() == exposure.state()

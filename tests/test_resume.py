@@ -183,9 +183,11 @@ def test_another_fm_is_refused(local_grid, finished, tmp_path):
 
 def test_files_of_another_format_are_refused(local_grid, finished):
     state = directory(finished) / "checkpoints" / "round-000002" / "state.json"
-    text = state.read_text().replace('"format": 2', '"format": 99')
+    text = state.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 99')
     state.write_text(text)
-    with pytest.raises(FedPFTError, match="has format 99, this version reads 2"):
+    with pytest.raises(
+        FedPFTError, match=f"has format 99, this version reads {checkpoint.FORMAT}"
+    ):
         run(local_grid, finished)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.deployment import Deployment
 from benchmarks.tap import NodeTap
 from benchmarks.wire_bytes import KINDS, ledger_bytes, total
+from deploy.processes import Deployment
 from fedpft_flower.wire import TRAIN
 from tests.deployment import (
     SITES,
@@ -47,7 +47,7 @@ SHORT = [
 ]
 
 
-def fedpft_run(arguments, place, timeout=400):
+def fedpft_run(arguments, place, timeout=900):
     return subprocess.run(
         [str(BIN / "fedpft-run"), *arguments],
         cwd=place,

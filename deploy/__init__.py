@@ -1,0 +1,1 @@
+"""Deploy FedPFT-Flower; docs/deployment.md is the guide."""

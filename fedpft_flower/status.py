@@ -1,0 +1,204 @@
+"""Show how a run stands, from its directory alone (`fedpft-status`)."""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpft_flower.config import Config, FedPFTError, flatten, one_line
+from fedpft_flower.evaluation import metric_of
+from fedpft_flower.report import LOG
+from fedpft_flower.server import Metrics
+
+_LINES = 5  # of the log, and of the errors, that are shown
+_EVERY = 5.0  # seconds, with --watch
+
+
+@dataclass(frozen=True)
+class Status:
+    """Hold what the directory of a run says of it."""
+
+    path: Path
+    config: Config
+    rounds: list[Metrics]
+    log: list[str]
+    finished: bool
+    # Whether a process has the directory locked; None where that cannot be told.
+    locked: bool | None
+    # Seconds since anything was written.
+    age: float
+
+    @classmethod
+    def read(cls, path: Path) -> "Status":
+        """Read a run directory, of a run that may be writing it.
+
+        Raises:
+            FedPFTError: it is none.
+        """
+        try:
+            flat = flatten(tomllib.loads((path / "config.toml").read_text()))
+            config = Config.from_run_config(flat)
+            rounds = [json.loads(line) for line in _lines(path / "metrics.jsonl")]
+            written = max(file.stat().st_mtime for file in path.iterdir())
+        except (OSError, ValueError) as error:
+            raise FedPFTError(
+                f"{path} is not a run directory ({error}); give the one that the run "
+                "printed"
+            ) from error
+        return cls(
+            path,
+            config,
+            rounds,
+            _lines(path / LOG),
+            (path / "summary.json").is_file(),
+            _is_locked(path / ".lock"),
+            time.time() - written,
+        )
+
+    @property
+    def state(self) -> str:
+        """Return "finished", "running", "stopped", or what else can be told."""
+        if self.finished:
+            return "finished"
+        if self.locked is None:
+            return f"not finished; last written {duration(self.age)} ago"
+        if self.locked:
+            return f"running; last written {duration(self.age)} ago"
+        return f"stopped {duration(self.age)} ago; go on with resume={self.path}"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Return the median seconds of a round times the rounds to come."""
+        seconds: list[float] = [
+            entry["seconds"] for entry in self.rounds if entry["round"]
+        ]
+        if self.finished or not seconds:
+            return None
+        return statistics.median(seconds) * (self.config.rounds - len(seconds))
+
+    def nodes(self) -> dict[str, tuple[int, int, str]]:
+        """Return for every node: its last round, rounds it took, how the last went."""
+        found: dict[str, tuple[int, int, str]] = {}
+        for entry in self.rounds:
+            for name, one in entry.get("per-client", {}).items():
+                took = found.get(name, (0, 0, ""))[1] + (one["outcome"] == "ok")
+                outcome = one["outcome"].removeprefix(f"{name}: ")
+                found[name] = entry["round"], took, outcome
+        return found
+
+    def errors(self) -> list[str]:
+        """Return the failures of all rounds, the newest last."""
+        return [
+            f"round {entry['round']}: {reason}"
+            for entry in self.rounds
+            for reason in entry.get("failures", {}).values()
+        ]
+
+
+def render(status: Status) -> str:
+    """Return how a run stands, for a terminal."""
+    config, rounds = status.config, status.rounds
+    metric = metric_of(config.data)
+    last = rounds[-1]["round"] if rounds else None
+    rows = [
+        ("run", str(status.path)),
+        ("state", status.state),
+        ("method", f"{config.method}, FM {Path(config.fm.name).name}"),
+        ("round", "preparing" if last is None else f"{last} of {config.rounds}"),
+    ]
+    if status.seconds_left is not None:
+        rows.append(("time left", f"about {duration(status.seconds_left)}"))
+    for name, key in (("FM", "fm"), ("sub-FM", "sub-fm")):
+        scored = [entry for entry in rounds if f"{key}-{metric}" in entry]
+        if scored:
+            value = f"{scored[-1][f'{key}-{metric}']:.3f} (round {scored[-1]['round']})"
+            rows.append((f"{name} {metric}, validation", value))
+    for way in ("down", "up"):
+        size = sum(entry.get(f"bytes-{way}", 0) for entry in rounds)
+        rows.append((f"sent {way}", f"{size / 1e6:.1f} MB"))
+    if rounds and "privacy" in rounds[-1]:
+        rows.append(("epsilon", f"{rounds[-1]['privacy']['epsilon']:.3g}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
+    lines += _section("nodes (last round, rounds taken, outcome)", _nodes(status))
+    lines += _section("last errors", status.errors()[-_LINES:])
+    lines += _section("log", status.log[-_LINES:])
+    return "\n".join(lines)
+
+
+def _nodes(status: Status) -> list[str]:
+    found = status.nodes()
+    width = max(map(len, found), default=0)
+    return [
+        one_line(f"{name.ljust(width)}  {last}  {took}  {outcome}")
+        for name, (last, took, outcome) in sorted(found.items())
+    ]
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"{title}:", *(f"  {line}" for line in lines)] if lines else []
+
+
+def duration(seconds: float) -> str:
+    """Return seconds for people."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def _lines(place: Path) -> list[str]:
+    return place.read_text(encoding="utf-8").splitlines() if place.exists() else []
+
+
+def _is_locked(place: Path) -> bool | None:
+    """Tell whether a file is locked, from the system's list: nobody is disturbed."""
+    listed = Path("/proc/locks")
+    if not place.exists() or not listed.exists():
+        return None
+    told = place.stat()
+    device = f"{os.major(told.st_dev):02x}:{os.minor(told.st_dev):02x}"
+    file = f"{device}:{told.st_ino}"
+    return any(line.split()[5:6] == [file] for line in listed.read_text().splitlines())
+
+
+def _newest(root: Path) -> Path:
+    found = [path.parent for path in root.glob("*/config.toml")]
+    if not found:
+        raise FedPFTError(f"{root} has no run directory; give one")
+    return max(found, key=lambda path: (path / "config.toml").stat().st_mtime)
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Show how a run stands (`fedpft-status`)."""
+    parser = argparse.ArgumentParser(
+        prog="fedpft-status",
+        description="Show how a running or finished run stands, from its directory.",
+    )
+    parser.add_argument(
+        "run", type=Path, nargs="?", help="its directory (default: the newest one)"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help=f"every {_EVERY:g} s until it ends"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        root = os.environ.get("FEDPFT_OUT") or Config().out_dir
+        place = options.run or _newest(Path.home() / Path(root).expanduser())
+        status = Status.read(place.expanduser().absolute())
+        print(render(status), flush=True)
+        while options.watch and not status.finished and status.locked is not False:
+            time.sleep(_EVERY)
+            status = Status.read(status.path)
+            print(f"\n{render(status)}", flush=True)
+    except FedPFTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

