@@ -4,6 +4,8 @@ PYTHON ?= python3
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo
 TORCH_INDEX ?=
 NODES ?= 20
+# Processes that run tests.
+JOBS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -26,8 +28,8 @@ help: ## list the targets
 demo: .venv/installed ## install, then run the embedded example end to end
 	@$(BIN)/fedpft-run conf/demo.toml --nodes $(NODES) $(SET)
 
-test: .venv/installed ## every test, offline; what is skipped is printed at the end
-	@$(BIN)/python -m pytest
+test: .venv/installed ## every test, offline, on JOBS cores; what is skipped is printed at the end
+	@$(BIN)/python -m pytest -n $(JOBS)
 
 deploy-demo: .venv/installed ## a deployment of real processes on this machine: TLS, keys, three sites
 	@$(BIN)/python -m deploy.demo $(SET)

@@ -348,10 +348,12 @@ def _gap(ones: list[Result], others: list[Result], spec: Spec) -> str:
     scale, unit = (100, " points") if metric in _POINTS else (1, "")
     mean = scale * statistics.mean(a.test("fm") - b.test("fm") for a, b in pairs)
     rights = [(_hits(one), _hits(other)) for one, other in pairs]
-    if metric not in BY_ROW or any(a.shape != b.shape or not len(a) for a, b in rights):
-        return f"{mean:+.2f}{unit}"
+    told = f" [{_seeds(len(pairs))}]" if len(pairs) < len(spec.seeds) else ""
+    sizes = {len(hits) for pair in rights for hits in pair}
+    if metric not in BY_ROW or len(sizes) > 1 or not max(sizes):
+        return f"{mean:+.2f}{unit}{told}"
     low, high = interval(np.stack([scale * (one - other) for one, other in rights]))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){unit}"
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){unit}{told}"
 
 
 def _hits(result: Result) -> NDArray[np.float64]:
@@ -491,7 +493,9 @@ def _panels(
             panel.legend(fontsize=8)
         else:
             panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center")
-    _save(figure, place)
+    if any(panel.lines for panel in panels):
+        _save(figure, place)
+    plt.close(figure)
 
 
 def _metric(groups: dict[Group, list[Result]], task: str, partition: str) -> str:
@@ -540,6 +544,7 @@ def _by_kept(spec: Spec, groups: dict[Group, list[Result]], place: Path) -> None
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8)
     _save(figure, place)
+    plt.close(figure)
 
 
 def _grid(count: int) -> tuple[Any, list[Any]]:
@@ -562,4 +567,3 @@ def _save(figure: Any, place: Path) -> None:
     draft = place.with_suffix(".partial.png")
     figure.savefig(draft, dpi=120)
     draft.replace(place)
-    plt.close(figure)
