@@ -16,6 +16,7 @@ from fedpft_flower.commands import CHECKOUT, end_like_ctrl_c, run_experiment
 from fedpft_flower.config import MARK, Config, FedPFTError, flat_defaults, flatten
 from fedpft_flower.evaluation import is_better, metric_of
 from fedpft_flower.spec import Cell, Spec
+from fedpft_flower.status import duration
 from fedpft_flower.tables import Result, last_score, write_tables
 
 # How often a cell's own progress is shown.
@@ -129,7 +130,7 @@ class Comparison:
             cell, left = waiting[0], ""
             if ran:
                 seconds = (time.monotonic() - began) / ran * len(waiting)
-                left = f", about {_duration(seconds)} left"
+                left = f", about {duration(seconds)} left"
             print(f"{cell.name}: {len(waiting)} to go{left}", flush=True)
             print(f"{cell.name}: {self._run(cell)}", flush=True)
             ran += 1
@@ -160,7 +161,7 @@ class Comparison:
         metric, test = metric_of(config.data), result["summary"]["test-after"]
         return (
             f"FM {test[f'fm-{metric}']:.3f}, sub-FM {test[f'sub-fm-{metric}']:.3f} "
-            f"({metric}), {_duration(time.monotonic() - began)}"
+            f"({metric}), {duration(time.monotonic() - began)}"
         )
 
     def _attempt(self, flat: Mapping[str, Any]) -> "Path | _Failed":
@@ -292,13 +293,6 @@ class _Shown:
         if line.startswith(f"{MARK}round ") and now - self._last > PROGRESS_SECONDS:
             print(f"  {own}", flush=True)
             self._last = now
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 def _parser() -> argparse.ArgumentParser:

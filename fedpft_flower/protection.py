@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedpft_flower.codec import decode_weights, encode_weights
 from fedpft_flower.evaluation import is_better
+from fedpft_flower.wire import bits
 
 Figures = dict[str, Any]
 
@@ -56,7 +57,7 @@ class Exposure:
             encoded = encode_weights({name: tensor}, codec)
             held = {part: sent[part].cpu() for part in encoded}
             for part, one in encoded.items():
-                equal = _bits(one) == _bits(held[part])
+                equal = bits(one) == bits(held[part])
                 if part != name:  # a row's scale stands for the row
                     equal = equal.reshape([-1] + [1] * (tensor.ndim - 1))
                 same = same & equal
@@ -172,12 +173,14 @@ def _rows(
     sent = figures["bytes-up"]
     listed = ", ".join(f"{kind} {size / 1e6:.3f} MB" for kind, size in sent.items())
     spent = figures["privacy"]
-    control = "names, and that they trained" if spent else "names, counts, losses"
     yield _row(
         "clients sent, all rounds",
         listed or "nothing",
-        "adapters hold what was learnt from the rows; statistics are how often neurons "
-        f"were inactive; control is {control}",
+        "adapters hold what was learnt from the rows; control is names, and that they "
+        "trained"
+        if spent
+        else "adapters hold what was learnt from the rows; statistics are how often "
+        "neurons were inactive; control is names, counts, losses",
     )
     yield _row(
         "differential privacy",
@@ -234,11 +237,3 @@ def _paired_interval(ones: str, others: str) -> tuple[float, float] | None:
     variance = sum((d - mean) ** 2 for d in differences) / (count - 1)
     half = 1.96 * math.sqrt(variance / count)
     return mean - half, mean + half
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """View floats as integers: NaN equals itself, -0.0 differs from 0.0."""
-    if not tensor.is_floating_point():
-        return tensor
-    same_size = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(same_size[tensor.element_size()])

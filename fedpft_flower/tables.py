@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.evaluation import is_better, metric_of
@@ -421,7 +422,7 @@ def _draw(spec: Spec, results: Sequence[Result], out: Path) -> None:
     )
     for name, across, up, points in figures:
         _panels(spec, groups, out / f"{name}.png", across, up, points)
-    if len({kept for *_, kept in groups} - {1.0}) > 1:
+    if any(len(spec.kept(t, p, method)) > 1 for t, p, method, _ in groups):
         _by_kept(spec, groups, out / "metric-kept.png")
 
 
@@ -489,8 +490,9 @@ def _panels(
             (drawn,) = panel.plot(x, y.mean(axis=0), marker="o", ms=3, label=label)
             low, high = y.min(axis=0), y.max(axis=0)
             panel.fill_between(x, low, high, color=drawn.get_color(), alpha=0.12)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8)
+            panel.legend(fontsize=8, title="mean and range of seeds", title_fontsize=8)
         else:
             panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center")
     if any(panel.lines for panel in panels):

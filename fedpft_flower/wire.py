@@ -396,7 +396,7 @@ def make_delta(
     """
     delta: dict[str, Tensor] = {}
     for name, tensor in new.items():
-        changed = _bits(old[name]) != _bits(tensor)
+        changed = bits(old[name]) != bits(tensor)
         if not bool(changed.any()):
             continue
         axes = [0] if changed.ndim < 2 else [0, 1]
@@ -432,7 +432,7 @@ def apply_delta(
     return new
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """View floats as integers: -0.0 differs from 0.0, NaN equals itself."""
     if not tensor.is_floating_point():
         return tensor

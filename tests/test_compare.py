@@ -263,7 +263,7 @@ def test_an_unreadable_result_names_the_file(spec_file, engine, tmp_path, capsys
     "path", SPECS, ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_spec_makes_configurations(path, monkeypatch, tmp_path):
-    for name in ("DATA", "VIT", "QNLI", "PUBLIC"):
+    for name in ("DATA", "VIT", "QNLI", "PUBLIC", "SST2"):
         monkeypatch.setenv(name, str(tmp_path))
     spec = Spec(path)
     assert len({cell.name for cell in spec.all_cells}) == len(spec.all_cells) > 1

@@ -451,7 +451,7 @@ def test_a_setting_with_a_false_guarantee_is_refused_before_anything_is_loaded(
     conf.write_text("")
     pairs = [f"{key}={json.dumps(value)}" for key, value in private.items()]
     with pytest.raises(FedPFTError, match=re.escape(said)):
-        commands.run_experiment(conf, pairs, 2, ROOT, False)
+        commands.run_experiment(commands.read_config(conf, pairs), 2, ROOT, print)
 
 
 def test_exactly_the_strategies_that_average_uniformly_keep_the_guarantee():

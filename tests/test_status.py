@@ -4,20 +4,23 @@ import json
 import shutil
 
 import pytest
+from flwr.app import Error, Message
 
 from fedpft_flower import status
 from fedpft_flower.report import _lock
 from fedpft_flower.status import Status, render
-from tests.test_federation import broken, results, run
+from tests.test_federation import results, run
 
 
 @pytest.fixture
 def finished(local_grid, settings):
     def fail(message, reply):
-        raise RuntimeError("no \x1b[31mroom\nleft")
+        if message.metadata.message_type != "train":
+            return reply
+        return Message(Error(2, "no \x1b[31mroom"), reply_to=message)
 
     settings |= {"rounds": 2, "train.clients-per-round": 5, "method": "fedpft-n"}
-    run(local_grid, settings, {1: broken(fail)})
+    run(local_grid, settings, {1: fail})
     return results(settings)[0]
 
 
