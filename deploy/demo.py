@@ -8,6 +8,7 @@ rows to judge by, and public texts. Everything but the results is removed at the
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from tempfile import TemporaryDirectory
 from datasets import Dataset
 
 from deploy.processes import Deployment
+from fedpft_flower.app import quiet
 from fedpft_flower.commands import end_like_ctrl_c, print_own, read_config
 from fedpft_flower.config import DataConfig, FedPFTError
 from fedpft_flower.tasks import load_public, load_task
@@ -56,6 +58,7 @@ def demonstrate(pairs: Sequence[str]) -> int:
         FedPFTError: a setting is wrong, or a process does not start.
     """
     began = time.monotonic()
+    quiet()
     with TemporaryDirectory(prefix="fedpft-deploy-") as temporary:
         place = Path(temporary)
         tell("writing the rows of the server and of every site")
@@ -69,6 +72,9 @@ def demonstrate(pairs: Sequence[str]) -> int:
         with Deployment(place / "run", secure=True) as deployment:
             tell("starting the SuperLink, with TLS, and three SuperNodes with keys")
             deployment.superlink("--disable-runtime-dependency-installation")
+            # The sites train at the same time, on the cores of one machine.
+            threads = max(1, (os.cpu_count() or 1) // len(SITES))
+            deployment.environment["OMP_NUM_THREADS"] = str(threads)
             for site in SITES:
                 rows = place / "data" / site
                 deployment.supernode(site, f'site="{site}" data-path="{rows}"')
