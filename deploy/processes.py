@@ -19,6 +19,7 @@ from fedpft_flower.commands import (
     free_port,
     run_status,
     stop,
+    undisturbed,
     wait_until_up,
 )
 from fedpft_flower.config import FedPFTError, nest
@@ -62,8 +63,9 @@ class Deployment:
         trace: TracebackType | None,
     ) -> None:
         # Nodes first: they wait for a SuperLink that is gone.
-        for process in reversed(self.processes.values()):
-            stop(process)
+        with undisturbed():
+            for process in reversed(self.processes.values()):
+                stop(process)
 
     def start(self, name: str, *command: str, **extra: str) -> None:
         """Start a process under a name that is new, or whose process has ended."""

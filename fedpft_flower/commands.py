@@ -292,19 +292,30 @@ def wait_until_up(
     raise FedPFTError(f"the SuperLink did not start: {' | '.join(tail)}")
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let no signal cut this short: what was started must be stopped."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def stop(process: "subprocess.Popen[Any]") -> None:
     """Stop a process and all of its session; the rest of Ray follows its parent."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may cut this short
-    for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-    signal.signal(signal.SIGINT, before)
+    with undisturbed():
+        for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                break
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
 
 
 def _run(

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -124,6 +125,36 @@ def test_a_wrong_setting_ends_the_demo_in_one_line():
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
     assert "did you mean 'rounds'" in line
     assert "Traceback" not in done.stderr
+
+
+def test_everything_is_stopped_however_often_one_asks(tmp_path):
+    """Two signals in a row: the second finds the first one's work under way."""
+    script = f"""
+import os, signal, time
+from pathlib import Path
+from deploy.processes import Deployment
+from fedpft_flower.commands import end_like_ctrl_c
+
+end_like_ctrl_c()
+try:
+    with Deployment(Path({str(tmp_path)!r})) as deployment:
+        for name in "abc":
+            slow = "trap 'sleep 1; exit' TERM; sleep 60 & wait"
+            deployment.start(name, "sh", "-c", slow)
+        print(*(one.pid for one in deployment.processes.values()), flush=True)
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    for _ in range(2):
+        process.terminate()
+        time.sleep(0.5)
+    assert process.communicate(timeout=60)[0] == "stopped\n"
+    assert len(pids) == 3 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_a_script_that_fails_says_why(tmp_path, monkeypatch):
