@@ -30,7 +30,7 @@ from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy, check_private
 from fedpft_flower.protection import protection
-from fedpft_flower.report import LOG, RunDirectory, versions
+from fedpft_flower.report import LOG, RunDirectory, aligned_error, versions
 from fedpft_flower.server import Metrics, ProxyServer
 from fedpft_flower.strategies import inner_strategy, memory_of, remember, strategy_of
 from fedpft_flower.strategy import FedPFT
@@ -306,11 +306,10 @@ class _Run:
 
     def _gradient(self, current: int, entry: Metrics) -> Metrics:
         """Measure the gradient error where it is due and no alignment just has."""
-        every, alignment = self.config.gradient_every, entry.get("alignment", {})
+        every = self.config.gradient_every
         if not every or current % every:
             return {}
-        found = alignment.get("gradient-after", alignment.get("gradient-before"))
-        found = found or self.strategy.server.gradient_error()
+        found = aligned_error(entry) or self.strategy.server.gradient_error()
         return {"gradient-error": found} if found else {}
 
     def _judge(self, current: int, score: float) -> None:

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpft_flower.checkpoint import FREE_KEYS, flush
+from fedpft_flower.checkpoint import FREE_KEYS
 from fedpft_flower.commands import CHECKOUT, end_like_ctrl_c, run_experiment
 from fedpft_flower.config import MARK, Config, FedPFTError, flat_defaults, flatten
 from fedpft_flower.evaluation import is_better, metric_of
+from fedpft_flower.report import put
 from fedpft_flower.spec import Cell, Spec
 from fedpft_flower.status import duration
 from fedpft_flower.tables import Result, last_score, write_tables
@@ -220,11 +221,9 @@ class Comparison:
 
     def _write(self, cell: Cell, suffix: str, content: Mapping[str, Any]) -> None:
         place = self._place(cell, suffix)
-        draft = place.with_suffix(".partial")
+        text = json.dumps(content, indent=1)
         try:
-            draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            flush(draft)
-            draft.replace(place)
+            put(place, lambda draft: draft.write_text(text, encoding="utf-8"))
         except OSError as error:
             raise FedPFTError(
                 f"cannot write {place} ({error}); make room, the same command goes on"

@@ -292,6 +292,15 @@ def _line(panel: Any, rounds: list[Metrics], value: Any, label: str) -> None:
         panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
 
 
+def aligned_error(entry: Metrics) -> Metrics | None:
+    """Return the gradient error behind a round's alignment, else that before it."""
+    alignment = entry.get("alignment", {})
+    found: Metrics | None = alignment.get(
+        "gradient-after", alignment.get("gradient-before")
+    )
+    return found
+
+
 def _gradient(entry: Metrics, when: str) -> float | None:
     error = entry.get("alignment", {}).get(f"gradient-{when}")
     return None if error is None else float(error["relative"])

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.evaluation import is_better, metric_of
 from fedpft_flower.protection import BY_ROW
-from fedpft_flower.report import put
+from fedpft_flower.report import aligned_error, put
 from fedpft_flower.spec import Cell, Spec
 
 # Metrics whose gaps are shown in points.
@@ -166,9 +166,7 @@ def gradient_errors(found: dict[str, Any]) -> list[dict[str, Any]]:
     """
     errors = []
     for entry in found["rounds"]:
-        alignment = entry.get("alignment", {})
-        error = alignment.get("gradient-after", alignment.get("gradient-before"))
-        error = entry.get("gradient-error", error)
+        error = entry.get("gradient-error", aligned_error(entry))
         if error or not entry["round"]:
             errors.append({"round": entry["round"], **(error or {})})
     return errors
@@ -566,6 +564,4 @@ def _grid(count: int) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, place: Path) -> None:
-    draft = place.with_suffix(".partial.png")
-    figure.savefig(draft, dpi=120)
-    draft.replace(place)
+    put(place, lambda draft: figure.savefig(draft, dpi=120))

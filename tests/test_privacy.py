@@ -3,10 +3,7 @@
 import copy
 import json
 import math
-import os
 import re
-import signal
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -27,7 +24,7 @@ from fedpft_flower.server import ProxyServer
 from fedpft_flower.strategies import STRATEGIES, inner_strategy
 from fedpft_flower.wire import Store
 from tests.test_federation import NODES, broken, results, run, with_arrays, with_metrics
-from tests.test_resume import CHILD, ROOT, Cut, cut, directory
+from tests.test_resume import ROOT, Cut, cut, directory, kill_at
 from tests.test_strategies import ARGUMENTS
 
 dp_accounting = pytest.importorskip("dp_accounting")
@@ -531,15 +528,7 @@ def test_a_resumed_run_counts_every_release(
     ],
 )
 def test_kill_9_never_counts_too_few(local_grid, private, flush, releases):
-    killed = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(private), str(flush)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_at(flush, private)
     run(local_grid, {**private, "resume": str(directory(private))})
     assert results(private)[2]["privacy"]["releases"] == releases
 

@@ -123,13 +123,10 @@ run(conftest.LocalGrid, json.loads(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("flush", [16, 21])
-def test_kill_9_loses_nothing(local_grid, short, tmp_path, flush):
-    run(local_grid, short)
-    expected = json.dumps(outcome(short))
-    short["out-dir"] = str(tmp_path / "killed")
+def kill_at(flush, settings):
+    """Run in a process that is killed at this flush to the disk."""
     killed = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(short), str(flush)],
+        [sys.executable, "-c", CHILD, json.dumps(settings), str(flush)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -137,6 +134,14 @@ def test_kill_9_loses_nothing(local_grid, short, tmp_path, flush):
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+@pytest.mark.parametrize("flush", [16, 21])
+def test_kill_9_loses_nothing(local_grid, short, tmp_path, flush):
+    run(local_grid, short)
+    expected = json.dumps(outcome(short))
+    short["out-dir"] = str(tmp_path / "killed")
+    kill_at(flush, short)
     run(local_grid, {**short, "resume": str(directory(short))})
     assert outcome(short) == json.loads(expected)
 
