@@ -9,7 +9,7 @@ JOBS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo deploy-demo test compare bench check format clean
+.PHONY: help demo deploy-demo test drills compare bench check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ test: .venv/installed ## every test, offline, on JOBS cores; what is skipped is 
 
 deploy-demo: .venv/installed ## a deployment of real processes on this machine: TLS, keys, three sites
 	@$(BIN)/python -m deploy.demo $(SET)
+
+drills: .venv/installed ## what a deployment meets: kills, cut networks, full disks, with real processes; an hour
+	@$(BIN)/python -m pytest -v -m 'slow or not slow' tests/test_drills.py tests/test_deploy.py
 
 compare: .venv/installed ## every method on the embedded task, 3 seeds: table and plots
 	@$(BIN)/fedpft-compare conf/compare/embedded.toml $(SET)

@@ -46,7 +46,7 @@ def main() -> None:
             taps = [NodeTap(deployment.port) for _ in range(options.nodes)]
             for number, tap in enumerate(taps):
                 node = f"partition-id={number} num-partitions={options.nodes}"
-                deployment.supernode(f"node-{number}", node, tap.port)
+                deployment.supernode(f"node-{number}", node, f"127.0.0.1:{tap.port}")
             time.sleep(START_SECONDS)
             idle = _rates([taps[0], server], options.idle)
             deployment.submit("run", settings)

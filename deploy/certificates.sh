@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make a certificate authority, and with it a certificate for the SuperLink.
 #   deploy/certificates.sh DIR HOST [HOST ...]
-# HOST: every name or address by which SuperNodes and operators reach the SuperLink.
+# HOST: every name or address by which SuperNodes and operators reach the SuperLink. The
+# SuperLink's own processes reach it as 127.0.0.1, which is added, and so is localhost.
 # DIR gets ca.crt (for everybody), server.pem and server.key (for the SuperLink), and
 # ca.key, which belongs on a machine without network. An authority that is there already
 # is used again, so that a new certificate needs no new ca.crt at the nodes.
@@ -14,9 +15,9 @@ DAYS=${DAYS:-365}
 mkdir -p "$DIR"
 
 names=""
-for host in "$@"; do
+for host in "$@" localhost 127.0.0.1; do
   if [[ $host =~ ^[0-9.]+$ || $host == *:* ]]; then kind=IP; else kind=DNS; fi
-  names="$names${names:+,}$kind:$host"
+  [[ ",$names," == *",$kind:$host,"* ]] || names="$names${names:+,}$kind:$host"
 done
 
 if [ ! -f "$DIR/ca.key" ]; then

@@ -6,7 +6,7 @@ What the demo, the drills, benchmarks and tests of deployments share.
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,7 +46,7 @@ class Deployment:
         self.certificates, self._keys = place / "certificates", place / "keys"
         if secure:
             make = HERE / "certificates.sh"
-            _call(str(make), str(self.certificates), "localhost", "127.0.0.1")
+            _call(str(make), str(self.certificates), "localhost")
         ca = self.certificates / "ca.crt" if secure else None
         home = flower_home(place / "home", self.port, ca)
         self.environment = {**os.environ, **home}
@@ -96,13 +96,16 @@ class Deployment:
         log = self.place / "superlink.log"
         wait_until_up(self.processes["superlink"], self.port, log, ca)
 
-    def supernode(self, name: str, settings: str, port: int = 0) -> None:
+    def supernode(
+        self, name: str, settings: str, at: str = "", within: Sequence[str] = ()
+    ) -> None:
         """Start a SuperNode with a store of its own, registered where it must be.
 
         Args:
             name: of its process.
             settings: its node-config.
-            port: where it reaches the SuperLink, if not directly.
+            at: address and port at which it reaches the SuperLink, if not directly.
+            within: the start of a command that runs it in another place.
         """
         trust = ["--insecure"]
         if self.secure:
@@ -110,8 +113,9 @@ class Deployment:
             trust += ["--auth-supernode-private-key", str(self.key(name))]
         self.start(
             name,
+            *within,
             *("flower-supernode", *trust, "--port", str(free_port())),
-            *("--superlink", f"127.0.0.1:{port or self.port}"),
+            *("--superlink", at or f"127.0.0.1:{self.port}"),
             *("--node-config", settings),
             FEDPFT_CACHE=str(self.store(name)),
         )

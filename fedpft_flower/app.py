@@ -30,8 +30,9 @@ from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy, check_private
 from fedpft_flower.protection import protection
-from fedpft_flower.report import LOG, RunDirectory, aligned_error, versions
+from fedpft_flower.report import LOG, RunDirectory, aligned_error
 from fedpft_flower.server import Metrics, ProxyServer
+from fedpft_flower.software import versions
 from fedpft_flower.strategies import inner_strategy, memory_of, remember, strategy_of
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
@@ -441,6 +442,12 @@ def _manifest(
         "nodes": {
             node.key: None if config.privacy.on else node.examples
             for node in federation.nodes.values()
+        },
+        # Where a node's libraries are not the server's.
+        "node-versions": {
+            node.key: node.differing
+            for node in federation.nodes.values()
+            if node.differing
         },
         "fm-sha256": hashes["FM"],
         "plan": server.plan.to_json(),

@@ -15,6 +15,7 @@ from fedpft_flower.codec import REFUSED
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.protection import Exposure
 from fedpft_flower.server import ProxyServer
+from fedpft_flower.software import differences, source_hash, versions
 from fedpft_flower.wire import (
     ARRAYS,
     CONFIG,
@@ -30,7 +31,6 @@ from fedpft_flower.wire import (
     package_json,
     package_tensors,
     reason_of,
-    source_hash,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class Node:
     # Of how many partitions it has one; 0 when its rows are its own.
     partitions: int
     examples: int
+    # Library -> version, where it is another than the server's.
+    differing: dict[str, str]
     installed: str = ""
 
 
@@ -64,17 +66,21 @@ _SAID = {
     "named": bool,
     "store": str,
     "held": str,
+    "libraries": str,
     "num-partitions": int,
     "num-examples": int,
 }
 
 
-def _introduction(reply: Message, mine: str) -> tuple[Node, set[str]]:
+def _introduction(
+    reply: Message, mine: str, ours: Mapping[str, str]
+) -> tuple[Node, set[str]]:
     """Return a node as its reply to a greeting has it, and the sub-FMs it holds.
 
     Args:
         reply: the reply, which may be hostile.
         mine: the hash of the server's sources.
+        ours: versions of the server's libraries.
 
     Raises:
         FedPFTError: it runs other code, or says what cannot be.
@@ -98,8 +104,40 @@ def _introduction(reply: Message, mine: str) -> tuple[Node, set[str]]:
         held = {str(content) for content in json.loads(said["held"])}
     except (RecursionError, TypeError, ValueError) as error:
         raise FedPFTError(f"it says that it holds {said['held'][:40]!r}") from error
-    node = Node(key, said["named"], said["store"], said["num-partitions"], examples)
+    node = Node(
+        key,
+        said["named"],
+        said["store"],
+        said["num-partitions"],
+        examples,
+        differences(_libraries(said["libraries"]), ours),
+    )
     return node, held
+
+
+def _told(differing: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """Say which versions a node has where the server has others."""
+    pairs = [f"{name} {theirs}" for name, theirs in differing.items()]
+    own = [f"{name} {ours[name]}" for name in differing]
+    return f"{', '.join(pairs)}; the server has {', '.join(own)}"
+
+
+def _libraries(text: str) -> dict[str, str]:
+    """Return library -> version as a node says it.
+
+    Raises:
+        FedPFTError: it is no JSON object of short strings.
+    """
+    try:
+        said = json.loads(text)
+    except (RecursionError, ValueError):
+        said = None
+    if not isinstance(said, dict) or not all(
+        isinstance(value, str) and len(value) <= LONGEST_KEY and value.isprintable()
+        for value in said.values()
+    ):
+        raise FedPFTError(f"it says that its libraries are {text[:40]!r}")
+    return said
 
 
 class Federation:
@@ -350,7 +388,7 @@ class Federation:
             Message(RecordDict({CONFIG: labels}), dst_node_id=n, message_type=HELLO)
             for n in nodes
         ]
-        mine = source_hash()
+        mine, ours = source_hash(), versions()
         for reply in self.grid.send_and_receive(messages, timeout=self._timeout):
             node = self.grid.node_of(reply)
             if reply.has_error() and reply.error.code != REFUSED:
@@ -361,7 +399,7 @@ class Federation:
                 self._leave_out(node, reason_of(reply, self.name(node)))
                 continue
             try:
-                known, held = _introduction(reply, mine)
+                known, held = _introduction(reply, mine, ours)
             except FedPFTError as error:
                 self._leave_out(node, str(error))
                 continue
@@ -369,6 +407,8 @@ class Federation:
             known.installed = self._given.get(known.key, "")
             self.nodes[node] = known
             self._held.setdefault(known.store, set()).update(held)
+            if known.differing:
+                logger.warning("%s has %s", known.key, _told(known.differing, ours))
             if not known.named:
                 logger.warning(
                     "%s has neither site nor partition-id in its node-config: sampling "

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord
 
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.images import check_images
+from fedpft_flower.software import source_hash, versions
 from fedpft_flower.tasks import load_site
 from fedpft_flower.wire import (
     CONFIG,
@@ -19,7 +20,6 @@ from fedpft_flower.wire import (
     config_of,
     one_line_errors,
     reply,
-    source_hash,
 )
 
 
@@ -130,6 +130,7 @@ def hello(message: Message, context: Context) -> Message:
             "store": store.name,
             "held": json.dumps(store.hashes()),
             "source": source_hash(),
+            "libraries": json.dumps(versions()),
         }
     )
     # With differential privacy it tells no more than that it has rows.

@@ -240,6 +240,10 @@ def _what(
             "versions",
             ", ".join(f"{n} {v}" for n, v in sorted(manifest["versions"].items())),
         ),
+        *(
+            (f"other versions at {node}", ", ".join(f"{n} {v}" for n, v in own.items()))
+            for node, own in sorted(manifest.get("node-versions", {}).items())
+        ),
     ]
     rows += [
         (f"{name}, SHA-256", element("span", manifest[key], class_="hash"))

@@ -4,12 +4,10 @@ import argparse
 import fcntl
 import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,19 +24,6 @@ from fedpft_flower.checkpoint import flush
 from fedpft_flower.config import Config, FedPFTError, existing_path, nest
 from fedpft_flower.page import render_page
 from fedpft_flower.server import Metrics, ProxyServer
-
-_PACKAGES = (
-    "fedpft-flower",
-    "flwr",
-    "flwr-datasets",
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "numpy",
-    "ray",
-)
-
 
 LOG = "run.log"  # what the run said, with the time
 
@@ -245,17 +230,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that shape a result."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # the app runs from a bundle, not installed
-            found[package] = "not installed"
-    return found
 
 
 def draw_curves(rounds: list[Metrics], metric: str, path: Path) -> None:

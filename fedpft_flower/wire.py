@@ -244,15 +244,6 @@ def package_hash(tensors: Mapping[str, Tensor], text: str) -> str:
     return tensors_hash(tensors, text.encode())
 
 
-def source_hash() -> str:
-    """Return the hash of this package's sources, to refuse runs of mixed code."""
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------- the store
 
 # What tokenizers and image processors are saved as; nothing there runs or is unpickled.

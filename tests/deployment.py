@@ -1,6 +1,7 @@
 """A federation of two sites with digits of their own, for real processes."""
 
 import json
+import subprocess
 import time
 from contextlib import contextmanager, suppress
 
@@ -43,9 +44,46 @@ def write_digits(place, rows):
         Image.fromarray(pixels).save(folder / f"{row}.png")
 
 
-def start_site(deployment, site, port=0):
+def start_site(deployment, site, **where):
     settings = f'site="{site}" data-path="{deployment.place / site}"'
-    deployment.supernode(site, settings, port)
+    deployment.supernode(site, settings, **where)
+
+
+class Cable:
+    """A network of a node's own (a namespace), with one cable to this machine."""
+
+    HERE, THERE = "10.213.77.1", "10.213.77.2"
+
+    def __init__(self, name):
+        """Lay the cable; RuntimeError where that takes root, or `ip` is lacking."""
+        self.name, self.end = name, f"{name}-0"
+        self.within = ("ip", "netns", "exec", name)
+        try:
+            self._ip("netns", "add", name)
+            self._ip(
+                "link", "add", self.end, "type", "veth", "peer", "eth0", "netns", name
+            )
+            self._ip("address", "add", f"{self.HERE}/30", "dev", self.end)
+            self._ip("-n", name, "address", "add", f"{self.THERE}/30", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                self._ip("-n", name, "link", "set", device, "up")
+            self.plug()
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.remove()
+            raise RuntimeError(f"no network namespaces here: {error}") from error
+
+    def plug(self):
+        self._ip("link", "set", self.end, "up")
+
+    def pull(self):
+        self._ip("link", "set", self.end, "down")
+
+    def remove(self):
+        with suppress(OSError):
+            subprocess.run(["ip", "netns", "delete", self.name], check=False)
+
+    def _ip(self, *words):
+        subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
 @contextmanager

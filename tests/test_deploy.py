@@ -74,7 +74,7 @@ def test_certificates_are_made_and_renewed_by_one_authority(tmp_path):
     script = DEPLOY / "certificates.sh"
     made = call(script, tmp_path / "ca", "host.example.org", "10.0.0.1", "::1")
     assert made.returncode == 0, made.stderr
-    names = "DNS:host.example.org,IP:10.0.0.1,IP:::1"
+    names = "DNS:host.example.org,IP:10.0.0.1,IP:::1,DNS:localhost,IP:127.0.0.1"
     assert made.stdout.startswith(str(tmp_path / "ca" / "server.pem")) and (
         names in made.stdout
     )

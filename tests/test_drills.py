@@ -11,8 +11,10 @@ import time
 
 import pytest
 
+from deploy.processes import Deployment
 from tests.deployment import (
     SITES,
+    Cable,
     adapter_of,
     apps_of,
     checkpoints,
@@ -78,6 +80,42 @@ def test_a_node_that_is_killed_and_restarted_takes_part_again(
     assert list(rounds[1]["failures"]) == ["south"]
     assert all(not entry["failures"] for entry in rounds[2:])
     assert rounds[3]["per-client"]["south"]["outcome"] == "ok"
+
+
+@pytest.fixture
+def cable():
+    """Return a network of a node's own; needs root and iproute2."""
+    try:
+        cable = Cable("fedpft-drill")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield cable
+    cable.remove()
+
+
+@pytest.mark.parametrize("seconds", [20, 90])
+def test_a_node_whose_network_is_cut_comes_back_by_itself(
+    tmp_path, settings, cable, seconds
+):
+    """Twenty seconds are no matter; after 60 without a heartbeat the round goes on."""
+    with Deployment(tmp_path) as deployment:
+        deployment.superlink("--host", "0.0.0.0")
+        start_site(deployment, "north")
+        at = f"{cable.HERE}:{deployment.port}"
+        start_site(deployment, "south", at=at, within=cable.within)
+        deployment.submit("run", settings | {"rounds": 6})
+        wait_until(lambda: works_on(deployment, "south"), 400, "training")
+        cable.pull()
+        time.sleep(seconds)
+        cable.plug()
+        assert deployment.status("run", 900) == "finished:completed"
+    outcomes = [entry["failures"] for entry in rounds_of(run_directory(tmp_path))[1:]]
+    if seconds < 60:
+        assert outcomes == [{}] * 6
+    else:
+        assert "Node Unavailable" in outcomes[0]["south"]
+        per_client = rounds_of(run_directory(tmp_path))[6]["per-client"]
+        assert outcomes[5] == {} and per_client["south"]["outcome"] == "ok"
 
 
 def test_a_run_whose_server_is_killed_again_and_again_ends_as_if_it_had_not(

@@ -21,6 +21,7 @@ from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
+from fedpft_flower.software import versions
 from fedpft_flower.tasks import load_task
 from fedpft_flower.wire import Store, config_of, tensors_hash
 
@@ -437,6 +438,22 @@ def test_stale_client_code_is_refused(local_grid, settings, monkeypatch):
     monkeypatch.setattr(node, "source_hash", lambda: "f" * 64)
     with pytest.raises(FedPFTError, match="runs other code"):
         run(local_grid, settings)
+
+
+def test_other_libraries_at_a_node_are_told_and_recorded(
+    local_grid, settings, monkeypatch, caplog
+):
+    old = {**versions(), "transformers": "4.0", "fedpft-flower": "0.0"}
+    monkeypatch.setattr(node, "versions", lambda: old)
+    run(local_grid, settings)
+    manifest = results(settings)[3]
+    assert set(manifest["node-versions"]) == set(manifest["nodes"])
+    for differing in manifest["node-versions"].values():
+        # The package itself came with the run.
+        assert differing == {"transformers": "4.0"}
+    own = manifest["versions"]["transformers"]
+    told = f"has transformers 4.0; the server has transformers {own}"
+    assert told in caplog.text
 
 
 @pytest.mark.parametrize(

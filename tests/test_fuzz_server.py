@@ -440,12 +440,15 @@ def check_nodes(strategy):
         assert type(node.named) is bool and type(node.store) is str
         assert type(node.partitions) is int and node.partitions >= 0
         assert type(node.examples) is int and node.examples > 0
+        assert all(type(version) is str for version in node.differing.values())
     for held in strategy.federation._held.values():
         assert all(type(content) is str for content in held)
 
 
 @pytest.mark.parametrize("value", [None, 5, 0.5, "", "x\ny", [1], b"x"])
-@pytest.mark.parametrize("key", ["key", "named", "store", "held", "source"])
+@pytest.mark.parametrize(
+    "key", ["key", "named", "store", "held", "source", "libraries"]
+)
 def test_a_greeting_of_the_wrong_type_is_left_out(hub, key, value):
     said = dict(hub.said[HELLO, 1][CONFIG])
     said[key] = value

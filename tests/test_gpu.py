@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fedpft_flower.adapters import base_model
+from deploy.processes import Deployment
+from tests.deployment import SITES, prepare, rounds_of, run_directory, start_site
 from tests.test_federation import results, run
 
 pytestmark = pytest.mark.gpu
@@ -46,3 +48,16 @@ def test_models_lie_on_the_gpu(settings):
     for model in (server.fm, server.sub_fm):
         assert {p.device.type for p in base_model(model).parameters()} == {"cuda"}
     assert {t.device.type for t in server.adapter.values()} == {"cpu"}
+
+
+def test_a_node_with_a_gpu_takes_part_beside_one_without(tmp_path, vit_directory):
+    settings = prepare(tmp_path, vit_directory) | {"timeout-seconds": 300.0}
+    with Deployment(tmp_path) as deployment:
+        deployment.superlink()
+        start_site(deployment, "north")
+        start_site(deployment, "south", within=("env", "CUDA_VISIBLE_DEVICES="))
+        deployment.submit("run", settings)
+        assert deployment.status("run", 500) == "finished:completed"
+    for entry in rounds_of(run_directory(tmp_path))[1:]:
+        outcomes = {site: one["outcome"] for site, one in entry["per-client"].items()}
+        assert outcomes == dict.fromkeys(SITES, "ok")

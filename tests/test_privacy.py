@@ -371,7 +371,7 @@ def test_clients_tell_nothing_but_their_adapter(local_grid, private, mechanism):
     for content in said["query.hello"]:
         counts = {"num-examples": 1, "num-partitions": NODES}
         assert dict(content["metrics"]) == counts
-        known = {"key", "named", "store", "held", "source"}
+        known = {"key", "named", "store", "held", "source", "libraries"}
         assert set(content["config"]) == known
     place, rounds, summary, manifest = results(private)
     for name in ("metrics.jsonl", "summary.json"):

@@ -174,7 +174,7 @@ def test_a_deployment_with_real_processes(tmp_path, vit_directory, local_grid):
         deployment.superlink()
         taps = {site: NodeTap(deployment.port) for site in SITES}
         for site, tap in taps.items():
-            start_site(deployment, site, tap.port)
+            start_site(deployment, site, at=f"127.0.0.1:{tap.port}")
         deployment.submit("run", settings)
         status = deployment.status("run", 900)
         assert status == "finished:completed", deployment.log("superlink")

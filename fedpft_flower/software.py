@@ -1,0 +1,53 @@
+"""Say which code and which libraries run here."""
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+# This project's package, and what shapes a result.
+OWN = "fedpft-flower"
+_PACKAGES = (
+    OWN,
+    "flwr",
+    "flwr-datasets",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "numpy",
+    "ray",
+)
+
+
+def source_hash() -> str:
+    """Return the hash of this package's sources, to refuse runs of mixed code."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # the app runs from a bundle, not installed
+            found[package] = "not installed"
+    return found
+
+
+def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
+    """Return which of our libraries another machine has in other versions: theirs.
+
+    Not this package: a node runs the code that the server sent with the run.
+    """
+    return {
+        name: theirs.get(name, "unknown")
+        for name, own in ours.items()
+        if name != OWN and theirs.get(name) != own
+    }
