@@ -1,11 +1,12 @@
 """Train a small vision transformer from random weights, to have an FM for images.
 
-python -m benchmarks.pretrain_vit DATA [DATA ...] --out DIR [--epochs N] [--size S]
+python -m benchmarks.pretrain_vit DATA [DATA ...] --out DIR [--epochs N] [--minutes M]
 
 Each DATA is a local set of images with labels that `datasets` loads; the classes of
 several are told apart. Images are held in memory as bytes. After every epoch a
-checkpoint is written; the same command goes on where it ended. DIR is then what
-`fm.name` takes.
+checkpoint is written; the same command goes on where it ended. With --minutes it trains
+as many epochs, N at most, as a few steps tell will fit. DIR is then what `fm.name`
+takes.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,8 @@ from fedpft_flower.tasks import load_task
 WARM_UP, WEIGHT_DECAY, CLIP = 0.05, 0.05, 1.0
 SMOOTHING, MIXUP = 0.1, 0.3
 PROGRESS_SECONDS = 10.0
+# Steps that tell the speed, behind some that only warm up.
+WARM_STEPS, TIMED_STEPS = 3, 12
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,15 @@ def main() -> None:
         if field.name != "data":
             flag = f"--{field.name.replace('_', '-')}"
             parser.add_argument(flag, type=field.type, default=field.default)
+    parser.add_argument("--minutes", type=float, help="train no longer than about this")
     options = vars(parser.parse_args())
-    out: Path = options.pop("out")
+    out, minutes = options.pop("out"), options.pop("minutes")
     recipe = Recipe(**options | {"data": tuple(options["data"])})
     training, held_out, names = read(recipe)
     print(f"{len(training)} images of {len(names)} classes, {len(held_out)} held out")
+    if minutes is not None:
+        epochs = epochs_within(minutes, recipe, training, names, out)
+        recipe = dataclasses.replace(recipe, epochs=epochs)
     Pretraining(recipe, names, out).run(training, held_out)
     print(f"model: {out.resolve()}")
 
@@ -112,6 +120,42 @@ def read(recipe: Recipe) -> tuple[Images, Images, list[str]]:
         for ones in zip(*parts, strict=True)
     )
     return training, held_out, names
+
+
+def epochs_within(
+    minutes: float, recipe: Recipe, images: Images, names: list[str], out: Path
+) -> int:
+    """Return how many epochs to train in so many minutes, as the speed here has it.
+
+    What was begun in `out` keeps its number: the learning rate follows it.
+
+    Raises:
+        FedPFTError: not even one epoch fits.
+    """
+    begun = out / "checkpoint.json"
+    if begun.exists():
+        return int(json.loads(begun.read_text(encoding="utf-8"))["recipe"]["epochs"])
+    with TemporaryDirectory() as place:
+        trial = Pretraining(recipe, names, Path(place))
+        trial.train_epoch(first(images, WARM_STEPS * recipe.batch_size))
+        few = first(images, TIMED_STEPS * recipe.batch_size)
+        began = time.monotonic()
+        trial.train_epoch(few)
+        speed = len(few) / (time.monotonic() - began)
+    fit = int(minutes * 60 * speed / len(images))
+    print(f"{speed:.0f} images/s: {fit} epochs fit into {minutes:g} minutes")
+    if fit < 1:
+        needed = math.ceil(len(images) / speed / 60)
+        raise FedPFTError(
+            f"--minutes {minutes:g} is less than an epoch takes here; give {needed}, "
+            "or fewer images"
+        )
+    return min(fit, recipe.epochs)
+
+
+def first(images: Images, count: int) -> Images:
+    """Return the first so many images, or all."""
+    return Images(images.pixels[:count], images.labels[:count])
 
 
 def as_bytes(rows: Dataset, size: int, shift: int) -> Images:
@@ -155,11 +199,10 @@ class Pretraining:
 
     def run(self, training: Images, held_out: Images) -> None:
         """Train the epochs that are left, and save the model in `out`."""
-        steps = math.ceil(len(training) / self.recipe.batch_size)
         precision = "bf16" if has_bf16(self.device) else "fp32"
         print(f"{self.recipe.epochs - self.epoch} epochs on {self.device}, {precision}")
         while self.epoch < self.recipe.epochs:
-            loss = self._train(training, steps)
+            loss = self.train_epoch(training)
             self.epoch += 1
             print(
                 f"epoch {self.epoch}/{self.recipe.epochs}: training loss {loss:.3f}, "
@@ -173,8 +216,9 @@ class Pretraining:
             self.out
         )
 
-    def _train(self, images: Images, steps: int) -> float:
+    def train_epoch(self, images: Images) -> float:
         """Train one epoch, and return the mean loss."""
+        steps = math.ceil(len(images) / self.recipe.batch_size)
         self.model.train()
         generator = torch.Generator().manual_seed(
             derive_seed(self.recipe.seed, "epoch", self.epoch)

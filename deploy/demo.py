@@ -19,8 +19,9 @@ from datasets import Dataset
 
 from deploy.processes import Deployment
 from fedpft_flower.app import quiet
-from fedpft_flower.commands import end_like_ctrl_c, print_own, read_config
+from fedpft_flower.commands import print_own, read_config
 from fedpft_flower.config import DataConfig, FedPFTError
+from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.tasks import load_public, load_task
 
 HERE = Path(__file__).resolve().parent
@@ -35,14 +36,8 @@ def main() -> None:
     )
     parser.add_argument("set", nargs="*", metavar="key=value", help="overrides")
     end_like_ctrl_c()
-    try:
+    with one_line_end("interrupted; everything that was started is stopped"):
         sys.exit(demonstrate(parser.parse_args().set))
-    except FedPFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; everything that was started is stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def demonstrate(pairs: Sequence[str]) -> int:

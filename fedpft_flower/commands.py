@@ -31,6 +31,7 @@ from fedpft_flower.config import (
     flatten,
     nest,
 )
+from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
 from fedpft_flower.partitions import check_kind
@@ -51,15 +52,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_intermixed_args(arguments)
     end_like_ctrl_c()
     show = _print_all if options.verbose else print_own
-    try:
+    with one_line_end("interrupted; everything that was started is stopped"):
         config = read_config(options.conf, options.set)
         failure = run_experiment(config, options.nodes, options.app, show)
-    except FedPFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; everything that was started is stopped", file=sys.stderr)
-        sys.exit(130)
     if failure is None:
         sys.exit(0)
     if not (failure.told or options.verbose):
@@ -192,16 +187,6 @@ def _parser() -> argparse.ArgumentParser:
         "--verbose", action="store_true", help="show Flower's and Ray's output too"
     )
     return parser
-
-
-def end_like_ctrl_c() -> None:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 # ----------------------------------------------------------------- the Flower processes

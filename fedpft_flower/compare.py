@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_flower.checkpoint import FREE_KEYS
-from fedpft_flower.commands import CHECKOUT, end_like_ctrl_c, run_experiment
+from fedpft_flower.commands import CHECKOUT, run_experiment
 from fedpft_flower.config import MARK, Config, FedPFTError, flat_defaults, flatten
+from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.evaluation import is_better, metric_of
 from fedpft_flower.report import put
 from fedpft_flower.spec import Cell, Spec
@@ -34,22 +35,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     end_like_ctrl_c()
-    try:
+    with one_line_end("interrupted; finished cells stay, the same command goes on"):
         spec = Spec(options.spec)
         out = options.out or Path.home() / "fedpft-runs" / f"compare-{spec.place.stem}"
         comparison = Comparison(spec, out.absolute(), options.app)
         if not options.tables:
             comparison.run(options.only)
         written = write_tables(spec, comparison.results(), comparison.out)
-    except FedPFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; finished cells stay, the same command goes on",
-            file=sys.stderr,
-        )
-        sys.exit(130)
     print(written.read_text(encoding="utf-8"))
     print(f"results: {comparison.out}")
     sys.exit(0 if comparison.is_complete else 1)

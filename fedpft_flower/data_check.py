@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import DataConfig, FedPFTError, names_in
+from fedpft_flower.endings import one_line_end
 from fedpft_flower.images import check_images
 from fedpft_flower.reading import labels_of
 from fedpft_flower.tasks import columns_of, load_site, source_of, task_of
@@ -37,7 +38,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Check a site's rows from the command line; exit 1 if a run would refuse them."""
     options = _parser().parse_intermixed_args(arguments)
     datasets.disable_progress_bars()
-    try:
+    with one_line_end():
         pairs = [f"data.path={options.path}", *options.set]
         if (
             not any(pair.startswith("data.task=") for pair in pairs)
@@ -46,9 +47,6 @@ def run(arguments: Sequence[str] | None = None) -> None:
             pairs.insert(0, "data.task=text")
         config = read_config(options.conf, pairs)
         found = check(config.data, config.train.batch_size, config.seed)
-    except FedPFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print("\n".join(found.lines))
     for kind, texts in (("error", found.errors), ("warning", found.warnings)):
         for text in texts:

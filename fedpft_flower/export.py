@@ -6,7 +6,6 @@ folder, the FM with the adapter merged, and a model card.
 
 import argparse
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from fedpft_flower.adapters import attach_adapter, export_adapter, load_adapter
 from fedpft_flower.app import quiet
 from fedpft_flower.card import Origin, render_card
 from fedpft_flower.config import FedPFTError, existing_path, names_in
+from fedpft_flower.endings import one_line_end
 from fedpft_flower.foundation import (
     BUNDLED_HUB_NAME,
     BUNDLED_NAME,
@@ -45,14 +45,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     quiet()
     place = options.run.expanduser().absolute()
     out = options.out.expanduser().absolute() if options.out else place / "export"
-    try:
+    with one_line_end("interrupted; nothing is left behind"):
         export(place, out, options.fm, _tell)
-    except FedPFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; nothing is left behind", file=sys.stderr)
-        sys.exit(130)
     print(f"exported: {out}", flush=True)
 
 

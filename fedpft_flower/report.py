@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from fedpft_flower.adapters import export_adapter
 from fedpft_flower.checkpoint import flush
 from fedpft_flower.config import Config, FedPFTError, existing_path, nest
+from fedpft_flower.endings import one_line_end
 from fedpft_flower.page import render_page
 from fedpft_flower.server import Metrics, ProxyServer
 
@@ -172,11 +172,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="directory of a finished run")
     place = parser.parse_args(arguments).run.expanduser().absolute()
-    try:
+    with one_line_end():
         print(f"report: {write_page(FinishedRun.read(place))}")
-    except FedPFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def write_page(run: FinishedRun) -> Path:

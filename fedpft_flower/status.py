@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 import tomllib
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpft_flower.config import Config, FedPFTError, flatten, one_line
+from fedpft_flower.endings import one_line_end
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.report import LOG
 from fedpft_flower.server import Metrics
@@ -188,7 +188,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         "--watch", action="store_true", help=f"every {_EVERY:g} s until it ends"
     )
     options = parser.parse_args(arguments)
-    try:
+    with one_line_end():
         root = os.environ.get("FEDPFT_OUT") or Config().out_dir
         place = options.run or _newest(Path.home() / Path(root).expanduser())
         status = Status.read(place.expanduser().absolute())
@@ -197,8 +197,3 @@ def run(arguments: Sequence[str] | None = None) -> None:
             time.sleep(_EVERY)
             status = Status.read(status.path)
             print(f"\n{render(status)}", flush=True)
-    except FedPFTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -174,7 +174,7 @@ def test_pretraining_goes_on_where_it_ended(digits, tmp_path, capsys):
     whole, training, held_out = pretraining(recipe, tmp_path / "whole")
     whole.run(training, held_out)
     first, _, _ = pretraining(recipe, tmp_path / "parts")
-    first._train(training, 10)
+    first.train_epoch(training)
     first.epoch = 1
     first._save()
     second, _, _ = pretraining(recipe, tmp_path / "parts")
@@ -186,6 +186,27 @@ def test_pretraining_goes_on_where_it_ended(digits, tmp_path, capsys):
         assert torch.equal(one, other)
     with pytest.raises(FedPFTError, match="checkpoint of another command"):
         pretraining(replace(recipe, seed=1), tmp_path / "parts")
+
+
+def test_pretraining_keeps_to_the_minutes_it_has(digits, tmp_path, monkeypatch, capsys):
+    recipe = pretrain_vit.Recipe((digits,), 9, 50, 3e-3, 8, 2, 16, 1, 2)
+    run, training, _ = pretraining(recipe, tmp_path / "out")
+    clock = iter([0.0, 6.0] * 3)  # 12 batches of 50 in 6 seconds: 100 images/s
+
+    def epochs(minutes, out=tmp_path / "other"):
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain_vit.Pretraining, "train_epoch", lambda *_: 0.0)
+            patch.setattr(pretrain_vit.time, "monotonic", lambda: next(clock))
+            return pretrain_vit.epochs_within(minutes, recipe, training, [], out)
+
+    assert epochs(0.5) == 3
+    assert "100 images/s: 3 epochs fit into 0.5 minutes" in capsys.readouterr().out
+    assert epochs(10) == 9
+    with pytest.raises(FedPFTError, match=r"--minutes 0\.1 is less than an epoch"):
+        epochs(0.1)
+    run.epoch = 1
+    run._save()
+    assert epochs(0.5, tmp_path / "out") == 9
 
 
 def test_the_alignment_table_compares_with_the_first_recipe():

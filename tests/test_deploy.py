@@ -133,7 +133,7 @@ def test_everything_is_stopped_however_often_one_asks(tmp_path):
 import os, signal, time
 from pathlib import Path
 from deploy.processes import Deployment
-from fedpft_flower.commands import end_like_ctrl_c
+from fedpft_flower.endings import end_like_ctrl_c
 
 end_like_ctrl_c()
 try:

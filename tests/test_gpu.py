@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedpft_flower.adapters import base_model
 from deploy.processes import Deployment
+from fedpft_flower.adapters import base_model
 from tests.deployment import SITES, prepare, rounds_of, run_directory, start_site
 from tests.test_federation import results, run
 
