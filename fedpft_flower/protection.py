@@ -127,6 +127,13 @@ def _rows(
     figures: Figures, metric: str, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> Iterable[dict[str, str]]:
     """Yield the rows of the sheet: name, value, what it means."""
+    yield from _share_rows(figures)
+    yield from _gap_rows(figures, metric, before, after)
+    yield from _client_rows(figures)
+
+
+def _share_rows(figures: Figures) -> Iterable[dict[str, str]]:
+    """Yield how much of the FM was sent."""
     total = figures["parameters"]
     for key, name, note in (
         (
@@ -149,6 +156,12 @@ def _rows(
     ):
         share = figures[key]
         yield _row(name, f"{100 * share:.1f} % ({share * total / 1e6:.2f} M)", note)
+
+
+def _gap_rows(
+    figures: Figures, metric: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterable[dict[str, str]]:
+    """Yield what the FM can do that the sub-FM cannot."""
     yield _row(
         f"capability gap before training ({metric}, test)",
         _minus(before, metric, figures["capability-gap-before"]),
@@ -170,6 +183,10 @@ def _rows(
             _likeness(found),
             "sub-FM against FM, both with the averaged adapter: last states, answers",
         )
+
+
+def _client_rows(figures: Figures) -> Iterable[dict[str, str]]:
+    """Yield what clients gave away."""
     sent = figures["bytes-up"]
     listed = ", ".join(f"{kind} {size / 1e6:.3f} MB" for kind, size in sent.items())
     spent = figures["privacy"]
