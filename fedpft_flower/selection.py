@@ -213,7 +213,7 @@ def score(
     model: PreTrainedModel,
     name: str,
     counts: Sequence[int],
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     align: AlignConfig,
     seed: int,
 ) -> list[Tensor]:
@@ -223,7 +223,8 @@ def score(
         model: the FM, in evaluation mode.
         name: of the selection.
         counts: how many neurons each layer keeps; a layer that keeps all is not scored.
-        batches: public inputs, where the selection needs some.
+        batches: public inputs, where the selection needs some; iterated once for
+            every group of layers whose sums fit into memory together.
         align: `jacobian_weight` and `ridge`.
         seed: of random scores.
 

@@ -6,7 +6,7 @@ the same adapter as the same run through Flower.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -163,10 +163,11 @@ class ProxyServer:
         config, ffns = self.config, ffns_of(model)
         began = time.monotonic()
         counts = kept_counts(config.sub_fm, [ffn.width for ffn in ffns])
-        name, batches = self.method.selection, list[Batch]()
+        name = self.method.selection
+        batches: Iterable[Batch] = []
         if selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
-            batches = self._calibration(model, counts)
+            batches = _Shown(self._calibration(model, counts), "choosing neurons")
         scores = score(model, name, counts, batches, config.align, config.seed)
         sizes = list(map(size_of, layers_of(model), ffns))
         plan = self.method.plan(scores, sizes, config.sub_fm)
@@ -701,6 +702,22 @@ def _prefixed(model: str, metrics: Metrics) -> Metrics:
 
 def _digits(right: Sequence[bool]) -> str:
     return "".join("1" if one else "0" for one in right)
+
+
+class _Shown:
+    """Hold batches that tell every few seconds how far a pass over them is."""
+
+    def __init__(self, batches: Sequence[Batch], what: str) -> None:
+        self._batches, self._what = batches, what
+
+    def __iter__(self) -> Iterator[Batch]:
+        began = shown = time.monotonic()
+        for number, batch in enumerate(self._batches):
+            now = time.monotonic()
+            if now - shown >= PROGRESS_SECONDS:
+                shown, share = now, 100 * number / len(self._batches)
+                logger.info("%s: %3.0f %%, %.0f s", self._what, share, now - began)
+            yield batch
 
 
 class _Told:

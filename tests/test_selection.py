@@ -1,9 +1,12 @@
 """Selections against slow references in NumPy float64."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 
+from fedpft_flower import server
 from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, FedPFTError
 from fedpft_flower.moments import (
@@ -290,3 +293,10 @@ def test_sums_of_many_layers_take_several_passes(monkeypatch):
 def test_an_unknown_selection_is_refused():
     with pytest.raises(FedPFTError, match=r"selection = 'magic'.*norm, random, energy"):
         score(tiny_model("bert"), "magic", [1] * LAYERS, [], AlignConfig(), 0)
+
+
+def test_a_pass_over_public_batches_tells_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(server, "PROGRESS_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO):
+        assert list(server._Shown([1, 2, 3, 4], "choosing neurons")) == [1, 2, 3, 4]
+    assert "choosing neurons:  50 %" in caplog.text
