@@ -138,7 +138,8 @@ def heal(config: Config, marks: Sequence[int], lr: float) -> Iterator[Point]:
     tokenizer = tokenizer_of(package)
     rows = encode_public(public, tokenizer, "text", config.data, "classify")
     held, own = hold_out(rows, max(1, len(rows) // 10), derive_seed(config.seed, "own"))
-    probe_rows = task.train.select(range(min(PROBE_ROWS, len(task.train))))
+    mixed = task.train.shuffle(seed=config.seed)  # files may be sorted by label
+    probe_rows = mixed.select(range(min(PROBE_ROWS, len(mixed))))
     split = server.encode(probe_rows), server.encode(task.test)
     healed = regrow(package, config.seed)
     batches = list(shuffled_batches(held, BATCH, seed=0))

@@ -390,7 +390,10 @@ def _summary(run: _Run, plain: Metrics, after: Metrics, ledger: Ledger) -> Metri
         "bytes-up": both[1],
         "bytes-install-per-client": strategy.federation.install_bytes,
         "bytes-per-client-and-round": (sum(both) - install) / taken,
-        "peak-memory-server": peak_memory(),
+        # Of all processes of the run, if it was resumed.
+        "peak-memory-server": max(
+            [peak_memory(), *(entry.get("peak-memory-server", 0) for entry in rounds)]
+        ),
         "peak-memory-client": max(
             (entry.get("peak-memory-client", 0) for entry in rounds), default=0
         ),

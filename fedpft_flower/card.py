@@ -72,7 +72,7 @@ def _front_matter(run: FinishedRun, origin: Origin) -> ModelCardData:
             task_type=pipeline,
             dataset_type=data,
             dataset_name=data,
-            dataset_split="test",
+            dataset_split=run.manifest["splits"]["test"]["source"] or "test",
             metric_type=name,
             metric_value=after[f"fm-{name}"],
         )

@@ -7,7 +7,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from fedpft_flower.commands import CHECKOUT, run_experiment
 from fedpft_flower.config import MARK, Config, FedPFTError, flat_defaults, flatten
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.evaluation import is_better, metric_of
+from fedpft_flower.methods import method_of
 from fedpft_flower.report import put
 from fedpft_flower.spec import Cell, Spec
 from fedpft_flower.status import duration
-from fedpft_flower.tables import Result, last_score, write_tables
+from fedpft_flower.tables import Result, validation_score, write_tables
 
 # How often a cell's own progress is shown.
 PROGRESS_SECONDS = 30.0
@@ -70,6 +71,7 @@ class Comparison:
             ) from error
         for cell in spec.all_cells:
             self._check(cell)
+        self._check_read()
 
     def cells(self) -> list[Cell]:
         """Return the cells whose rate is known, in the order in which they are run."""
@@ -83,7 +85,7 @@ class Comparison:
     def best_lr(self, cell: Cell) -> float | None:
         """Return the best rate of a cell's grid on validation, with the first seed.
 
-        None as long as one of them has no result.
+        None as long as one of them is to be run, or where all of them failed.
         """
         grid = self.spec.lrs(cell.task, cell.partition, cell.method)
         if len(grid) == 1:
@@ -91,11 +93,13 @@ class Comparison:
         best, best_score = None, 0.0
         metric = metric_of(self.spec.config(cell).data)
         for lr in grid:
-            values = asdict(cell) | {"lr": lr, "seed": self.spec.seeds[0]}
-            result = self._read(Cell(**values))
-            if result is None:
+            first = replace(cell, lr=lr, seed=self.spec.seeds[0])
+            result = self._read(first)
+            if result is None and self._reason(first) is None:
                 return None
-            score = last_score(result, metric)
+            if result is None:
+                continue  # it diverged, say: another rate is better
+            score = validation_score(result, metric)
             if best is None or is_better(metric, score, best_score):
                 best, best_score = lr, score
         return best
@@ -138,7 +142,8 @@ class Comparison:
     def _run(self, cell: Cell) -> str:
         """Run a cell, keep its result or its failure, and say in short what came."""
         began, config = time.monotonic(), self.spec.config(cell)
-        runs = self.out / "runs" / cell.name
+        # A stopped run goes on only with as many nodes.
+        runs = self.out / "runs" / f"{cell.name}-n{self.spec.nodes}"
         flat = config.flat() | {"out-dir": str(runs), "checkpoint.keep": 1}
         found = self._attempt(flat | {"resume": _unfinished(runs, flat)})
         if isinstance(found, _Failed) and found.reason.startswith("resume: "):
@@ -148,7 +153,7 @@ class Comparison:
             return f"failed: {found.reason}"
         result = _collect(found)
         result |= {"cell": asdict(cell), "nodes": self.spec.nodes}
-        result["config"] = self.spec.unfilled(config)
+        result |= {"config": self.spec.unfilled(config), "recipe": recipe_of(config)}
         self._write(cell, ".json", result)
         shutil.rmtree(found / "checkpoints", ignore_errors=True)
         metric, test = metric_of(config.data), result["summary"]["test-after"]
@@ -180,7 +185,11 @@ class Comparison:
         now = self.spec.unfilled(self.spec.config(cell))
         # What this version added has its default in older results.
         earlier = {**flat_defaults(), **result["config"]}
+        told: dict[str, tuple[Any, Any]]
         told = {"nodes": (result["nodes"], self.spec.nodes)}
+        # What settings leave to the method's row, another version may fill otherwise.
+        recipe = recipe_of(self.spec.config(cell))
+        told["recipe"] = (result["recipe"] or recipe, recipe)
         told |= {key: (earlier[key], value) for key, value in now.items()}
         for key, (then, value) in told.items():
             if then != value and key not in _FREE:
@@ -189,13 +198,35 @@ class Comparison:
                     f"spec says {value!r}; give another --out, or remove that file"
                 )
 
+    def _check_read(self) -> None:
+        """Refuse results of one task and seed that read other rows, or another FM."""
+        seen: dict[tuple[Any, ...], tuple[Path, Any]] = {}
+        for cell in self.spec.all_cells:
+            if (result := self._read(cell)) is None:
+                continue
+            manifest, config = result["manifest"], result["config"]
+            read = {"FM": manifest.get("fm-sha256")} | {
+                f"{name} rows": split["sha256"]
+                for name, split in manifest.get("splits", {}).items()
+            }
+            alike = (cell.task, cell.partition, cell.seed, config["fm.name"])
+            place = self._place(cell, ".json")
+            for what, content in read.items():
+                earlier, other = seen.setdefault((what, *alike), (place, content))
+                if content is not None and other not in (None, content):
+                    raise FedPFTError(
+                        f"{earlier} and {place} were made with unlike {what}; give "
+                        "another --out, or remove those of the old ones"
+                    )
+
     def _read(self, cell: Cell) -> dict[str, Any] | None:
         place = self._place(cell, ".json")
         if cell not in self._known and place.exists():
             try:
                 found = json.loads(place.read_text(encoding="utf-8"))
                 self._known[cell] = {key: found[key] for key in _PARTS}
-                last_score(found, metric_of(self.spec.config(cell).data))
+                self._known[cell]["recipe"] = found.get("recipe")
+                validation_score(found, metric_of(self.spec.config(cell).data))
             except (OSError, ValueError, LookupError, TypeError) as error:
                 raise FedPFTError(
                     f"{place} is not a cell's result ({error!r}); remove it"
@@ -233,12 +264,25 @@ class _Failed:
     lines: list[str] = field(default_factory=list)
 
 
-# What a result has.
+# What a result has; those of older versions lack the recipe.
 _PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
 
 # Settings that may differ between a result and the spec: where things are put, and how
 # long to wait; but not what is read.
 _FREE = FREE_KEYS - {"fm.name", "data.path", "data.public-path"}
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """Return what a method does, as its row and the settings say it."""
+    method = method_of(config)
+    return {
+        "plan": method.plan.__name__,
+        "selection": method.selection,
+        "before": method.before,
+        "during": method.during,
+        "patience": method.patience,
+        "refine": method.refine,
+    }
 
 
 def _collect(directory: Path) -> dict[str, Any]:

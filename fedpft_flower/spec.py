@@ -24,7 +24,8 @@ A spec is one TOML file:
     method = "fedpft"
     align.steps = 1000
 
-Later tables win: base, settings, task, partition, method. Of several rates each method
+Later tables win: base, settings, task, partition, method; kept and lrs exclude the same
+settings in tables of methods. Of several rates each method
 takes, for every task, partition and kept fraction, the one that is best on validation
 with the first seed. A method that keeps the whole FM runs once for all kept fractions.
 """
@@ -69,7 +70,9 @@ class Cell:
     task: str
     partition: str  # "" where the spec has no partitions
     method: str
-    kept: float  # sub-fm.keep-fraction; 1 where the whole FM is kept
+    # sub-fm.keep-fraction, or sub-fm.keep-neurons where that decides; 1 where the whole
+    # FM is kept.
+    kept: float
     lr: float
     seed: int
 
@@ -147,6 +150,8 @@ class Spec:
         config = self._config(task, partition, method)
         if METHODS[config.method].plan is keep_all:
             return [1.0]
+        if config.sub_fm.keep_neurons and "kept" not in self._table:
+            return [float(config.sub_fm.keep_neurons)]
         if "kept" in self._table and config.sub_fm.keep_neurons:
             raise FedPFTError(
                 f"{self.place}: kept and sub-fm.keep-neurons exclude each other"
@@ -172,9 +177,10 @@ class Spec:
     def unfilled(self, config: Config) -> dict[str, Any]:
         """Return settings in which variables stand for the places that they name."""
         flat = config.flat() | {"out-dir": Config().out_dir}
+        longest_first = sorted(self._variables.items(), key=lambda v: -len(v[1]))
         for key in _PLACES:
-            for name, value in self._variables.items():
-                if str(flat[key]).startswith(value):
+            for name, value in longest_first:
+                if str(flat[key]) == value or str(flat[key]).startswith(f"{value}/"):
                     flat[key] = f"{{{name}}}{str(flat[key]).removeprefix(value)}"
         return flat
 
@@ -283,6 +289,12 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{kind}.{name} is no table"
             elif kind == "task" and not isinstance(settings.get("base", ""), str):
                 yield f"task.{name}: base = {settings['base']!r} is no file's name"
+    for key, setting in (("kept", "sub-fm.keep-fraction"), ("lrs", "train.lr")):
+        for method, settings in own.items():
+            if not (key in table and isinstance(settings, Mapping)):
+                continue
+            if setting in flatten(settings):
+                yield f"{key} and {setting} of method {method!r} exclude each other"
     for pair in table.get("pairs", []):
         if not isinstance(pair, list) or len(pair) != 2:
             yield f'pairs: {pair} is no pair; write ["one", "other"]'

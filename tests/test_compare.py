@@ -132,7 +132,8 @@ def test_csv_rows_are_those_of_the_runs(spec_file, engine, tmp_path):
     for row in rows:
         if row["state"] == "unrun":
             continue
-        (place,) = out.glob(f"runs/digits-alike-aligned-k0.5-lr0.001-s{row['seed']}/*")
+        name = f"digits-alike-aligned-k0.5-lr0.001-s{row['seed']}-n3"
+        (place,) = out.glob(f"runs/{name}/*")
         summary = json.loads((place / "summary.json").read_text())
         assert float(row["test-fm"]) == summary["test-after"]["fm-accuracy"]
         assert int(row["bytes-down"]) == summary["bytes-down"]
@@ -213,7 +214,84 @@ def test_of_several_rates_each_method_takes_its_best(spec_file, engine, tmp_path
         name = f"digits-alike-fedpft-n-k0.5-lr{lr:g}-s0"
         found = json.loads((out / "cells" / f"{name}.json").read_text())
         losses[lr] = found["rounds"][-1]["fm-accuracy"]
-    assert comparison.best_lr(cell) == max(losses, key=losses.get)
+    best = max(losses, key=losses.get)
+    assert comparison.best_lr(cell) == best
+    # The table says which rate it shows, and by what it was chosen.
+    for row in csv.DictReader((out / "results.csv").open()):
+        if row["state"] == "finished":
+            assert row["shown"] == str(float(row["lr"]) == best)
+        if row["state"] == "finished" and row["seed"] == "0":
+            assert float(row["validation"]) == losses[float(row["lr"])]
+    # A rate that fails, as one that diverges does, leaves the others.
+    name = f"digits-alike-fedpft-n-k0.5-lr{best:g}-s0"
+    (out / "cells" / f"{name}.json").unlink()
+    (out / "cells" / f"{name}.failed.json").write_text('{"reason": "it diverged"}')
+    (other,) = losses.keys() - {best}
+    assert Comparison(spec, out).best_lr(cell) == other
+
+
+def test_the_score_that_chooses_is_that_of_the_reported_model():
+    entries = [{"round": n, "fm-accuracy": n / 10} for n in (0, 4, 6)]
+    found = {"rounds": [*entries, {"round": 7}], "summary": {"best-round": 4}}
+    assert tables.validation_score(found, "accuracy") == 0.6
+    found["summary"]["select"] = "best"
+    assert tables.validation_score(found, "accuracy") == 0.4
+    found["summary"]["refinement"] = {"kept": False, "validation-after": 0.9}
+    assert tables.validation_score(found, "accuracy") == 0.4
+    found["summary"]["refinement"]["kept"] = True
+    assert tables.validation_score(found, "accuracy") == 0.9
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [("recipe", "was made with recipe"), ("manifest", "with unlike test rows")],
+)
+def test_results_that_only_look_alike_are_refused(
+    spec_file, engine, tmp_path, capsys, part, said
+):
+    out = tmp_path / "out"
+    compared(spec_file, out, "--only", "k0.5-lr0.001-s0")
+    place = out / "cells" / "digits-alike-aligned-k0.5-lr0.001-s0.json"
+    found = json.loads(place.read_text())
+    if part == "recipe":
+        found["recipe"]["patience"] = 3
+    else:
+        found["manifest"]["splits"]["test"]["sha256"] = "ab" * 32
+    place.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert compared(spec_file, out) == 2
+    (error,) = errors(capsys)
+    assert said in error and str(place) in error
+
+
+def test_a_stopped_cell_does_not_go_on_with_other_nodes(spec_file, engine, tmp_path):
+    out, only = tmp_path / "out", ("--only", "aligned-k0.5-lr0.001-s0")
+    compared(spec_file, out, *only)
+    (place,) = out.glob("cells/*.json")
+    place.unlink()
+    spec_file.write_text(SPEC.replace("nodes = 3", "nodes = 4"))
+    compared(spec_file, out, *only)
+    places = {config.out_dir.rpartition("-")[2] for config in engine}
+    assert places == {"n3", "n4"}
+
+
+def test_differences_find_the_fraction_that_the_other_has():
+    def group(method, kept):
+        cells = [Cell("t", "", method, kept, 0.1, seed) for seed in (0, 1)]
+        return [tables.Result(cell, {"rounds": []}, None) for cell in cells]
+
+    keys = [("whole", 1.0), ("a", 0.25), ("a", 0.5), ("b", 0.125)]
+    groups = {("t", "", *key): group(*key) for key in keys}
+
+    def found(one, other):
+        both = tables._both(groups, "t", "", one, other)
+        return [(kept, *(x and x[0].cell.kept for x in rest)) for kept, *rest in both]
+
+    assert found("a", "whole") == [("0.25", 0.25, 1.0), ("0.5", 0.5, 1.0)]
+    assert found("whole", "a") == [("0.25", 1.0, 0.25), ("0.5", 1.0, 0.5)]
+    assert found("b", "whole") == [("0.125", 0.125, 1.0)]
+    assert found("a", "b") == [("0.25", 0.25, 0.125), ("0.5", 0.5, 0.125)]
+    assert found("a", "none") == [("-", [], [])]
 
 
 @pytest.mark.parametrize(
@@ -238,6 +316,7 @@ def test_of_several_rates_each_method_takes_its_best(spec_file, engine, tmp_path
         (("rounds = 2", 'train.lr = "fast"'), "train.lr"),
         (("kept = [0.5", "lrs = [1e-3, 1.0000001e-3]\nkept = [0.5"), "other names"),
         (('method = "fedpft-b"', 'method = ["fedpft-b"]'), "method"),
+        (("align.steps = 2", "sub-fm.keep-fraction = 0.3"), "exclude each other"),
     ],
 )
 def test_a_wrong_spec_is_refused_in_one_line(
@@ -302,11 +381,12 @@ def test_gaps_are_paired_by_seed():
     others = [result("b", 1, "1000"), result("b", 0, "1110")]
     spec = SimpleNamespace(seeds=[0, 1, 2])
     shown = tables._gap(ones, others, spec)
-    assert shown.startswith("+25.0 (") and shown.endswith(" points [2 seeds]")
-    assert tables._gap(ones, ones, spec) == tables._gap(ones, [], spec) == "-"
+    assert shown[0].startswith("+25.0 (") and shown[0].endswith(" points [2 seeds]")
+    assert shown[1] == "+25.0, +25.0"
+    assert tables._gap(ones, ones, spec) == tables._gap(ones, [], spec) == ("-", "-")
     # Rows of other numbers are no pairs.
     others[0] = result("b", 1, "10000")
-    assert tables._gap(ones, others, spec).startswith("+27.50 points")
+    assert tables._gap(ones, others, spec)[0].startswith("+27.50 points")
 
 
 def test_nothing_of_a_place_that_cannot_be_written(spec_file, engine, tmp_path, capsys):
