@@ -44,10 +44,10 @@ class Tap:
     with its headers, without those of TCP and IP.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, host: str = "127.0.0.1") -> None:
         self._target, self._lock = target, threading.Lock()
         self._counts: dict[str, Count] = defaultdict(Count)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, 0))
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property

@@ -20,20 +20,27 @@ for host in "$@" localhost 127.0.0.1; do
   [[ ",$names," == *",$kind:$host,"* ]] || names="$names${names:+,}$kind:$host"
 done
 
+if [ -f "$DIR/ca.crt" ] && [ ! -f "$DIR/ca.key" ]; then
+  echo "error: $DIR has ca.crt but not the ca.key that signs; put it back for this" >&2
+  exit 2
+fi
+log=$(mktemp); trap 'rm -f "$log"' EXIT
+# Say what openssl said, but only if it failed.
+quietly() { "$@" 2>"$log" || { cat "$log" >&2; exit 2; }; }
 if [ ! -f "$DIR/ca.key" ]; then
-  openssl req -x509 -newkey rsa:3072 -nodes -sha256 -days 3650 -subj "/CN=fedpft-ca" \
+  quietly openssl req -x509 -newkey rsa:3072 -nodes -sha256 -days 3650 -subj "/CN=fedpft-ca" \
     -addext "basicConstraints=critical,CA:TRUE" \
     -addext "keyUsage=critical,keyCertSign,cRLSign" \
-    -keyout "$DIR/ca.key" -out "$DIR/ca.crt" 2>/dev/null
+    -keyout "$DIR/ca.key" -out "$DIR/ca.crt"
 fi
 draft=$(mktemp -d "$DIR/.draft.XXXXXX")
-trap 'rm -rf "$draft"' EXIT
-openssl req -newkey rsa:3072 -nodes -sha256 -subj "/CN=superlink" \
-  -keyout "$draft/server.key" -out "$draft/server.csr" 2>/dev/null
+trap 'rm -rf "$draft" "$log"' EXIT
+quietly openssl req -newkey rsa:3072 -nodes -sha256 -subj "/CN=superlink" \
+  -keyout "$draft/server.key" -out "$draft/server.csr"
 printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names" > "$draft/ext"
-openssl x509 -req -sha256 -days "$DAYS" -in "$draft/server.csr" -CA "$DIR/ca.crt" \
-  -CAkey "$DIR/ca.key" -CAcreateserial -extfile "$draft/ext" -out "$draft/server.pem" \
-  2>/dev/null
+quietly openssl x509 -req -sha256 -days "$DAYS" -in "$draft/server.csr" -CA "$DIR/ca.crt" \
+  -CAkey "$DIR/ca.key" -CAcreateserial -extfile "$draft/ext" -out "$draft/server.pem"
 mv "$draft/server.key" "$draft/server.pem" "$DIR/"
 chmod 644 "$DIR/ca.crt" "$DIR/server.pem"
-echo "$(cd "$DIR" && pwd)/server.pem: $names, $DAYS days"
+until=$(openssl x509 -noout -enddate -in "$DIR/server.pem")
+echo "$(cd "$DIR" && pwd)/server.pem: $names, until ${until#*=}"

@@ -20,7 +20,7 @@ from fedpft_flower.adapters import attach_adapter, export_adapter, load_adapter
 from fedpft_flower.app import quiet
 from fedpft_flower.card import Origin, render_card
 from fedpft_flower.config import FedPFTError, existing_path, names_in
-from fedpft_flower.endings import one_line_end
+from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.foundation import (
     BUNDLED_HUB_NAME,
     BUNDLED_NAME,
@@ -43,6 +43,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Export a finished run from the command line; exit 0 only if all is written."""
     options = _parser().parse_args(arguments)
     quiet()
+    end_like_ctrl_c()
     place = options.run.expanduser().absolute()
     out = options.out.expanduser().absolute() if options.out else place / "export"
     with one_line_end("interrupted; nothing is left behind"):

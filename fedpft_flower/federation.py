@@ -39,6 +39,11 @@ EARLIER = 8  # sub-FMs that a change can start from; a node with an older one ge
 LONGEST_KEY = 200  # characters of a node's name
 
 
+# A node reads its rows before it answers; but for longer than this, or than
+# `wait-seconds` where that is longer, nobody waits.
+GREETING_SECONDS = 300.0
+
+
 class RoundError(FedPFTError):
     """Report that a round had too few nodes or replies; it may be tried again."""
 
@@ -389,7 +394,9 @@ class Federation:
             for n in nodes
         ]
         mine, ours = source_hash(), versions()
-        for reply in self.grid.send_and_receive(messages, timeout=self._timeout):
+        # A node that is online and never answers must not hold up the others for long.
+        timeout = min(self._timeout, max(self._wait, GREETING_SECONDS))
+        for reply in self.grid.send_and_receive(messages, timeout=timeout):
             node = self.grid.node_of(reply)
             if reply.has_error() and reply.error.code != REFUSED:
                 # It went offline, or its process died: it may come back.

@@ -38,6 +38,9 @@ class Identity:
     own: dict[str, Any]
 
 
+# The site in deploy/supernode.env, which nobody has named yet.
+UNNAMED = "CHANGE-ME"
+
 # What a node with rows of its own may say otherwise than the run's `data.*`.
 OWN_KEYS = {
     "data-path": "path",
@@ -82,6 +85,10 @@ def identify(context: Context) -> Identity:
         )
     if "partition-id" in node:
         return Identity(f"partition-{index:06d}", True, index, count, own)
+    if node.get("site") == UNNAMED:
+        raise FedPFTError(
+            f"site = {UNNAMED!r} in this node's config; give it a name of its own"
+        )
     if site := str(node.get("site", "")):
         return Identity(site, True, index, count, own)
     return Identity(f"node-{context.node_id}", False, index, count, own)

@@ -199,6 +199,7 @@ def write_page(run: FinishedRun) -> Path:
 def put(place: Path, write: Callable[[Path], Any]) -> None:
     """Write a file or directory under a temporary name, flush it, and rename it."""
     draft = place.with_name(f".{place.stem}.partial{place.suffix}")
+    _remove(draft)  # what a killed process left
     try:
         write(draft)
         for path in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:

@@ -45,7 +45,7 @@ class Status:
             flat = flatten(tomllib.loads((path / "config.toml").read_text()))
             config = Config.from_run_config(flat)
             rounds = [json.loads(line) for line in _lines(path / "metrics.jsonl")]
-            written = max(file.stat().st_mtime for file in path.iterdir())
+            written = max(map(_written, path.iterdir()))
         except (OSError, ValueError) as error:
             raise FedPFTError(
                 f"{path} is not a run directory ({error}); give the one that the run "
@@ -169,10 +169,19 @@ def _is_locked(place: Path) -> bool | None:
 
 
 def _newest(root: Path) -> Path:
+    """Return the run that was written last: it may be an older one, resumed."""
     found = [path.parent for path in root.glob("*/config.toml")]
     if not found:
         raise FedPFTError(f"{root} has no run directory; give one")
-    return max(found, key=lambda path: (path / "config.toml").stat().st_mtime)
+    return max(found, key=lambda path: max(map(_written, path.iterdir())))
+
+
+def _written(path: Path) -> float:
+    """Return when a file was written; 0 if it was a draft, and is renamed by now."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from deploy import demo
 from deploy.processes import Deployment
+from fedpft_flower.commands import free_port
 from fedpft_flower.config import FedPFTError, flatten
 from tests.deployment import (
     SITES,
@@ -70,6 +72,49 @@ def test_a_deployment_with_tls_and_keys_gives_the_same_adapter(
     assert found == expected_adapter(local_grid, settings, tmp_path)
 
 
+def test_nodes_come_in_by_the_door_and_nobody_else(tmp_path):
+    """deploy/nginx.conf, with the ports and places of a test."""
+    if shutil.which("nginx") is None:
+        pytest.skip("nginx is not installed")
+    (tmp_path / "run").mkdir()
+    with Deployment(tmp_path / "run", secure=True) as deployment:
+        deployment.superlink()
+        ca, door = deployment.certificates / "ca.crt", free_port()
+        site = (DEPLOY / "nginx.conf").read_text()
+        for said, here in (
+            ("listen 8000", f"listen 127.0.0.1:{door}"),
+            ("127.0.0.1:8001", f"127.0.0.1:{deployment.port}"),
+            ("/etc/fedpft", str(deployment.certificates)),
+        ):
+            assert said in site
+            site = site.replace(said, here)
+        conf = tmp_path / "nginx.conf"
+        conf.write_text(
+            f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/errors;\n"
+            f"events {{}}\nhttp {{ access_log off;\n{site} }}"
+        )
+        deployment.start("door", "nginx", "-c", str(conf))
+
+        def answer(path, *how):
+            told = ("--output", "/dev/null", "--write-out", "%{http_code}")
+            command = ("curl", "--silent", "--path-as-is", "--cacert", ca, *told, *how)
+            return call(*command, f"https://127.0.0.1:{door}{path}")
+
+        wait_until(lambda: answer("/health").stdout == "200", 60, "the door")
+        for path in (
+            "/v1/control/list-runs",
+            "/v1/runtime/acquire-task",
+            "/v1/fleet/../control/list-runs",
+            "/v1/fleet/..%2fcontrol/list-runs",
+            "/v1/fleet/%2e%2e/runtime/acquire-task",
+            "//v1//control/list-runs",
+            "/docs",
+        ):
+            assert answer(path, "--request", "POST").stdout == "403", path
+        deployment.supernode("north", 'site="north"', at=f"127.0.0.1:{door}")
+        wait_until(lambda: deployment.online() == 1, 60, "a node behind the door")
+
+
 def test_certificates_are_made_and_renewed_by_one_authority(tmp_path):
     script = DEPLOY / "certificates.sh"
     made = call(script, tmp_path / "ca", "host.example.org", "10.0.0.1", "::1")
@@ -93,6 +138,14 @@ def test_certificates_are_made_and_renewed_by_one_authority(tmp_path):
     assert checked.returncode == 0, checked.stderr
     assert not list((tmp_path / "ca").glob(".draft*"))
     assert call(script, tmp_path / "ca").returncode == 2
+    # What openssl refuses is told.
+    wrong = call(script, tmp_path / "ca", "10.0.0.256")
+    assert wrong.returncode == 2 and "bad ip address" in wrong.stderr
+    # Without the key that signs, which is kept elsewhere, no other authority is made.
+    (tmp_path / "ca" / "ca.key").unlink()
+    refused = call(script, tmp_path / "ca", "other")
+    assert refused.returncode == 2 and "put it back" in refused.stderr
+    assert (tmp_path / "ca" / "ca.crt").read_text() == ca
 
 
 def test_a_nodes_key_is_never_overwritten(tmp_path):

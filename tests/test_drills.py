@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from benchmarks.tap import Tap
 from deploy.processes import Deployment
 from tests.deployment import (
     SITES,
@@ -99,9 +100,10 @@ def test_a_node_whose_network_is_cut_comes_back_by_itself(
 ):
     """Twenty seconds are no matter; after 60 without a heartbeat the round goes on."""
     with Deployment(tmp_path) as deployment:
-        deployment.superlink("--host", "0.0.0.0")
+        deployment.superlink()
         start_site(deployment, "north")
-        at = f"{cable.HERE}:{deployment.port}"
+        # The SuperLink has no port but this machine's own.
+        at = f"{cable.HERE}:{Tap(deployment.port, cable.HERE).port}"
         start_site(deployment, "south", at=at, within=cable.within)
         deployment.submit("run", settings | {"rounds": 6})
         wait_until(lambda: works_on(deployment, "south"), 400, "training")

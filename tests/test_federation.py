@@ -675,6 +675,13 @@ def test_a_node_without_rows_says_how_to_start_it(local_grid, sites):
         run(local_grid, settings, nodes=3, configs=configs)
 
 
+def test_a_site_that_nobody_named_is_refused(local_grid, sites):
+    settings, configs = sites
+    configs[1]["site"] = "CHANGE-ME"
+    with pytest.raises(FedPFTError, match=r"CHANGE-ME.*give it a name of its own"):
+        run(local_grid, settings, nodes=3, configs=configs)
+
+
 def test_a_node_that_is_gone_when_greeted_is_waited_for(local_grid, settings):
     calls = []
 

@@ -1,6 +1,7 @@
 """How a run stands, told from its directory alone."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -68,6 +69,13 @@ def test_without_a_directory_the_newest_run_is_shown(finished, capsys, monkeypat
     monkeypatch.setenv("FEDPFT_OUT", str(finished.parent))
     status.run([])
     assert str(finished) in capsys.readouterr().out
+    # An older run that goes on is newer than one that began after it.
+    later = shutil.copytree(finished, finished.parent / "later")
+    for path in later.iterdir():
+        os.utime(path, (1, 1))
+    status.run([])
+    assert str(finished) in capsys.readouterr().out
+    shutil.rmtree(later)
 
 
 @pytest.mark.parametrize("what", ["nothing", "empty", "broken", "no runs"])
