@@ -182,14 +182,15 @@ class Comparison:
         result = self._read(cell)
         if result is None:
             return
-        now = self.spec.unfilled(self.spec.config(cell))
+        config = self.spec.config(cell)
+        now, recipe = self.spec.unfilled(config), recipe_of(config)
         # What this version added has its default in older results.
         earlier = {**flat_defaults(), **result["config"]}
-        told: dict[str, tuple[Any, Any]]
-        told = {"nodes": (result["nodes"], self.spec.nodes)}
-        # What settings leave to the method's row, another version may fill otherwise.
-        recipe = recipe_of(self.spec.config(cell))
-        told["recipe"] = (result["recipe"] or recipe, recipe)
+        told: dict[str, tuple[Any, Any]] = {
+            "nodes": (result["nodes"], self.spec.nodes),
+            # What settings leave to the row of a method, which versions may change.
+            "recipe": (result["recipe"] or recipe, recipe),
+        }
         told |= {key: (earlier[key], value) for key, value in now.items()}
         for key, (then, value) in told.items():
             if then != value and key not in _FREE:

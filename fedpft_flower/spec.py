@@ -25,9 +25,9 @@ A spec is one TOML file:
     align.steps = 1000
 
 Later tables win: base, settings, task, partition, method; kept and lrs exclude the same
-settings in tables of methods. Of several rates each method
-takes, for every task, partition and kept fraction, the one that is best on validation
-with the first seed. A method that keeps the whole FM runs once for all kept fractions.
+settings in tables of methods. Of several rates each method takes, for every task,
+partition and kept fraction, the one that is best on validation with the first seed. A
+method that keeps the whole FM runs once for all kept fractions.
 """
 
 import os
@@ -150,12 +150,12 @@ class Spec:
         config = self._config(task, partition, method)
         if METHODS[config.method].plan is keep_all:
             return [1.0]
-        if config.sub_fm.keep_neurons and "kept" not in self._table:
+        if config.sub_fm.keep_neurons:
+            if "kept" in self._table:
+                raise FedPFTError(
+                    f"{self.place}: kept and sub-fm.keep-neurons exclude each other"
+                )
             return [float(config.sub_fm.keep_neurons)]
-        if "kept" in self._table and config.sub_fm.keep_neurons:
-            raise FedPFTError(
-                f"{self.place}: kept and sub-fm.keep-neurons exclude each other"
-            )
         return list(map(float, self._table.get("kept", [config.sub_fm.keep_fraction])))
 
     def lrs(self, task: str, partition: str, method: str) -> list[float]:
