@@ -25,6 +25,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sub-fm.selection": "energy",
         "align.before": "least-squares",
     },
+    "energy, least squares, distill 40": {
+        "method": "fedpft-ls",
+        "sub-fm.selection": "energy",
+        "align.steps": 40,
+    },
     "greedy, least squares": {
         "method": "fedpft-ls",
         "align.before": "least-squares",

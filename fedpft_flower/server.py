@@ -130,7 +130,7 @@ class ProxyServer:
                 "set data.public-path"
             )
         check_frozen(fm.model, config.train.frozen)
-        self._public = self._encode_public(public) if public is not None else None
+        self._public = self.encode_public(public) if public is not None else None
         self._splits = {
             "validation": self.encode(task.validation),
             "test": self.encode(task.test),
@@ -235,7 +235,8 @@ class ProxyServer:
         kind, data = self._modality, self.config.data
         return encode(rows, self._processor, kind, data, self._objective)
 
-    def _encode_public(self, rows: Dataset) -> Rows:
+    def encode_public(self, rows: Dataset) -> Rows:
+        """Encode public rows, whose labels are not used."""
         kind, data = self._modality, self.config.data
         return encode_public(rows, self._processor, kind, data, self._objective)
 

@@ -1,0 +1,113 @@
+"""Measure what a scale on the plugged-in adapter is worth, for runs that are finished.
+
+python -m benchmarks.scale RUN [RUN ...]
+
+Every RUN is the directory of a finished run on labelled rows that has its checkpoints.
+The LoRA part of the averaged adapter is multiplied, in the FM only, by each of `SCALES`;
+the head stays. A scale is chosen twice: with labels, by the loss on the validation
+split, and without, by KL(p_sub || p_FM) on public rows. Test metrics are only reported,
+beside those of the plain load and of the run's own refinement.
+"""
+
+import argparse
+import statistics
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from benchmarks import run_main
+from fedpft_flower.activity import real_logits
+from fedpft_flower.app import load, quiet
+from fedpft_flower.checkpoint import Checkpoints
+from fedpft_flower.config import FedPFTError
+from fedpft_flower.encoding import shuffled_batches
+from fedpft_flower.evaluation import evaluate, metric_of
+from fedpft_flower.plan import Plan
+from fedpft_flower.refinement import logit_loss
+from fedpft_flower.report import FinishedRun
+
+SCALES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
+PUBLIC_BATCHES, BATCH = 8, 32
+
+
+@dataclass(frozen=True)
+class Point:
+    """Hold what the FM does with its adapter at one scale."""
+
+    scale: float
+    validation_loss: float
+    public_loss: float
+    test: float
+
+
+def main() -> None:
+    """Measure every run, and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    options = parser.parse_args()
+    quiet()
+    print("| run | plain | by labels | by public rows | refined | sub-FM |")
+    print("|---|---|---|---|---|---|")
+    for place in options.runs:
+        print(line(FinishedRun.read(place.absolute())), flush=True)
+
+
+def line(run: FinishedRun) -> str:
+    """Return a run's line of the table."""
+    points, metric = measure(run), metric_of(run.config.data)
+    plain = next(point for point in points if point.scale == 1.0)
+    cells = [run.path.name, f"{plain.test:.3f}"]
+    for loss in ("validation_loss", "public_loss"):
+        best = min(points, key=lambda point: getattr(point, loss))
+        cells.append(f"{best.test:.3f} (at {best.scale:g})")
+    after = run.summary["test-after"]
+    cells += [f"{after[f'{model}-{metric}']:.3f}" for model in ("fm", "sub-fm")]
+    return f"| {' | '.join(cells)} |"
+
+
+@torch.no_grad()
+def measure(run: FinishedRun) -> list[Point]:
+    """Return what the FM does at every scale.
+
+    Raises:
+        FedPFTError: the run kept no checkpoint, or has no public rows.
+    """
+    config = run.config
+    task, public, server = load(config, Plan.from_json(run.manifest["plan"]))
+    if public is None:
+        raise FedPFTError(f"{run.path} used no public rows; give a run that did")
+    server.restore(Checkpoints(run.path, config.checkpoint.keep).load().tensors)
+    rows = shuffled_batches(server.encode_public(public), BATCH, seed=0)
+    batches = list(islice(rows, PUBLIC_BATCHES))
+    teacher = [real_logits(server.sub_fm, batch) for batch in batches]
+    validation, test = server.encode(task.validation), server.encode(task.test)
+    parts = {
+        parameter: parameter.clone()
+        for name, parameter in server.fm.named_parameters()
+        if ".lora_B" in name
+    }
+    points = []
+    for scale in SCALES:
+        for parameter, plugged in parts.items():
+            parameter.copy_(scale * plugged)
+        losses = [
+            float(logit_loss(wanted, real_logits(server.fm, batch)))
+            for wanted, batch in zip(teacher, batches, strict=True)
+        ]
+        points.append(
+            Point(
+                scale,
+                evaluate(server.fm, validation)["loss"],
+                statistics.mean(losses),
+                evaluate(server.fm, test)[metric_of(config.data)],
+            )
+        )
+    return points
+
+
+if __name__ == "__main__":
+    run_main(main)
