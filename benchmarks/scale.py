@@ -3,10 +3,10 @@
 python -m benchmarks.scale RUN [RUN ...]
 
 Every RUN is the directory of a finished run on labelled rows that has its checkpoints.
-The LoRA part of the averaged adapter is multiplied, in the FM only, by each of `SCALES`;
+In the FM only, the LoRA part of the averaged adapter is multiplied by each of `SCALES`;
 the head stays. A scale is chosen twice: with labels, by the loss on the validation
-split, and without, by KL(p_sub || p_FM) on public rows. Test metrics are only reported,
-beside those of the plain load and of the run's own refinement.
+split, and without, by KL(p_sub || p_FM) on public rows. Test metrics are only
+reported, beside those of the plain load and of the run's own refinement.
 """
 
 import argparse

@@ -57,7 +57,8 @@ class Architecture:
     output_norm: str | None
     # The config field of the FFN width, or None where the config cannot say it.
     width_field: str | None
-    # A vector that multiplies what `down` gives (layer scale); it may be absent.
+    # What multiplies the output of `down` (layer scale): a vector or a number; it may
+    # be absent.
     output_scale: str | None = None
     # Positions that no token can take (RoBERTa starts to count behind its padding).
     reserved_positions: int = 0
@@ -398,8 +399,7 @@ def new_model(
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """Return the transformer layers of a model, first to last."""
     row = architecture_of(model.config)
-    base = model.get_submodule(model.base_model_prefix)
-    return list(base.get_submodule(row.layers).children())
+    return list(model.base_model.get_submodule(row.layers).children())
 
 
 def layer_prefix(model: PreTrainedModel) -> str:
@@ -415,7 +415,7 @@ def ffn_of(model: PreTrainedModel, layer: nn.Module) -> FFN:
         up=tuple((_projection(layer, path), blocks) for path, blocks in row.up),
         down=_projection(layer, row.down),
         output_norm=layer.get_submodule(row.output_norm) if row.output_norm else None,
-        output_scale=_vector(layer, row.output_scale) if row.output_scale else None,
+        output_scale=_scale(layer, row),
     )
 
 
@@ -430,7 +430,13 @@ def _projection(layer: nn.Module, path: str) -> Projection:
     return module
 
 
-def _vector(layer: nn.Module, path: str) -> Tensor | None:
-    module, _, name = path.rpartition(".")
-    vector: Tensor | None = getattr(layer.get_submodule(module), name)
-    return vector
+def _scale(layer: nn.Module, row: Architecture) -> Tensor | None:
+    """Return the vector [D] that multiplies what `down` gives, or None."""
+    if row.output_scale is None:
+        return None
+    module, _, name = row.output_scale.rpartition(".")
+    scale: Tensor | float | None = getattr(layer.get_submodule(module), name)
+    if isinstance(scale, int | float):
+        matrix = matrix_of(_projection(layer, row.down))
+        scale = torch.full((len(matrix),), float(scale), device=matrix.device)
+    return scale

@@ -383,7 +383,7 @@ def _generation_tokens(rows: Dataset, tokenizer: Any, config: DataConfig) -> Tok
         return _kept(
             texts,
             tokenizer,
-            f"{longest}/generation",
+            f"{longest}/generation, each block with its start",
             lambda: _text_blocks(list(texts["text"]), tokenizer, longest),
         )
     template = config.prompt_template
@@ -417,15 +417,20 @@ def _text_blocks(texts: Sequence[str], tokenizer: Any, longest: int) -> Tokens:
     blocks = [
         block
         for ids in _open_ended(texts, tokenizer)
-        for block in _blocks([*ids, end], longest)
+        for block in _blocks([*ids, end], longest, tokenizer.bos_token_id)
     ]
     nothing = torch.zeros(len(blocks), dtype=torch.int32)
     return {**_in_vectors({"input_ids": blocks}), "prompts": nothing}
 
 
-def _blocks(ids: Sequence[int], longest: int) -> list[Sequence[int]]:
-    """Cut tokens into blocks; a block of one has nothing to predict."""
-    cut = [ids[start : start + longest] for start in range(0, len(ids), longest)]
+def _blocks(ids: Sequence[int], longest: int, start: int | None) -> list[Sequence[int]]:
+    """Cut tokens into blocks; a block of one has nothing to predict.
+
+    Where the tokenizer put its start token first, every block begins with it.
+    """
+    before, rest = ([start], ids[1:]) if ids[0] == start else ([], ids)
+    step = max(1, longest - len(before))
+    cut = [[*before, *rest[at : at + step]] for at in range(0, len(rest), step)]
     return [block for block in cut if len(block) > 1]
 
 

@@ -42,6 +42,8 @@ LONGEST_KEY = 200  # characters of a node's name
 # A node reads its rows before it answers; but for longer than this, or than
 # `wait-seconds` where that is longer, nobody waits.
 GREETING_SECONDS = 300.0
+# And so long for a node whose name another one gives: one that is there answers sooner.
+TWIN_SECONDS = 30.0
 
 
 class RoundError(FedPFTError):
@@ -388,15 +390,10 @@ class Federation:
                 )
 
     def _greet(self, nodes: list[int], earlier: Set[int]) -> None:
-        labels = ConfigRecord({"labels": json.dumps(list(self._labels))})
-        messages = [
-            Message(RecordDict({CONFIG: labels}), dst_node_id=n, message_type=HELLO)
-            for n in nodes
-        ]
         mine, ours = source_hash(), versions()
         # A node that is online and never answers must not hold up the others for long.
         timeout = min(self._timeout, max(self._wait, GREETING_SECONDS))
-        for reply in self.grid.send_and_receive(messages, timeout=timeout):
+        for reply in self._hello(nodes, timeout):
             node = self.grid.node_of(reply)
             if reply.has_error() and reply.error.code != REFUSED:
                 # It went offline, or its process died: it may come back.
@@ -407,10 +404,10 @@ class Federation:
                 continue
             try:
                 known, held = _introduction(reply, mine, ours)
+                self._replace_twin(known.key, node, earlier)
             except FedPFTError as error:
                 self._leave_out(node, str(error))
                 continue
-            self._replace_twin(known.key, node, earlier)
             known.installed = self._given.get(known.key, "")
             self.nodes[node] = known
             self._held.setdefault(known.store, set()).update(held)
@@ -423,6 +420,15 @@ class Federation:
                     known.key,
                 )
 
+    def _hello(self, nodes: Sequence[int], timeout: float) -> list[Message]:
+        """Greet nodes and return what comes back in time."""
+        labels = ConfigRecord({"labels": json.dumps(list(self._labels))})
+        messages = [
+            Message(RecordDict({CONFIG: labels}), dst_node_id=n, message_type=HELLO)
+            for n in nodes
+        ]
+        return list(self.grid.send_and_receive(messages, timeout=timeout))
+
     def _forget_offline(self, online: set[int]) -> None:
         """Drop who is gone, but remember what it was given."""
         self._given = self.installs()
@@ -433,13 +439,28 @@ class Federation:
 
         Two that introduce themselves together before training are no such pair: there
         is a mistake in a node's config, which `_check` reports.
+
+        Raises:
+            FedPFTError: the one who has the name is still there.
         """
         for twin in [n for n, node in self.nodes.items() if node.key == key]:
             if not self.training and twin not in earlier:
                 continue
+            if self._answers(twin):
+                raise FedPFTError(
+                    f"its site or partition-id makes it {key}, and node {twin}, which "
+                    "is still there, has that name; give it another one"
+                )
             logger.warning("%s came back as node %d", key, newcomer)
             self._replaced.add(twin)
             self._given[key] = self.nodes.pop(twin).installed
+
+    def _answers(self, node: int) -> bool:
+        """Tell whether a node still answers a greeting, if only to refuse it."""
+        replies = self._hello([node], min(self._timeout, TWIN_SECONDS))
+        return any(
+            not reply.has_error() or reply.error.code == REFUSED for reply in replies
+        )
 
 
 def _shared(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoConfig, PreTrainedModel
 
 from fedpft_flower.architectures import (
@@ -23,6 +24,7 @@ from fedpft_flower.config import (
     Objective,
     derive_seed,
     existing_path,
+    one_line,
 )
 from fedpft_flower.devices import device_here, place
 
@@ -99,7 +101,7 @@ def load_fm(
             raise FedPFTError(_unreadable(name, error)) from error
     if modality == "text":
         _check_vocabulary(processor, model, name)
-        _agree_on_padding(processor, model, name)
+        _agree_on_padding(processor, model, row, name)
     if objective == "generate":
         _check_generator(processor, model, report["missing_keys"], name)
         # Where the file has two matrices, they are two, whatever the config says.
@@ -114,7 +116,13 @@ def load_fm(
     if model.dtype == torch.float16:  # gradients through it would underflow
         model.float()
     place(model, device_here())
+    if modality == "image":
+        _check_pixels(processor, model, name)
     return FoundationModel(model, processor, row, complete, objective)
+
+
+# What older versions of `transformers` wrote among the weights, and models compute now.
+_BUFFERS = (".masked_bias", ".attn.bias", ".inv_freq", ".position_ids")
 
 
 def source_of_fm(name: str) -> str:
@@ -187,8 +195,14 @@ def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, name: str) -> None
         )
 
 
-def _agree_on_padding(tokenizer: Any, model: PreTrainedModel, name: str) -> None:
-    """Let tokenizer and model mean the same padding; decoders often come without."""
+def _agree_on_padding(
+    tokenizer: Any, model: PreTrainedModel, row: Architecture, name: str
+) -> None:
+    """Let tokenizer and model mean the same padding; decoders often come without.
+
+    A decoder classifies from the last token that is not what its config calls padding,
+    and counts positions from the first token, whatever that is.
+    """
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise FedPFTError(
@@ -196,8 +210,24 @@ def _agree_on_padding(tokenizer: Any, model: PreTrainedModel, name: str) -> None
                 "set pad_token in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
+    if row.decoder:
+        tokenizer.padding_side = "right"
         model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_pixels(processor: Any, model: PreTrainedModel, name: str) -> None:
+    """Refuse a processor that makes images of another size than the model takes."""
+    pixels = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=pixels.to(model.device, model.dtype))
+    except (RuntimeError, ValueError) as error:
+        size = " x ".join(map(str, pixels.shape[1:]))
+        raise FedPFTError(
+            f"fm.name = {name!r}: its image processor makes images of {size}, which "
+            f"the model does not take ({one_line(str(error))}); put the model's own "
+            "preprocessor_config.json beside its weights"
+        ) from error
 
 
 def _check_generator(
@@ -260,7 +290,11 @@ def _check_complete(
 ) -> None:
     """Refuse a config.json that does not describe the weights beside it."""
     wrong = [k for k in other_shape if not k.startswith(tuple(f"{m}." for m in head))]
-    wrong += [key for key in unexpected if f"{row.layers}." in key]
+    wrong += [
+        key
+        for key in unexpected
+        if f".{row.layers}." in f".{key}" and not key.endswith(_BUFFERS)
+    ]
     if wrong:
         raise FedPFTError(
             f"fm.name = {name!r}: config.json does not fit the weights "

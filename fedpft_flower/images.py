@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from PIL import Image
 from PIL.Image import Transpose
 
 from fedpft_flower.config import FedPFTError
@@ -47,7 +48,17 @@ _UNDECODABLE = (OSError, ValueError, AttributeError)  # not an image, or cut
 
 
 def _decoded(rows: Dataset, indices: Sequence[int]) -> list[Any]:
-    return [image.convert("RGB") for image in rows[list(indices)]["image"]]
+    return [in_rgb(image) for image in rows[list(indices)]["image"]]
+
+
+def in_rgb(image: Any) -> Any:
+    """Return an image in RGB: on white where it is transparent, from 16 bits to 8."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 # Of a random crop: its share of the area, and its width by its height (Szegedy et al.

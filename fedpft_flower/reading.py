@@ -2,7 +2,15 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import (
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +29,8 @@ from datasets import (
 )
 
 from fedpft_flower.config import FedPFTError, Modality, existing_path, private_cache
+
+logger = logging.getLogger(__name__)
 
 Splits = Mapping[str, Dataset]
 
@@ -63,7 +73,7 @@ def read_splits(
         if place is not None and place.is_file():
             return _read_file(place, separator)
         if place is not None:
-            return _read_directory(place, modality, subset)
+            return _read_directory(place, modality, subset, separator)
         if not (hub and is_on_hub(path)):
             raise FedPFTError(
                 f"{key} = {path!r} does not exist; give a path or hub name"
@@ -125,23 +135,38 @@ def _looks_like_path(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or suffix in _TABLES
 
 
+# How a table is called that holds a split, or a shard of one.
+_SPLIT_FILE = re.compile(
+    r"(?P<name>(train|training|validation|valid|val|dev|test|testing|eval)"
+    r"([-_.][a-z][a-z_]*)?)([-_.]?[0-9]+(-of-[0-9]+)?)?"
+)
+_SYNONYMS = {
+    "training": "train",
+    **dict.fromkeys(("valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("testing", "eval"), "test"),
+}
+
+
 def _read_file(place: Path, separator: str) -> Splits:
-    suffix = place.suffix.lower()
-    if suffix not in _FORMATS:
+    if place.suffix.lower() not in _FORMATS:
         raise FedPFTError(
-            f"unknown file type {suffix!r}; give one of {', '.join(_FORMATS)}"
+            f"unknown file type {place.suffix.lower()!r}; give one of "
+            f"{', '.join(_FORMATS)}"
         )
-    options: dict[str, Any] = {}
-    if _FORMATS[suffix] == "csv":
-        # Words such as NA and None are texts and labels like others.
-        options = {"na_filter": False, "sep": "\t" if suffix == ".tsv" else separator}
-    rows: Splits = load_dataset(
+    return {"train": _read_tables([place], separator)}
+
+
+def _read_tables(files: Sequence[Path], separator: str) -> Dataset:
+    """Read files of one type that hold the rows of one split."""
+    suffix = files[0].suffix.lower()
+    rows: Dataset = load_dataset(
         _FORMATS[suffix],
-        data_files={"train": str(place)},
+        data_files={"train": list(map(str, files))},
+        split="train",
         cache_dir=str(private_cache("rows")),
-        **options,
+        **_options({suffix}, separator),
     )
-    if _SHIFTED in rows["train"].column_names:
+    if _SHIFTED in rows.column_names:
         raise FedPFTError(
             "rows have more fields than the header; put texts that hold the separator "
             "in quotes"
@@ -149,20 +174,60 @@ def _read_file(place: Path, separator: str) -> Splits:
     return rows
 
 
-def _read_directory(place: Path, modality: Modality, subset: str) -> Splits:
+def _options(suffixes: Set[str], separator: str) -> dict[str, Any]:
+    """Return how tables with these suffixes are read."""
+    if {_FORMATS.get(suffix) for suffix in suffixes} != {"csv"}:
+        return {}
+    # Words such as NA and None are texts and labels like others.
+    return {"na_filter": False, "sep": "\t" if suffixes == {".tsv"} else separator}
+
+
+def _read_directory(
+    place: Path, modality: Modality, subset: str, separator: str
+) -> Splits:
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         saved: Dataset | DatasetDict = load_from_disk(str(place))
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     cache = str(private_cache("rows"))
-    tables = any(path.suffix.lower() in _TABLES for path in place.rglob("*"))
+    tables = [path for path in place.rglob("*") if path.suffix.lower() in _TABLES]
     if modality == "image" and not tables:
         # Also a folder of one class only is labelled: it is a site's, perhaps.
         images: Splits = load_dataset(
             "imagefolder", data_dir=str(place), drop_labels=False, cache_dir=cache
         )
         return images
-    rows: Splits = load_dataset(str(place), subset or None, cache_dir=cache)
+    if not subset and (splits := _split_files(place, tables)):
+        return {name: _read_tables(ones, separator) for name, ones in splits.items()}
+    suffixes = {path.suffix.lower() for path in tables}
+    options = _options(suffixes, separator) if modality == "text" else {}
+    rows: Splits = load_dataset(str(place), subset or None, cache_dir=cache, **options)
     return rows
+
+
+def _split_files(place: Path, tables: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return split -> files of a directory whose every table is named by its split.
+
+    `datasets` takes such tables for one table, so they would need equal columns, and
+    `validation_matched` and `validation_mismatched` would be one split. Where the
+    directory describes itself (a card with configurations) it knows better.
+    """
+    suffixes = {path.suffix.lower() for path in tables}
+    described = "\nconfigs:" in _card(place)
+    if described or len(suffixes) != 1 or not suffixes <= _FORMATS.keys():
+        return {}
+    found: dict[str, list[Path]] = {}
+    for path in sorted(tables):
+        match = _SPLIT_FILE.fullmatch(path.stem.lower())
+        if path.parent != place or match is None:
+            return {}
+        name = match["name"]
+        found.setdefault(_SYNONYMS.get(name, name), []).append(path)
+    return found
+
+
+def _card(place: Path) -> str:
+    card = place / "README.md"
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 
 
 def _read_hub(name: str, subset: str) -> Splits:
@@ -235,9 +300,13 @@ def choose_columns(
 def complete_rows(part: Dataset, split: str) -> Dataset:
     """Give inputs the type that encoding needs.
 
+    Rows with the class -1 are left out: so `datasets` marks those without a label.
+
     Raises:
         FedPFTError: a value is missing or of a type that does not fit.
     """
+    if isinstance(part.features.get("label"), ClassLabel):
+        part = _with_class(part, split)
     for column in part.column_names:
         missing = _missing(part, column)
         if missing:
@@ -247,6 +316,17 @@ def complete_rows(part: Dataset, split: str) -> Dataset:
             )
         part = cast_input(part, column)
     return part
+
+
+def _with_class(part: Dataset, split: str) -> Dataset:
+    """Leave out the rows with the class -1, unless that are all."""
+    labels = part["label"]
+    there = [i for i, one in enumerate(labels) if one is None or one >= 0]
+    if not 0 < len(there) < len(part):
+        return part
+    lacking = len(part) - len(there)
+    logger.warning("%d rows of %s have no label (-1): left out", lacking, split)
+    return part.select(there)
 
 
 def _missing(part: Dataset, column: str) -> list[int]:
@@ -283,6 +363,9 @@ def cast_input(part: Dataset, column: str) -> Dataset:
         ) from error
 
 
+_INTEGER = re.compile(r"-?[0-9]+")
+
+
 def labels_of(part: Dataset, column: str) -> tuple[str, ...]:
     """Return the different labels of a column, numbers in their order, texts in theirs.
 
@@ -299,9 +382,13 @@ def labels_of(part: Dataset, column: str) -> tuple[str, ...]:
             f"{next(v for v in values if not float(v).is_integer())!r}, which are no "
             "classes; name another column, or list them in data.labels"
         )
-    texts = {label_text(value) for value in values}
-    numbers = all(text.lstrip("-").isdigit() for text in texts)
-    return tuple(sorted(texts, key=int if numbers else str))
+    return in_order({label_text(value) for value in values})
+
+
+def in_order(labels: Collection[str]) -> tuple[str, ...]:
+    """Return labels in the order of the label set: by number where all are numbers."""
+    numbers = all(_INTEGER.fullmatch(label) for label in labels)
+    return tuple(sorted(labels, key=int if numbers else str))
 
 
 def has_labels(part: Dataset, column: str) -> bool:

@@ -64,6 +64,7 @@ from fedpft_flower.sub_fm import (
     build_sub_fm,
     compressed_ffns,
     config_fields,
+    config_from,
     cut,
     frozen_weights,
 )
@@ -123,6 +124,7 @@ class ProxyServer:
         # What a run is judged by.
         self.metric = metric_of(config.data)
         self._model_config = config_fields(fm.model.config)
+        config_from(self._model_config)  # what no node would take ends here
         _check_length(config.data.max_length, fm)
         if self.method.needs_public and public is None:
             raise FedPFTError(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ from fedpft_flower.plan import MOST_LAYERS, Plan
 
 # Bounds on what a received config may ask for.
 MOST_ENTRIES, MOST = 100_000, 2e7
+# Fields that models of many families read although their configs declare none such.
+_UNDECLARED = {"head_dim"}
 
 
 def build_sub_fm(
@@ -115,7 +118,7 @@ def config_from(fields: Mapping[str, Any]) -> PreTrainedConfig:
 def _allowed_fields(model_type: str) -> set[str]:
     family = AutoConfig.for_model(model_type).to_dict().keys()
     own = family - PreTrainedConfig().to_dict().keys()
-    undeclared = family_of(model_type).undeclared
+    undeclared = {*family_of(model_type).undeclared, *_UNDECLARED}
     return {*own, *undeclared, "model_type", "id2label", "label2id", "problem_type"}
 
 
@@ -127,7 +130,9 @@ def _is_sound(value: Any, depth: int = 0) -> bool:
         return small and all(_is_sound(one, depth + 1) for one in inside)
     if isinstance(value, str):
         return len(value) <= MOST_ENTRIES
-    return value is None or (isinstance(value, int | float) and abs(value) <= MOST)
+    if isinstance(value, float):  # no size: the base of rotary positions may be 1e9
+        return math.isfinite(value)
+    return value is None or (isinstance(value, int) and abs(value) <= MOST)
 
 
 def load_weights(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ whose they are.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,7 @@ from fedpft_flower.reading import (
     choose_columns,
     complete_rows,
     has_labels,
+    in_order,
     is_on_hub,
     label_texts,
     labels_of,
@@ -400,7 +401,7 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
     names = tuple[str, ...]()
     classify = task_of(config.task).objective == "classify"
     if classify:
-        names = _label_names(next(iter(parts.values())), config)
+        names = _label_names(parts, config)
     _complete(parts, notes, seed)
     if classify:
         parts = {r: _labelled(part, names, notes[r]) for r, part in parts.items()}
@@ -450,13 +451,26 @@ def _roles(config: DataConfig, source: Splits) -> dict[str, str]:
                 f"data.{role}-split = {split!r}, and another split too; no row may be "
                 "both trained and tested on"
             )
-    return asked | {
-        role: role
-        for role in named.keys() - asked.keys()
-        if role in source
-        and role not in asked.values()
-        and (role == "train" or _can_evaluate(source[role], config))
+    usual = {
+        role: next((name for name in names if name in source), "")
+        for role, names in _USUAL.items()
     }
+    return asked | {
+        role: split
+        for role, split in usual.items()
+        if split
+        and role not in asked
+        and split not in asked.values()
+        and (role == "train" or _can_evaluate(source[split], config))
+    }
+
+
+# How the splits of a role are called.
+_USUAL = {
+    "train": ("train",),
+    "test": ("test",),
+    "validation": ("validation", "valid", "val", "dev"),
+}
 
 
 def _can_evaluate(part: Dataset, config: DataConfig) -> bool:
@@ -533,9 +547,15 @@ def _split(source: Splits, name: str, key: str) -> Dataset:
     return source[name]
 
 
-def _label_names(part: Dataset, config: DataConfig) -> tuple[str, ...]:
-    """Return the label set: the configured one, or what the rows tell of it."""
-    names = names_in(config.labels) or labels_of(part, "label")
+def _label_names(parts: Mapping[str, Dataset], config: DataConfig) -> tuple[str, ...]:
+    """Return the label set: the configured one, or what rows tell of it.
+
+    They are those to train on; without any, all there are.
+    """
+    rows = [parts["train"]] if "train" in parts else list(parts.values())
+    found = [labels_of(part, "label") for part in rows]
+    told = found[0] if len({*found}) == 1 else in_order(set().union(*found))
+    names = names_in(config.labels) or told
     if len(set(names)) < max(2, len(names)):
         raise FedPFTError(f"data.labels: {names} needs two or more different labels")
     return names

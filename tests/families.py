@@ -30,7 +30,7 @@ _TEXT = {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40}
 _DECODER = {
     **_TEXT,
     "num_key_value_heads": 1,
-    "head_dim": 8,
+    "head_dim": 4,  # not hidden_size / num_attention_heads, as some have it
     "pad_token_id": 1,
 }
 _IMAGE = {**_SIZES, "image_size": 8, "patch_size": 4}

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from fedpft_flower.activity import activation_rms, inactive_rates, watch
 from fedpft_flower.adapters import (
@@ -29,9 +30,11 @@ from fedpft_flower.architectures import (
     layers_of,
     matrix_of,
     model_class_of,
+    new_model,
 )
 from fedpft_flower.config import AlignConfig, FedPFTError, LoraConfig, SubFMConfig
 from fedpft_flower.descent import Schedule
+from fedpft_flower.moments import observe
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import (
     keep_all,
@@ -215,6 +218,30 @@ def test_saliency_is_the_norm_of_row_and_column(family):
         ]
         joined = torch.cat([*rows, ffn.down_columns()[:, i]])
         torch.testing.assert_close(scores[i], joined.norm())
+
+
+@families
+def test_what_down_gives_reaches_the_stream_as_the_row_says(family):
+    """Least squares takes that for granted: a norm or factor must be in the row."""
+    model, batch = tiny_model(family), tiny_batch(family)
+    layer, ffn = layers_of(model)[1], ffns_of(model)[1]
+    (before,) = observe(model, [layer], [ffn], batch)
+    more = torch.randn(len(ffn.down_columns()))
+    handle = ffn.down.register_forward_hook(lambda m, i, output: output + more)
+    (after,) = observe(model, [layer], [ffn], batch)
+    handle.remove()
+    moved, expected = after.stream - before.stream, ffn.scaled(more)
+    torch.testing.assert_close(moved, expected.expand_as(moved), atol=1e-5, rtol=1e-4)
+
+
+def test_a_number_may_multiply_what_down_gives():
+    """BEiT without layer scale has 1.0 in the place of the vector."""
+    config = AutoConfig.for_model(
+        "beit", **CONFIGS["beit"] | {"layer_scale_init_value": 0.0}
+    )
+    model = new_model(ARCHITECTURES["beit"], config, "classify")
+    scale = ffns_of(model)[0].output_scale
+    assert scale.tolist() == [1.0] * config.hidden_size
 
 
 @families

@@ -23,7 +23,7 @@ from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
 from fedpft_flower.software import versions
 from fedpft_flower.tasks import load_task
-from fedpft_flower.wire import Store, config_of, tensors_hash
+from fedpft_flower.wire import HELLO, Store, tensors_hash
 
 NODES = 5
 
@@ -331,6 +331,40 @@ def test_an_update_that_is_too_large_is_left_out(local_grid, settings):
     assert "L2 norm), more than train.max-update-norm = 1000" in reason
 
 
+def moving(grid, dies, since=0):
+    """Start partition 0 once more under the id 77; its old self stays listed.
+
+    Args:
+        dies: whether the old self no longer answers greetings.
+        since: the round in which it happens.
+    """
+    first = next(iter(grid.contexts))
+
+    def fault(message, reply):
+        told = message.metadata
+        asked = told.message_type == HELLO and told.dst_node_id == first
+        if dies and asked and 77 in grid.contexts:
+            return Message(Error(5, "node unavailable"), reply_to=message)
+        if message.content["config"].get("server-round", 0) == since:
+            twin = copy.copy(grid.contexts[first])
+            twin.node_id = 77
+            grid.contexts.setdefault(77, twin)
+        return reply
+
+    grid.faults = dict.fromkeys(range(NODES), fault)
+    return first
+
+
+def trained(grid, after=0):
+    """Return the ids that were asked to train after a round."""
+    trains = [m for m in grid.seen if m.metadata.message_type == "train"]
+    return {
+        m.metadata.dst_node_id
+        for m in trains
+        if m.content["config"]["server-round"] > after
+    }
+
+
 def test_a_node_that_comes_back_under_a_new_id_takes_its_old_place(
     local_grid, settings
 ):
@@ -338,48 +372,48 @@ def test_a_node_that_comes_back_under_a_new_id_takes_its_old_place(
     run(local_grid, settings)
     expected = results(settings)[3]["adapter-sha256"]
     grid = local_grid(client_app, NODES, settings)
-    first = next(iter(grid.contexts))
-
-    def restart(message, reply):
-        current = message.content["config"].get("server-round", 0)
-        if current == 1 and 77 not in grid.contexts:
-            twin = copy.copy(grid.contexts[first])
-            twin.node_id = 77
-            grid.contexts[77] = twin  # the old id stays listed for a while
-        return reply
-
-    grid.faults = dict.fromkeys(range(NODES), restart)
+    first = moving(grid, dies=True, since=1)
     serve(grid, Context(7, 0, {}, RecordDict(), settings))
     _, _, summary, manifest = results(settings)
     assert manifest["adapter-sha256"] == expected
     assert summary["failures"] == 0
-    asked = [
-        m.metadata.dst_node_id
-        for m in grid.seen
-        if m.metadata.message_type == "train"
-        and m.content["config"]["server-round"] > 1
-    ]
-    assert 77 in asked and first not in asked
+    assert 77 in trained(grid, 1) and first not in trained(grid, 1)
 
 
 def test_a_node_that_restarts_before_training_takes_its_old_place(local_grid, settings):
     """As after hours of alignment: its new id is online, its old one still listed."""
     settings |= {"train.clients-per-round": NODES, "method": "fedpft-b", "rounds": 1}
     grid = local_grid(client_app, NODES, settings)
-    first = next(iter(grid.contexts))
-
-    def restart(message, reply):
-        if 77 not in grid.contexts:
-            twin = copy.copy(grid.contexts[first])
-            twin.node_id = 77
-            grid.contexts[77] = twin
-        return reply
-
-    grid.faults = dict.fromkeys(range(NODES), restart)
+    first = moving(grid, dies=True)
     serve(grid, Context(7, 0, {}, RecordDict(), settings))
     assert results(settings)[2]["failures"] == 0
-    asked = {m.metadata.dst_node_id for m in grid.seen if "labels" not in config_of(m)}
-    assert 77 in asked and first not in asked
+    assert 77 in trained(grid) and first not in trained(grid)
+
+
+def test_a_newcomer_does_not_take_the_name_of_a_node_that_is_there(
+    local_grid, settings
+):
+    settings |= {"train.clients-per-round": NODES, "method": "fedpft-b"}
+    run(local_grid, settings)
+    expected = results(settings)[3]["adapter-sha256"]
+    grid = local_grid(client_app, NODES, settings)
+    first = moving(grid, dies=False, since=1)
+    serve(grid, Context(7, 0, {}, RecordDict(), settings))
+    _, rounds, _, manifest = results(settings)
+    assert manifest["adapter-sha256"] == expected
+    assert first in trained(grid, 1) and 77 not in trained(grid)
+    reason = rounds[2]["failures"]["node 77"]
+    assert f"node {first}, which is still there, has that name; give it" in reason
+
+
+def test_two_nodes_of_one_name_before_training_end_the_run(local_grid, settings):
+    settings |= {"train.clients-per-round": NODES, "method": "fedpft-b", "rounds": 1}
+    grid = local_grid(client_app, NODES, settings)
+    moving(grid, dies=False)
+    with pytest.raises(
+        FedPFTError, match="still there, has that name; give it another"
+    ):
+        serve(grid, Context(7, 0, {}, RecordDict(), settings))
 
 
 def test_a_node_that_dies_in_the_first_install_does_not_end_the_run(

@@ -1,11 +1,17 @@
+import json
 import shutil
 
 import pytest
+import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from fedpft_flower import foundation
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.config import DataConfig, FedPFTError
+from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm
+from tests.conftest import write_llama
+from tests.families import tiny_model
 
 LABELS = ("a", "b", "c")
 
@@ -86,3 +92,49 @@ def test_a_missing_bundle_says_what_to_install(monkeypatch):
     monkeypatch.setattr(foundation, "BUNDLED_PACKAGE", "no_such_package")
     with pytest.raises(FedPFTError, match=r"fedpft-flower\[offline\]"):
         load("minilm")
+
+
+def llama_directory(tmp_path, padding):
+    """Write a decoder whose config names a padding token, and its tokenizer none."""
+    place = write_llama(tmp_path / "llama", "classify")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"pad_token_id": padding}))
+    return place
+
+
+def test_a_decoder_classifies_a_row_alike_beside_longer_ones(tmp_path):
+    fm = load(llama_directory(tmp_path, padding=0))
+    assert fm.model.config.pad_token_id == fm.processor.pad_token_id == 2
+    rows = Dataset.from_dict({"text": ["good", "bad film very fast a b"]})
+    encoded = encode(rows, fm.processor, "text", DataConfig(task="text"))
+    with torch.no_grad():
+        alone = fm.model(**encoded.batch([0])).logits
+        beside = fm.model(**encoded.batch([0, 1])).logits
+    torch.testing.assert_close(alone[0], beside[0])
+
+
+def test_buffers_that_older_versions_saved_are_no_weights(tmp_path):
+    place = tmp_path / "gpt2"
+    tiny_model("gpt2").save_pretrained(place)
+    write_llama(tmp_path / "llama", "classify")
+    for path in (tmp_path / "llama").glob("token*"):
+        shutil.copy(path, place)
+    weights = load_file(place / "model.safetensors")
+    weights |= {f"transformer.h.{i}.attn.masked_bias": torch.ones(1) for i in range(3)}
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    assert load(place).model.config.model_type == "gpt2"
+    weights["transformer.h.0.attn.odd.weight"] = torch.ones(1)
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FedPFTError, match=r"does not fit the weights .*odd\.weight"):
+        load(place)
+
+
+def test_images_of_another_size_than_the_models_are_refused(vit_directory, tmp_path):
+    place = tmp_path / "vit"
+    shutil.copytree(vit_directory, place)
+    file = place / "preprocessor_config.json"
+    size = {"size": {"height": 16, "width": 16}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | size))
+    said = r"makes images of 3 x 16 x 16, which the model does not take"
+    with pytest.raises(FedPFTError, match=said):
+        load_fm(str(place), LABELS, "image", 0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.plain_loop import PlainLoop
@@ -30,6 +31,7 @@ from fedpft_flower.evaluation import evaluate
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.refinement import logit_loss
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns, frozen_weights
+from tests.conftest import write_llama
 from tests.families import CONFIGS, tiny_batch, tiny_model
 from tests.test_architectures import plans, whole, with_adapters
 from tests.test_federation import NODES, results, run
@@ -99,6 +101,21 @@ def test_what_is_too_long_loses_the_prompts_beginning_first(generator_directory)
     assert words("", "good", 5) == (["</s>", "good", "</s>"], 2)
     # A start token stays where it is.
     assert words("<s> a b c d", "good", 4) == (["<s>", "d", "good", "</s>"], 2)
+
+
+def test_every_block_begins_with_the_start_token_where_texts_do(tmp_path):
+    place = write_llama(tmp_path, "generate")
+    tokenizer = tokenizer_of(place)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    data = Dataset.from_dict({"text": ["a b c d e", "good"]})
+    rows = GenerationRows(data, tokenizer, DataConfig(max_length=4))
+    blocks = [
+        " ".join(tokenizer.convert_ids_to_tokens(rows.batch([i])["input_ids"][0]))
+        for i in range(len(rows))
+    ]
+    assert blocks == ["<s> a b c", "<s> d e </s>", "<s> good </s>"]
 
 
 def test_long_texts_become_blocks_that_lose_nothing(generator_directory):

@@ -12,7 +12,7 @@ from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.config import Config, DataConfig
 from fedpft_flower.encoding import Part, encode, hold_out, shuffled_batches
-from fedpft_flower.images import CROP_AREA, crop_and_flip
+from fedpft_flower.images import CROP_AREA, crop_and_flip, in_rgb
 
 
 def gradient(width=40, height=20):
@@ -97,3 +97,22 @@ def test_a_federation_learns_from_varied_images(local_grid, settings):
         for one, other in pairwise(adapters)
     ]
     assert same == [False, True]
+
+
+def test_images_of_every_mode_become_rgb():
+    deep = Image.fromarray(np.full((2, 2), 0x80FF, dtype=np.uint16))
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    half = Image.new("LA", (2, 2), (0, 128))
+    palette = Image.new("P", (2, 2))
+    palette.info["transparency"] = 0
+    colours = {
+        image.mode: in_rgb(image).getpixel((0, 0))
+        for image in (deep, clear, half, palette, Image.new("L", (2, 2), 7))
+    }
+    assert colours == {
+        "I;16": (128,) * 3,
+        "RGBA": (255,) * 3,
+        "LA": (127,) * 3,
+        "P": (255,) * 3,
+        "L": (7,) * 3,
+    }

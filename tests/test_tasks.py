@@ -338,6 +338,64 @@ def test_splits_of_other_names_are_asked_for(tmp_path):
     assert len(load_task(replace(config, train_split="mine"), 0).train) == 48
 
 
+def test_usual_names_of_a_validation_split_are_known(tmp_path):
+    parts = {"train": [0, 1] * 30, "valid": [0, 1] * 4, "test": [1, 0] * 3}
+    rows = {
+        n: Dataset.from_dict({"s": ["a"] * len(y), "y": y}) for n, y in parts.items()
+    }
+    DatasetDict(rows).save_to_disk(tmp_path)
+    task = load_task(DataConfig(path=str(tmp_path), **COLUMNS), 0)
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [60, 8, 6]
+
+
+def test_tables_that_are_named_by_their_splits_are_read_apart(tmp_path):
+    """`datasets` would make one split of both, and asks for the same columns."""
+    write_splits(tmp_path, train=[0, 1] * 30, validation_matched=[0, 1] * 4)
+    write_splits(tmp_path, validation_mismatched=[1, 0] * 3)
+    (tmp_path / "train.parquet").rename(tmp_path / "train-00000-of-00002.parquet")
+    write_splits(tmp_path, train=[0, 1] * 10)
+    (tmp_path / "train.parquet").rename(tmp_path / "train-00001-of-00002.parquet")
+    Dataset.from_dict({"s": ["x"]}).to_parquet(tmp_path / "test.parquet")
+    config = DataConfig(path=str(tmp_path), **COLUMNS)
+    splits = "validation_matched,validation_mismatched"
+    task = load_task(replace(config, test_split=splits), 0)
+    assert len(task.train) + len(task.validation) == 80
+    assert [len(task.test), len(task.more_tests["validation_mismatched"])] == [8, 6]
+
+
+def test_a_directory_of_csv_files_is_read_as_a_file_is(tmp_path):
+    rows = [f"text {i};{('NA', 'None')[i % 2]}" for i in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["text;label", *rows]))
+    (tmp_path / "dev.csv").write_text("\n".join(["text;label", *rows[:6]]))
+    config = DataConfig(task="text", path=str(tmp_path), separator=";")
+    task = load_task(config, 0)
+    assert task.labels == ("NA", "None")
+    assert [len(task.train), len(task.test)] == [36, 6]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.csv").rename(tmp_path / f"odd-{name}-rows.csv")
+    assert load_task.__wrapped__(config, 0).labels == ("NA", "None")
+
+
+def test_the_label_set_is_that_of_the_rows_to_train_on(tmp_path):
+    """A rare class may be missing in the others, whichever is looked at first."""
+    for name, labels in (("train", "abc"), ("validation", "ab"), ("test", "ba")):
+        rows = [f"text {i},{label}" for i, label in enumerate(labels * 20)]
+        write_csv(tmp_path / f"{name}.csv", rows)
+    config = DataConfig(task="text", path=str(tmp_path))
+    assert load_task(config, 0).labels == ("a", "b", "c")
+    (tmp_path / "train.csv").unlink()
+    write_csv(tmp_path / "test.csv", [f"text {i},{'bd'[i % 2]}" for i in range(20)])
+    assert load_task.__wrapped__(config, 0).labels == ("a", "b", "d")
+
+
+def test_rows_whose_class_is_withheld_are_left_out(tmp_path, caplog):
+    path = write_splits(tmp_path, train=[0, 1, -1] * 20, test=[1, 0, -1])
+    task = load_task(DataConfig(path=path, **COLUMNS), 0)
+    assert len(task.train) + len(task.validation) == 40
+    assert task.test["label"][:] == [1, 0]
+    assert "20 rows of train have no label (-1): left out" in caplog.text
+
+
 def test_further_test_splits_are_loaded_apart(tmp_path):
     labels = {"train": [0, 1] * 30, "matched": [0, 1] * 4, "mismatched": [1, 0] * 3}
     splits = {
