@@ -2,8 +2,9 @@
 
 python -m benchmarks.pretrain_vit DATA [DATA ...] --out DIR [--epochs N] [--minutes M]
 
-Each DATA is a local set of images with labels that `datasets` loads; the classes of
-several are told apart. Images are held in memory as bytes. After every epoch a
+Each DATA is a local set of images with labels that `datasets` loads (--image-column,
+--label-column, --train-split and --test-split say where other names stand); the classes
+of several are told apart. Images are held in memory as bytes. After every epoch a
 checkpoint is written; the same command goes on where it ended. With --minutes it trains
 as many epochs, N at most, as a few steps tell will fit. DIR is then what `fm.name`
 takes.
@@ -53,6 +54,10 @@ class Recipe:
     layers: int = 6
     heads: int = 3
     seed: int = 0
+    image_column: str = "image"
+    label_column: str = "label"
+    train_split: str = "train"
+    test_split: str = "test"
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,15 @@ def read(recipe: Recipe) -> tuple[Images, Images, list[str]]:
     parts: list[tuple[Images, Images]] = []
     names: list[str] = []
     for path in recipe.data:
-        task = load_task(DataConfig(task="image", path=path), recipe.seed)
+        config = DataConfig(
+            task="image",
+            path=path,
+            image_column=recipe.image_column,
+            label_column=recipe.label_column,
+            train_split=recipe.train_split,
+            test_split=recipe.test_split,
+        )
+        task = load_task(config, recipe.seed)
         if task.train is None:
             raise FedPFTError(f"{path} has no split 'train'; give one that has")
         shift = len(names)
@@ -298,7 +311,8 @@ class Pretraining:
     def _load(self) -> None:
         about = json.loads((self.out / "checkpoint.json").read_text(encoding="utf-8"))
         own = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
-        if about["recipe"] != own:
+        defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
+        if defaults | about["recipe"] != own:
             raise FedPFTError(
                 f"{self.out} holds a checkpoint of another command; choose another "
                 "--out, or remove it"

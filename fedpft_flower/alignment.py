@@ -29,6 +29,9 @@ from fedpft_flower.descent import Progress, Schedule, Trainable, descend
 from fedpft_flower.plan import Plan
 from fedpft_flower.sub_fm import compressed_ffns
 
+# Of the FM's hidden states of held-out rows, which are needed again and again.
+HELD_OUT_BYTES = 256e6
+
 
 @dataclass(frozen=True)
 class GradientError:
@@ -184,11 +187,14 @@ def distil(
     # Without what is behind the layers: nobody asks for logits here.
     teacher, student = base_model(fm).base_model, base_model(sub_fm).base_model
     states_of = Teacher(teacher, teacher_layers, memory)
+    held_states_of = Teacher(teacher, teacher_layers, max(memory, HELD_OUT_BYTES))
+    held = {id(batch) for batch in held_out}
     fm.eval()
     sub_fm.eval()
 
     def loss_of(batch: Batch) -> tuple[Tensor, int]:
-        mask, states = batch.get("attention_mask"), states_of(batch)
+        mask = batch.get("attention_mask")
+        states = held_states_of(batch) if id(batch) in held else states_of(batch)
         with outputs_of(student_layers) as outputs:
             student(**batch)
         loss = state_loss(states, [real_tokens(h, mask) for h in outputs])

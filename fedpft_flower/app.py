@@ -425,7 +425,7 @@ def _manifest(
     federation: Federation,
 ) -> Metrics:
     return {
-        "versions": versions(),
+        "versions": dict(versions()),
         "machine": {
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),

@@ -53,7 +53,8 @@ class Architecture:
     attention: tuple[str, ...]
     # The modules of the classification head.
     head: tuple[str, ...]
-    # Post-LN blocks: the norm behind the FFN. None in pre-LN blocks.
+    # The norm behind the FFN, be it behind the residual connection (post-LN blocks) or
+    # before it. None in pre-LN blocks.
     output_norm: str | None
     # The config field of the FFN width, or None where the config cannot say it.
     width_field: str | None
@@ -105,6 +106,8 @@ _LLAMA = Architecture(
     output_norm=None,
     width_field="intermediate_size",
 )
+# A norm of the FFN's output, before the residual connection.
+_LLAMA_NORMED = replace(_LLAMA, output_norm="post_feedforward_layernorm")
 _OPT = Architecture(
     modality="text",
     layers="decoder.layers",
@@ -226,10 +229,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma": _LLAMA,
+    "gemma2": _LLAMA_NORMED,
+    "gemma3_text": _LLAMA_NORMED,
+    "olmo2": _LLAMA_NORMED,
+    "phi3": replace(
+        _LLAMA,
+        up=(("mlp.gate_up_proj", 2),),
+        attention=("self_attn.qkv_proj", "self_attn.o_proj"),
+    ),
+    "starcoder2": replace(_LLAMA, up=(("mlp.c_fc", 1),), down="mlp.c_proj"),
     "vit": _VIT,
     "deit": replace(_VIT, model_class="DeiTForImageClassification"),
     "beit": replace(_VIT, output_scale="lambda_2"),
     "dinov2": replace(_DINOV2, variant=("use_swiglu_ffn", True, "dinov2-swiglu")),
+    "dinov2_with_registers": replace(
+        _DINOV2, variant=("use_swiglu_ffn", True, "dinov2-swiglu")
+    ),
     "dinov2-swiglu": replace(
         _DINOV2,
         up=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)),

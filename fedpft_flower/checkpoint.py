@@ -17,14 +17,15 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedpft_flower.config import FedPFTError, Scalar
+from fedpft_flower.config import FedPFTError, Scalar, flat_defaults
 
 _SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
 
 FORMAT = 3  # of the files; rises when older ones can no longer be read
 
 # Settings that may differ between a run and its continuation: they say where things
-# are and how long to wait. What stands there is compared by content.
+# are, how long to wait, and what a step may cost. What stands in places is compared by
+# content.
 FREE_KEYS = {
     "resume",
     "out-dir",
@@ -37,6 +38,8 @@ FREE_KEYS = {
     "data.public-path",
     "train.min-nodes",
     "train.max-retries",
+    "train.micro-batch-size",
+    "train.recompute",
 }
 
 
@@ -185,8 +188,10 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"resume: {name} is {_short(after.get(name))}, the checkpoint has "
                 f"{_short(before.get(name))}; give what that run had"
             )
+    # A setting that was not there when the checkpoint was made had its default.
+    settings = flat_defaults() | before["config"]
     for key, new in sorted(after["config"].items()):
-        old = before["config"].get(key)
+        old = settings[key]
         if key not in FREE_KEYS and old != new:
             raise FedPFTError(
                 f"resume: {key} = {new!r}, the checkpoint has {old!r}; run with the "

@@ -25,7 +25,7 @@ from fedpft_flower.architectures import (
 from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
 from fedpft_flower.devices import device_here, place
 from fedpft_flower.encoding import Rows, encode, shuffled_batches
-from fedpft_flower.node import Identity, identify, local_rows
+from fedpft_flower.node import Identity, identify, local_rows, own_training
 from fedpft_flower.package import Package
 from fedpft_flower.quantisation import quantise
 from fedpft_flower.sub_fm import (
@@ -88,14 +88,14 @@ def train(message: Message, context: Context) -> Message:
         metrics |= pack_rates(_measure(sub_fm, rows, config))
     seed = derive_seed(config.seed, "client", current, node.key)
     proximal_mu = request.get("proximal-mu", 0.0)  # only Flower's FedProx sends it
-    report = train_adapter(
-        sub_fm.model, rows, config.train, request["lr"], seed, proximal_mu
-    )
+    own = own_training(config.train, context)
+    report = train_adapter(sub_fm.model, rows, own, request["lr"], seed, proximal_mu)
     told = {
         "num-examples": 1 if config.weighting == "uniform" else report.examples,
         "train_loss": report.loss,  # the name that Flower's QFedAvg reads
         "steps": report.steps,
         "seconds": report.seconds,
+        "step-seconds": report.step_seconds,
         "peak-memory": peak_memory(),
     }
     metrics |= {name: told[name] for name in train_metrics(config)}

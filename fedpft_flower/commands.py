@@ -213,6 +213,8 @@ def flower_home(place: Path, port: int, ca: Path | None = None) -> dict[str, str
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        # Every run and, in a deployment, every message waits for that: 1 s by default.
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         # Flower finds its own commands through the path.

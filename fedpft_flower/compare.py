@@ -310,9 +310,10 @@ def _unfinished(runs: Path, flat: Mapping[str, Any]) -> str:
         if (place / "summary.json").exists() or not any(directory.glob("round-*")):
             continue
         try:
-            left = flatten(tomllib.loads((place / "config.toml").read_text()))
+            told = tomllib.loads((place / "config.toml").read_text())
         except (OSError, ValueError):
             continue
+        left = flat_defaults() | flatten(told)
         if all(left.get(k) == v for k, v in flat.items() if k not in FREE_KEYS):
             return str(place)
     return ""

@@ -149,6 +149,12 @@ class TrainConfig:
     # When positive, this many optimiser steps take the place of `local_epochs`.
     local_steps: int = 0
     batch_size: int = 16
+    # Rows that go through the model at once; 0 takes the whole batch. A step still is
+    # about `batch-size` rows, whose gradients are added up: less memory, more time.
+    micro_batch_size: int = 0
+    # Whether the insides of layers are computed again for the gradients instead of
+    # being kept: much less memory, about a third more time.
+    recompute: bool = False
     lr: float = 0.001
     # "linear": lr_r = lr * (1 - (r - 1) / rounds); "none": constant.
     lr_decay: str = "linear"
@@ -533,6 +539,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.local-epochs": (1, 1e6, True),
     "train.local-steps": (0, 1e9, True),
     "train.batch-size": (1, 1e6, True),
+    "train.micro-batch-size": (0, 1e6, True),
     "train.lr": (0, 1e3, False),
     "train.weight-decay": (0, 1e3, True),
     "train.clip-norm": (0, 1e9, True),

@@ -42,8 +42,6 @@ LONGEST_KEY = 200  # characters of a node's name
 # A node reads its rows before it answers; but for longer than this, or than
 # `wait-seconds` where that is longer, nobody waits.
 GREETING_SECONDS = 300.0
-# And so long for a node whose name another one gives: one that is there answers sooner.
-TWIN_SECONDS = 30.0
 
 
 class RoundError(FedPFTError):
@@ -168,6 +166,9 @@ class Federation:
         self.refused: dict[int, tuple[str, str]] = {}
         # Old ids of nodes that came back under new ones; Flower lists them for a while.
         self._replaced: set[int] = set()
+        # Nodes that give the name of another: whose, and what they are told. They are
+        # not greeted again before that one is gone.
+        self._doubles: dict[int, tuple[int, str]] = {}
         self._held: dict[str, set[str]] = {}  # store -> hashes of its sub-FMs
         # What nodes were given before they went away, or before the run was resumed.
         self._given: dict[str, str] = dict(given or {})
@@ -204,7 +205,14 @@ class Federation:
             FedPFTError: too few nodes came; before training, also when one refuses,
                 runs other code, or names a partition that does not fit.
         """
-        self.refused.clear()  # whatever it was may be mended: each may try again
+        # Whatever it was may be mended: each may try again, but for doubles.
+        online = set(self.grid.get_node_ids())
+        self._doubles = {
+            n: (old, why)
+            for n, (old, why) in self._doubles.items()
+            if n in online and old in self.nodes
+        }
+        self.refused = {n: (self.name(n), why) for n, (_, why) in self._doubles.items()}
         deadline = time.monotonic() + self._wait
         earlier = set(self.nodes)
         while True:
@@ -404,9 +412,10 @@ class Federation:
                 continue
             try:
                 known, held = _introduction(reply, mine, ours)
-                self._replace_twin(known.key, node, earlier)
             except FedPFTError as error:
                 self._leave_out(node, str(error))
+                continue
+            if not self._has_room(known.key, node, earlier, timeout):
                 continue
             known.installed = self._given.get(known.key, "")
             self.nodes[node] = known
@@ -434,32 +443,42 @@ class Federation:
         self._given = self.installs()
         self.nodes = {n: node for n, node in self.nodes.items() if n in online}
 
-    def _replace_twin(self, key: str, newcomer: int, earlier: Set[int]) -> None:
-        """Let a node that restarted under a new id take the place of its old self.
+    def _has_room(
+        self, key: str, newcomer: int, earlier: Set[int], timeout: float
+    ) -> bool:
+        """Tell whether a newcomer may have its name, maybe in its old self's place.
 
-        Two that introduce themselves together before training are no such pair: there
-        is a mistake in a node's config, which `_check` reports.
+        Two that introduce themselves together before training are no node and its old
+        self: there is a mistake in a node's config, which `_check` reports.
 
-        Raises:
-            FedPFTError: the one who has the name is still there.
+        Args:
+            key: the name.
+            newcomer: the node that gives it.
+            earlier: the nodes that were known before this greeting.
+            timeout: how long to wait for the node that has the name; of one that is
+                gone Flower says so within about a minute.
         """
-        for twin in [n for n, node in self.nodes.items() if node.key == key]:
-            if not self.training and twin not in earlier:
+        for old in [n for n, node in self.nodes.items() if node.key == key]:
+            if not self.training and old not in earlier:
                 continue
-            if self._answers(twin):
-                raise FedPFTError(
-                    f"its site or partition-id makes it {key}, and node {twin}, which "
+            if self._answers(old, timeout):
+                why = (
+                    f"its site or partition-id makes it {key}, and node {old}, which "
                     "is still there, has that name; give it another one"
                 )
+                self._doubles[newcomer] = old, why
+                self._leave_out(newcomer, why)
+                return False
             logger.warning("%s came back as node %d", key, newcomer)
-            self._replaced.add(twin)
-            self._given[key] = self.nodes.pop(twin).installed
+            self._replaced.add(old)
+            self._given[key] = self.nodes.pop(old).installed
+        return True
 
-    def _answers(self, node: int) -> bool:
+    def _answers(self, node: int, timeout: float) -> bool:
         """Tell whether a node still answers a greeting, if only to refuse it."""
-        replies = self._hello([node], min(self._timeout, TWIN_SECONDS))
         return any(
-            not reply.has_error() or reply.error.code == REFUSED for reply in replies
+            not reply.has_error() or reply.error.code == REFUSED
+            for reply in self._hello([node], timeout)
         )
 
 

@@ -122,7 +122,7 @@ def load_fm(
 
 
 # What older versions of `transformers` wrote among the weights, and models compute now.
-_BUFFERS = (".masked_bias", ".attn.bias", ".inv_freq", ".position_ids")
+_BUFFERS = (".masked_bias", ".inv_freq")
 
 
 def source_of_fm(name: str) -> str:
@@ -176,7 +176,8 @@ def _check_family(
             f"fm.name = {name!r} ({config.model_type}) takes {row.modality} inputs, "
             f"the task has {modality}; choose another FM or data.task"
         )
-    if objective == "generate" and not row.decoder:
+    both_ways = getattr(config, "use_bidirectional_attention", False)
+    if objective == "generate" and (both_ways or not row.decoder):
         raise FedPFTError(
             f"fm.name = {name!r} ({config.model_type}) is no decoder and cannot "
             f"generate text; choose one of {', '.join(model_types(True))}, or another "
@@ -216,17 +217,19 @@ def _agree_on_padding(
 
 
 def _check_pixels(processor: Any, model: PreTrainedModel, name: str) -> None:
-    """Refuse a processor that makes images of another size than the model takes."""
-    pixels = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+    """Refuse a processor that makes what the model does not take of its own size."""
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    blank = Image.new("RGB", (width, height))
     try:
+        pixels = processor(blank, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            model.eval()(pixel_values=pixels.to(model.device, model.dtype))
-    except (RuntimeError, ValueError) as error:
-        size = " x ".join(map(str, pixels.shape[1:]))
+            model(pixel_values=pixels.to(model.device, model.dtype))
+    except Exception as error:  # a processor's config may be anything
         raise FedPFTError(
-            f"fm.name = {name!r}: its image processor makes images of {size}, which "
-            f"the model does not take ({one_line(str(error))}); put the model's own "
-            "preprocessor_config.json beside its weights"
+            f"fm.name = {name!r}: the model does not take what its image processor "
+            f"makes of an image of {width} x {height} ({one_line(str(error))}); put "
+            "the model's own preprocessor_config.json beside its weights"
         ) from error
 
 

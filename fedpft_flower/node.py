@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from flwr.app import ConfigRecord, Context, Message, MetricRecord
 
-from fedpft_flower.config import Config, DataConfig, FedPFTError
+from fedpft_flower.config import Config, DataConfig, FedPFTError, TrainConfig
 from fedpft_flower.images import check_images
 from fedpft_flower.software import source_hash, versions
 from fedpft_flower.tasks import load_site
@@ -94,6 +94,26 @@ def identify(context: Context) -> Identity:
     return Identity(f"node-{context.node_id}", False, index, count, own)
 
 
+def own_training(config: TrainConfig, context: Context) -> TrainConfig:
+    """Return how a node trains: as the run says, but within the node's own memory.
+
+    Its node-config may have `micro-batch-size` and `recompute`, which change what a
+    step costs and nothing else.
+
+    Raises:
+        FedPFTError: one of them is no such value.
+    """
+    node = context.node_config
+    size = node.get("micro-batch-size", config.micro_batch_size)
+    again = node.get("recompute", config.recompute)
+    if not (type(size) is int and size >= 0 and isinstance(again, bool)):
+        raise FedPFTError(
+            f"this node's config has micro-batch-size = {size!r}, recompute = "
+            f"{again!r}; give a number of rows, and true or false"
+        )
+    return replace(config, micro_batch_size=size, recompute=again)
+
+
 def local_rows(node: Identity, config: Config, labels: Sequence[str]) -> Dataset:
     """Return the training rows of a node: its own, or its partition of the run's.
 
@@ -127,6 +147,7 @@ def hello(message: Message, context: Context) -> Message:
             "'fp32'"
         )
     node = identify(context)
+    own_training(config.train, context)  # says what is wrong before anything is sent
     rows = local_rows(node, config, json.loads(config_of(message)["labels"]))
     check_images(rows, "training rows")
     store = Store()
@@ -137,7 +158,7 @@ def hello(message: Message, context: Context) -> Message:
             "store": store.name,
             "held": json.dumps(store.hashes()),
             "source": source_hash(),
-            "libraries": json.dumps(versions()),
+            "libraries": json.dumps(dict(versions())),
         }
     )
     # With differential privacy it tells no more than that it has rows.

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import (
     ClassLabel,
     Dataset,
@@ -137,8 +138,8 @@ def _looks_like_path(path: str) -> bool:
 
 # How a table is called that holds a split, or a shard of one.
 _SPLIT_FILE = re.compile(
-    r"(?P<name>(train|training|validation|valid|val|dev|test|testing|eval)"
-    r"([-_.][a-z][a-z_]*)?)([-_.]?[0-9]+(-of-[0-9]+)?)?"
+    r"(?P<name>(?P<role>train|training|validation|valid|val|dev|test|testing|eval)"
+    r"([-_.][a-z]+)*)([-_.]?[0-9]+(-of-[0-9]+)?)?"
 )
 _SYNONYMS = {
     "training": "train",
@@ -196,38 +197,56 @@ def _read_directory(
             "imagefolder", data_dir=str(place), drop_labels=False, cache_dir=cache
         )
         return images
-    if not subset and (splits := _split_files(place, tables)):
+    if subset or _is_described(place):
+        described: Splits = load_dataset(str(place), subset or None, cache_dir=cache)
+        return described
+    if splits := _split_files(place, tables, modality):
         return {name: _read_tables(ones, separator) for name, ones in splits.items()}
-    suffixes = {path.suffix.lower() for path in tables}
-    options = _options(suffixes, separator) if modality == "text" else {}
-    rows: Splits = load_dataset(str(place), subset or None, cache_dir=cache, **options)
+    suffixes = {path.suffix.lower() for path in place.rglob("*") if path.is_file()}
+    options = _options(suffixes - {".md", ""}, separator)
+    rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
     return rows
 
 
-def _split_files(place: Path, tables: Sequence[Path]) -> dict[str, list[Path]]:
+def _is_described(place: Path) -> bool:
+    """Tell whether a directory says itself which files are what, as hubs have them."""
+    card = place / "README.md"
+    told = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return (
+        "\nconfigs:" in told
+        or "\ndataset_info:" in told
+        or (place / "dataset_infos.json").is_file()
+    )
+
+
+def _split_files(
+    place: Path, tables: Sequence[Path], modality: Modality
+) -> dict[str, list[Path]]:
     """Return split -> files of a directory whose every table is named by its split.
 
     `datasets` takes such tables for one table, so they would need equal columns, and
-    `validation_matched` and `validation_mismatched` would be one split. Where the
-    directory describes itself (a card with configurations) it knows better.
+    `validation_matched` and `validation_mismatched` would be one split. Here several
+    names of one role to evaluate are several splits.
     """
     suffixes = {path.suffix.lower() for path in tables}
-    described = "\nconfigs:" in _card(place)
-    if described or len(suffixes) != 1 or not suffixes <= _FORMATS.keys():
+    known = {".parquet"} if modality == "image" else _FORMATS.keys()
+    if len(suffixes) != 1 or not suffixes <= known:
         return {}
-    found: dict[str, list[Path]] = {}
+    roles: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(tables):
         match = _SPLIT_FILE.fullmatch(path.stem.lower())
         if path.parent != place or match is None:
             return {}
-        name = match["name"]
-        found.setdefault(_SYNONYMS.get(name, name), []).append(path)
-    return found
-
-
-def _card(place: Path) -> str:
-    card = place / "README.md"
-    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        role = _SYNONYMS.get(match["role"], match["role"])
+        name = role if match["name"] == match["role"] else match["name"]
+        roles.setdefault(role, {}).setdefault(name, []).append(path)
+    splits: dict[str, list[Path]] = {}
+    for role, named in roles.items():
+        if role == "train" or len(named) == 1:
+            splits[role] = [path for paths in named.values() for path in paths]
+        else:
+            splits |= named
+    return splits
 
 
 def _read_hub(name: str, subset: str) -> Splits:
@@ -320,7 +339,7 @@ def complete_rows(part: Dataset, split: str) -> Dataset:
 
 def _with_class(part: Dataset, split: str) -> Dataset:
     """Leave out the rows with the class -1, unless that are all."""
-    labels = part["label"]
+    labels = part["label"][:]
     there = [i for i, one in enumerate(labels) if one is None or one >= 0]
     if not 0 < len(there) < len(part):
         return part
@@ -330,7 +349,7 @@ def _with_class(part: Dataset, split: str) -> Dataset:
 
 
 def _missing(part: Dataset, column: str) -> list[int]:
-    values = part.data.column(column)
+    values = _column(part, column)
     gone = values.is_null(nan_is_null=True).to_numpy()
     if column == "label" and part.features[column] in _TEXTS:
         gone |= np.array([not text.strip() for text in part[column]])
@@ -361,6 +380,29 @@ def cast_input(part: Dataset, column: str) -> Dataset:
             f"column for {column} holds {part.features[column]}, which is no {column}; "
             "name another column"
         ) from error
+
+
+def with_texts(part: Dataset, columns: Sequence[str]) -> Dataset:
+    """Leave out rows where one of these texts is missing or blank.
+
+    They are looked at chunk by chunk, and none becomes a Python object: the corpus may
+    be larger than the memory.
+    """
+    full = np.ones(len(part), dtype=bool)
+    for column in columns:
+        at = 0
+        for texts in _column(part, column).chunks:
+            long = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
+            full[at : at + len(texts)] &= np.array(pc.fill_null(long, False))
+            at += len(texts)
+    return part.select(np.flatnonzero(full))
+
+
+def _column(part: Dataset, name: str) -> pa.ChunkedArray:
+    """Return a column as Arrow has it, of the rows that were selected."""
+    if part._indices is None:
+        return part.data.column(name)
+    return part.select_columns([name]).with_format("arrow")[:].column(name)
 
 
 _INTEGER = re.compile(r"-?[0-9]+")

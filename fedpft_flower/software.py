@@ -3,8 +3,10 @@
 import hashlib
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 # This project's package, and what shapes a result.
 OWN = "fedpft-flower"
@@ -21,6 +23,7 @@ _PACKAGES = (
 )
 
 
+@cache
 def source_hash() -> str:
     """Return the hash of this package's sources, to refuse runs of mixed code."""
     root = Path(__file__).parent
@@ -30,7 +33,8 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Return the versions of Python and of the packages that shape a result."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -38,7 +42,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:  # the app runs from a bundle, not installed
             found[package] = "not installed"
-    return found
+    return MappingProxyType(found)
 
 
 def differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:

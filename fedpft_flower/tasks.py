@@ -36,6 +36,7 @@ from fedpft_flower.reading import (
     labels_of,
     read_sample,
     read_splits,
+    with_texts,
 )
 
 HELD_OUT = 0.1  # share of the training rows that replaces a missing split
@@ -218,9 +219,7 @@ def _own_public(config: DataConfig, seed: int) -> Dataset:
         public = cast_input(public, role)
     if kind == "image":
         return public
-    return public.filter(
-        lambda row: all((row[role] or "").strip() for role in wanted),
-    )
+    return with_texts(public, list(wanted))
 
 
 def paired(rows: Dataset, seed: int) -> Dataset:
@@ -451,8 +450,11 @@ def _roles(config: DataConfig, source: Splits) -> dict[str, str]:
                 f"data.{role}-split = {split!r}, and another split too; no row may be "
                 "both trained and tested on"
             )
+    further = names_in(config.test_split)[1:]
     usual = {
-        role: next((name for name in names if name in source), "")
+        role: next(
+            (n for n in names if n in source and (n == role or n not in further)), ""
+        )
         for role, names in _USUAL.items()
     }
     return asked | {
@@ -552,10 +554,11 @@ def _label_names(parts: Mapping[str, Dataset], config: DataConfig) -> tuple[str,
 
     They are those to train on; without any, all there are.
     """
-    rows = [parts["train"]] if "train" in parts else list(parts.values())
-    found = [labels_of(part, "label") for part in rows]
-    told = found[0] if len({*found}) == 1 else in_order(set().union(*found))
-    names = names_in(config.labels) or told
+    names = names_in(config.labels)
+    if not names:
+        rows = [parts["train"]] if "train" in parts else list(parts.values())
+        found = [labels_of(part, "label") for part in rows]
+        names = found[0] if len({*found}) == 1 else in_order(set().union(*found))
     if len(set(names)) < max(2, len(names)):
         raise FedPFTError(f"data.labels: {names} needs two or more different labels")
     return names

@@ -1,28 +1,43 @@
 """Fine-tune an adapter on local rows."""
 
 import math
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import islice, pairwise
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fedpft_flower.activity import Batch
+from fedpft_flower.adapters import base_model
+from fedpft_flower.architectures import layers_of
 from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
-from fedpft_flower.encoding import Rows, endless_batches, shuffled_batches
+from fedpft_flower.encoding import (
+    NO_TARGET,
+    Rows,
+    endless_batches,
+    shuffled_batches,
+)
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """Say what a local training did; `loss` is the mean over its steps."""
+    """Say what a local training did; `loss` is the mean over its steps.
+
+    `step_seconds` is the median step's; of more than one, the first does not count.
+    """
 
     loss: float
     examples: int
     steps: int
     seconds: float
+    step_seconds: float
 
 
 def round_lr(config: TrainConfig, current: int, rounds: int) -> float:
@@ -46,13 +61,13 @@ def train_adapter(
     """Train the adapter that a model holds, by AdamW on shuffled local batches.
 
     With mu > 0 the objective is FedProx's: loss + mu / 2 * ||w - w_0||^2, w_0 being the
-    adapter at the start (Li et al. 2020, arXiv 1812.06127, eq. 2); the report's loss is
-    without that term.
+    adapter at the start (Li et al. 2020, arXiv 1812.06127, eq. 2), whose gradient is
+    mu (w - w_0) more; the report's loss is without that term.
 
     Args:
         model: a sub-FM with an adapter; only the adapter changes.
         rows: the local rows, labelled.
-        config: epochs or steps, batch size, weight decay, clipping.
+        config: epochs or steps, batch size, memory, weight decay, clipping.
         lr: this round's learning rate.
         seed: seed of the batches and of dropout.
         proximal_mu: weight of the proximal term; 0 leaves it out.
@@ -63,20 +78,21 @@ def train_adapter(
     parameters = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in parameters] if proximal_mu else []
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
-    began, losses = time.monotonic(), []
+    began, losses, ends = time.monotonic(), [], []
     # The process is shared by virtual clients: dropout must not depend on its past.
     torch.manual_seed(derive_seed(seed, "dropout"))
-    _train_mode(model, config.frozen_dropout)
-    for batch in _batches(rows.varied(seed), config, seed):
-        loss = objective = model(**batch).loss
-        if proximal_mu:
-            objective = loss + proximal_mu / 2 * _squared_distance(parameters, start)
-        optimiser.zero_grad(set_to_none=True)
-        objective.backward()
-        if config.clip_norm:
-            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimiser.step()
-        losses.append(float(loss.detach()))
+    train_mode(model, config.frozen_dropout)
+    with recomputed(model) if config.recompute else nullcontext():
+        for batch in _batches(rows.varied(seed), config, seed):
+            optimiser.zero_grad(set_to_none=True)
+            losses.append(add_gradients(model, batch, config.micro_batch_size))
+            for parameter, first in zip(parameters, start, strict=False):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - first, alpha=proximal_mu)
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            optimiser.step()
+            ends.append(time.monotonic())
     model.eval()
     mean = sum(losses) / len(losses)
     # The last step's adapter is in no loss.
@@ -86,16 +102,71 @@ def train_adapter(
             f"local training diverged: the mean loss is {mean}, the adapter is "
             f"{'' if finite else 'not '}finite; lower train.lr = {config.lr}"
         )
-    return TrainReport(mean, len(rows), len(losses), time.monotonic() - began)
+    steps = [end - before for before, end in pairwise([began, *ends])]
+    return TrainReport(
+        mean,
+        len(rows),
+        len(losses),
+        time.monotonic() - began,
+        statistics.median(steps[1:] or steps),
+    )
 
 
-def _squared_distance(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """Return the squared L2 distance of two lists of tensors of equal shapes."""
-    pairs = zip(ones, others, strict=True)
-    return torch.stack([(one - other).square().sum() for one, other in pairs]).sum()
+def add_gradients(model: nn.Module, batch: Batch, size: int) -> float:
+    """Add the gradients of a batch's loss to its model's, some rows at a time.
+
+    The loss is a mean over rows, or over the tokens that are learnt where every token
+    has a label, so each part counts by its share of them.
+
+    Args:
+        model: gives the loss.
+        batch: inputs [B, ...] with `labels`.
+        size: rows at a time; 0 takes all at once.
+
+    Returns:
+        The loss of the whole batch.
+    """
+    rows = len(batch["labels"])
+    size = size or rows
+    whole, total = _learnt(batch["labels"]), 0.0
+    for first in range(0, rows, size):
+        part = {name: one[first : first + size] for name, one in batch.items()}
+        if share := _learnt(part["labels"]) / whole:  # the mean of nothing is NaN
+            loss = model(**part).loss * share
+            loss.backward()
+            total += float(loss.detach())
+    return total
 
 
-def _train_mode(model: PeftModel, frozen_dropout: bool) -> None:
+def _learnt(labels: Tensor) -> int:
+    """Return how many rows, or tokens behind the first, are learnt."""
+    return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != NO_TARGET).sum())
+
+
+@contextmanager
+def recomputed(model: PeftModel) -> Iterator[None]:
+    """Let layers forget what is inside them until its gradients are due.
+
+    Dropout falls as it did the first time. Decoders keep no tokens for later meanwhile:
+    they would come twice.
+    """
+    base = base_model(model)
+    layers, config = layers_of(base), base.config
+    keeps = getattr(config, "use_cache", False)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if keeps:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if keeps:
+            config.use_cache = keeps
+        for layer in layers:
+            del layer.forward
+
+
+def train_mode(model: PeftModel, frozen_dropout: bool) -> None:
     """Turn on LoRA's dropout, and the frozen model's own only where it is asked for."""
     model.train(frozen_dropout)
     for name, module in model.named_modules():

@@ -62,6 +62,7 @@ TRAIN_METRICS: dict[str, float] = {
     "train_loss": 1e6,
     "steps": 1e12,
     "seconds": 1e9,
+    "step-seconds": 1e9,
     "peak-memory": 1e15,
 }
 # With differential privacy; a reason may quote a row or a label.

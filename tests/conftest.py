@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import logging
 import os
 import resource
 from contextlib import contextmanager
@@ -27,6 +28,15 @@ def own_cache(tmp_path_factory):
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     os.environ.pop("FEDPFT_OUT", None)
     return place
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """Let no run of a test decide where the log of the next one goes."""
+    package = logging.getLogger("fedpft_flower")
+    package.handlers, package.propagate = [], True
+    yield
+    package.handlers, package.propagate = [], True
 
 
 @pytest.fixture(scope="session")

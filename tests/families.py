@@ -105,10 +105,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**_DECODER, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": _DECODER,
     "gemma": _DECODER,
+    "gemma2": {**_DECODER, "sliding_window": 4},
+    "gemma3_text": {**_DECODER, "sliding_window": 4, "sliding_window_pattern": 2},
+    "olmo2": _DECODER,
+    "phi3": {**_DECODER, "initializer_range": 0.2},
+    "starcoder2": _DECODER,
     "vit": _IMAGE,
     "deit": _IMAGE,
     "beit": {**_IMAGE, "layer_scale_init_value": 0.5},
     "dinov2": {**_DINOV2, "mlp_ratio": WIDTH // 12},
+    "dinov2_with_registers": {**_DINOV2, "mlp_ratio": WIDTH // 12},
     "dinov2-swiglu": {**_DINOV2, "mlp_ratio": WIDTH * 3 // 24, "use_swiglu_ffn": True},
 }
 # Rows that are variants of a family are no model types themselves.

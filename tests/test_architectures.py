@@ -442,6 +442,19 @@ def test_layer_distillation_reduces_the_error_and_changes_only_ffns(family):
     assert changed == names
 
 
+def test_the_fm_sees_rows_that_are_held_out_once():
+    fm, sub, plan = adapted("bert")
+    held_out = [tiny_batch("bert", seed) for seed in (8, 9)]
+    trainable, runs = layer_level(compressed(sub, plan)), []
+    endless = (tiny_batch("bert", seed) for seed in range(10))
+    handle = base_model(fm).base_model.register_forward_hook(lambda *_: runs.append(1))
+    schedule, said = Schedule(0.001, 10, patience=10), []
+    distil(fm, sub, plan, trainable, endless, schedule, 0.01, said.append, held_out)
+    handle.remove()
+    assert len({one.held_out for one in said}) > 5
+    assert len(runs) == 10 + len(held_out)
+
+
 def halves(batch, order):
     """Return two batches of the rows in this order, without needless padding."""
     mask, found = batch.get("attention_mask"), []

@@ -208,6 +208,36 @@ def test_a_run_on_a_full_disk_fails_in_one_line_and_is_resumed(
     assert adapter_of(run_directory(tmp_path)) == expected
 
 
+def test_a_superlink_whose_disk_was_full_is_started_again_with_its_nodes(
+    tmp_path, settings, local_grid, small_disk
+):
+    """Its SuperExec ends and so do the nodes' heartbeats: nothing comes back alone."""
+    expected = expected_adapter(local_grid, settings, tmp_path)
+    small_disk(tmp_path / "db", 40_000_000)
+    options = ("--database", str(tmp_path / "db" / "state.db"))
+    with deploy(tmp_path, *options) as deployment:
+        deployment.submit("run", settings)
+        wait_until(lambda: checkpoints(tmp_path), 400, "the first checkpoint")
+        filler = fill(tmp_path / "db")
+        for name in ("superlink", *SITES):
+            wait_until(
+                lambda n=name: "500 Internal Server Error" in deployment.log(n),
+                200,
+                f"{name} notices",
+            )
+        assert all(deployment.processes[n].poll() is None for n in SITES)
+        filler.unlink()
+        for name in ("superlink", *SITES):
+            deployment.kill(name)
+        deployment.superlink(*options)
+        for site in SITES:
+            start_site(deployment, site)
+        again = {"resume": str(run_directory(tmp_path))}
+        deployment.submit("resumed", settings | again)
+        assert deployment.status("resumed", 900) == "finished:completed"
+    assert adapter_of(run_directory(tmp_path)) == expected
+
+
 def test_a_node_with_a_full_disk_is_left_out_until_there_is_room(
     tmp_path, settings, small_disk
 ):

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from datasets import DatasetDict
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import load_file
 
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
@@ -21,6 +23,7 @@ from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
+from fedpft_flower.report import LOG
 from fedpft_flower.software import versions
 from fedpft_flower.tasks import load_task
 from fedpft_flower.wire import HELLO, Store, tensors_hash
@@ -53,8 +56,6 @@ def run(
 
 
 def results(settings):
-    from pathlib import Path
-
     place = Path(settings["out-dir"]) / "7"
     rounds = [json.loads(x) for x in (place / "metrics.jsonl").read_text().splitlines()]
     manifest = json.loads((place / "manifest.json").read_text())
@@ -319,6 +320,10 @@ def test_too_few_replies_end_the_run_and_name_the_checkpoint(local_grid, setting
     assert "\n" not in said
 
 
+def log_of(settings):
+    return (Path(settings["out-dir"]) / "7" / LOG).read_text()
+
+
 def test_an_update_that_is_too_large_is_left_out(local_grid, settings):
     settings |= {"rounds": 1, "train.clients-per-round": NODES}
 
@@ -345,7 +350,8 @@ def moving(grid, dies, since=0):
         asked = told.message_type == HELLO and told.dst_node_id == first
         if dies and asked and 77 in grid.contexts:
             return Message(Error(5, "node unavailable"), reply_to=message)
-        if message.content["config"].get("server-round", 0) == since:
+        round_ = message.content["config"].get("server-round", 0)
+        if asked if not since else round_ == since:  # it was known before it moves
             twin = copy.copy(grid.contexts[first])
             twin.node_id = 77
             grid.contexts.setdefault(77, twin)
@@ -402,8 +408,13 @@ def test_a_newcomer_does_not_take_the_name_of_a_node_that_is_there(
     _, rounds, _, manifest = results(settings)
     assert manifest["adapter-sha256"] == expected
     assert first in trained(grid, 1) and 77 not in trained(grid)
-    reason = rounds[2]["failures"]["node 77"]
-    assert f"node {first}, which is still there, has that name; give it" in reason
+    assert len(rounds) > 3
+    for entry in rounds[2:]:
+        reason = entry["failures"]["node 77"]
+        assert f"node {first}, which is still there, has that name; give" in reason
+    hellos = [m for m in grid.seen if m.metadata.message_type == HELLO]
+    asked = [m.metadata.dst_node_id for m in hellos]
+    assert (asked.count(first), asked.count(77)) == (2, 1)  # not in every round
 
 
 def test_two_nodes_of_one_name_before_training_end_the_run(local_grid, settings):
@@ -475,7 +486,7 @@ def test_stale_client_code_is_refused(local_grid, settings, monkeypatch):
 
 
 def test_other_libraries_at_a_node_are_told_and_recorded(
-    local_grid, settings, monkeypatch, caplog
+    local_grid, settings, monkeypatch
 ):
     old = {**versions(), "transformers": "4.0", "fedpft-flower": "0.0"}
     monkeypatch.setattr(node, "versions", lambda: old)
@@ -487,7 +498,7 @@ def test_other_libraries_at_a_node_are_told_and_recorded(
         assert differing == {"transformers": "4.0"}
     own = manifest["versions"]["transformers"]
     told = f"has transformers 4.0; the server has transformers {own}"
-    assert told in caplog.text
+    assert told in log_of(settings)
 
 
 @pytest.mark.parametrize(
@@ -700,6 +711,26 @@ def test_a_node_without_a_name_is_warned_about(local_grid, sites, monkeypatch):
     assert ["sampling is not repeatable" in text for text, _ in said] == [True]
     names = set(results(settings)[3]["nodes"])
     assert len(names) == 3 and {"south", "west"} < names
+
+
+def test_nodes_may_train_within_their_own_memory(local_grid, settings, tmp_path):
+    settings |= {"lora.dropout": 0.0, "rounds": 1, "method": "fedpft-n"}
+    adapters = []
+    for own in ({}, {"micro-batch-size": 3, "recompute": True}):
+        settings |= {"out-dir": str(tmp_path / f"out-{len(adapters)}")}
+        configs = [
+            {"partition-id": i, "num-partitions": NODES, **own} for i in range(NODES)
+        ]
+        run(local_grid, settings, configs=configs)
+        place = Path(settings["out-dir"]) / "7" / "adapter"
+        adapters.append(load_file(place / "adapter_model.safetensors"))
+    one, other = adapters
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-3, rtol=1e-2)
+    bad = [{"partition-id": 0, "num-partitions": NODES, "micro-batch-size": "few"}]
+    with pytest.raises(FedPFTError, match="micro-batch-size = 'few', recompute"):
+        run(local_grid, settings, configs=bad)
 
 
 def test_a_node_without_rows_says_how_to_start_it(local_grid, sites):

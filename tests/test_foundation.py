@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 
 from fedpft_flower import foundation
 from fedpft_flower.config import DataConfig, FedPFTError
@@ -129,12 +130,43 @@ def test_buffers_that_older_versions_saved_are_no_weights(tmp_path):
         load(place)
 
 
+def test_a_tokenizer_that_is_a_sentencepiece_model_is_read(tmp_path):
+    """As of DeBERTa-v3: there is no tokenizer.json."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a good film\na bad film\nvery fast words\nthe cat sat\n" * 20)
+    place = tmp_path / "fm"
+    tiny_model("deberta-v2").save_pretrained(place)
+    SentencePieceTrainer.train(
+        input=str(texts),
+        model_prefix=str(place / "spm"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        **{f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "unk"))},
+        **{f"{name}_piece": f"[{word}]" for name, word in _SPECIAL.items()},
+    )
+    (place / "tokenizer_config.json").write_text('{"vocab_type": "spm"}')
+    tokenizer = load(place).processor
+    ids = tokenizer("a good film", "the cat")["input_ids"]
+    assert tokenizer.decode(ids) == "[CLS] a good film[SEP] the cat[SEP]"
+
+
+_SPECIAL = {"pad": "PAD", "bos": "CLS", "eos": "SEP", "unk": "UNK"}
+
+
 def test_images_of_another_size_than_the_models_are_refused(vit_directory, tmp_path):
     place = tmp_path / "vit"
     shutil.copytree(vit_directory, place)
     file = place / "preprocessor_config.json"
     size = {"size": {"height": 16, "width": 16}}
     file.write_text(json.dumps(json.loads(file.read_text()) | size))
-    said = r"makes images of 3 x 16 x 16, which the model does not take"
+    said = r"does not take what its image processor makes of an image of 8 x 8"
     with pytest.raises(FedPFTError, match=said):
         load_fm(str(place), LABELS, "image", 0)
+
+
+def test_a_decoder_that_looks_both_ways_generates_no_text(tmp_path):
+    fm = tiny_model("gemma3_text", objective="generate")
+    fm.config.use_bidirectional_attention = True
+    fm.config.save_pretrained(tmp_path)
+    with pytest.raises(FedPFTError, match="is no decoder and cannot generate text"):
+        load_fm(str(tmp_path), (), "text", 0, objective="generate")

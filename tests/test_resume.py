@@ -197,7 +197,20 @@ def test_files_of_another_format_are_refused(local_grid, finished):
 
 
 def test_settings_that_only_say_where_and_how_long_may_change(local_grid, finished):
-    run(local_grid, finished | {"timeout-seconds": 9.0, "checkpoint.keep": 5})
+    cheaper = {"train.recompute": True, "train.micro-batch-size": 2}
+    run(local_grid, finished | {"timeout-seconds": 9.0, "checkpoint.keep": 5} | cheaper)
+
+
+def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default(
+    local_grid, finished
+):
+    file = directory(finished) / "checkpoints" / "round-000002" / "state.json"
+    state = json.loads(file.read_text())
+    del state["identity"]["config"]["train.clip-norm"]
+    file.write_text(json.dumps(state))
+    run(local_grid, finished)
+    with pytest.raises(FedPFTError, match=r"clip-norm = 0\.5, the checkpoint has 1\.0"):
+        run(local_grid, finished | {"train.clip-norm": 0.5})
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(local_grid, finished):

@@ -1,6 +1,7 @@
 import json
 import stat
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pandas
@@ -20,7 +21,7 @@ from fedpft_flower.config import DataConfig, FedPFTError, PartitionConfig
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.encoding import content_hash, encode
 from fedpft_flower.partitions import load_partition
-from fedpft_flower.reading import _read_hub
+from fedpft_flower.reading import _read_hub, read_splits, with_texts
 from fedpft_flower.tasks import _sentences, load_public, load_site, load_task
 
 DIGITS = DataConfig(task="digits")
@@ -226,6 +227,11 @@ def test_public_corpus(tmp_path):
         task="text", path="unused", public_path=path, public_column="line"
     )
     assert sorted(load_public(config, 0)["text"]) == ["one", "three", "two"]
+    rows = Dataset.from_dict({"line": ["a", " ", None, "", "b", "\u3000"]})
+    rows.select([5, 4, 3, 2, 1, 0]).save_to_disk(tmp_path / "gaps")
+    gaps = replace(config, public_path=str(tmp_path / "gaps"))
+    assert sorted(load_public(gaps, 0)["text"]) == ["a", "b"]
+    assert with_texts(rows.select([4, 1, 0]), ["line"])["line"][:] == ["b", "a"]
     with pytest.raises(FedPFTError, match="alignment needs a public corpus"):
         load_public(DataConfig(task="text", path="unused"), 0)
 
@@ -346,6 +352,8 @@ def test_usual_names_of_a_validation_split_are_known(tmp_path):
     DatasetDict(rows).save_to_disk(tmp_path)
     task = load_task(DataConfig(path=str(tmp_path), **COLUMNS), 0)
     assert [len(s) for s in (task.train, task.validation, task.test)] == [60, 8, 6]
+    both = DataConfig(path=str(tmp_path), test_split="test,valid", **COLUMNS)
+    assert [len(s) for s in load_task(both, 0).more_tests.values()] == [8]
 
 
 def test_tables_that_are_named_by_their_splits_are_read_apart(tmp_path):
@@ -361,6 +369,39 @@ def test_tables_that_are_named_by_their_splits_are_read_apart(tmp_path):
     task = load_task(replace(config, test_split=splits), 0)
     assert len(task.train) + len(task.validation) == 80
     assert [len(task.test), len(task.more_tests["validation_mismatched"])] == [8, 6]
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        ("train test", "train test"),
+        ("train train_extra dev", "train validation"),
+        ("train_data test_data", "train test"),
+        ("train_v2 test_v2", "train test"),
+        ("train-00000-of-00002 train-00001-of-00002", "train"),
+        ("train dev_matched dev_mismatched", "train dev_matched dev_mismatched"),
+        ("train validation_a_0 validation_a_1 validation_b_0", None),
+    ],
+)
+def test_which_split_a_table_is(tmp_path, names, splits):
+    for name in names.split():
+        write_csv(tmp_path / f"{name}.csv", [f"{name},a"])
+    found = read_splits(str(tmp_path), "data.path")
+    rows = {split: sorted(part["text"]) for split, part in found.items()}
+    if splits is None:
+        assert rows["validation_a"] == ["validation_a_0", "validation_a_1"]
+        assert rows["validation_b"] == ["validation_b_0"]
+    else:
+        assert set(rows) == set(splits.split())
+    assert sorted(chain(*rows.values())) == sorted(names.split())
+
+
+def test_a_directory_that_describes_itself_is_read_as_it_says(tmp_path):
+    card = "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    write_csv(tmp_path / "train.csv", ["x,a"])
+    write_csv(tmp_path / "test.csv", ["y,a"])
+    assert set(read_splits(str(tmp_path), "data.path")) == {"train"}
 
 
 def test_a_directory_of_csv_files_is_read_as_a_file_is(tmp_path):
@@ -383,6 +424,8 @@ def test_the_label_set_is_that_of_the_rows_to_train_on(tmp_path):
         write_csv(tmp_path / f"{name}.csv", rows)
     config = DataConfig(task="text", path=str(tmp_path))
     assert load_task(config, 0).labels == ("a", "b", "c")
+    named = replace(config, labels="c,b,a,d")
+    assert load_task(named, 0).labels == ("c", "b", "a", "d")
     (tmp_path / "train.csv").unlink()
     write_csv(tmp_path / "test.csv", [f"text {i},{'bd'[i % 2]}" for i in range(20)])
     assert load_task.__wrapped__(config, 0).labels == ("a", "b", "d")

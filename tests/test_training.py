@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -5,12 +6,18 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from fedpft_flower.adapters import attach_adapter, get_adapter
+from fedpft_flower.adapters import attach_adapter, base_model, get_adapter
+from fedpft_flower.architectures import ARCHITECTURES, ffns_of, layers_of
 from fedpft_flower.config import FedPFTError, LoraConfig, TrainConfig
-from fedpft_flower.encoding import TextRows
+from fedpft_flower.encoding import NO_TARGET, TextRows
 from fedpft_flower.evaluation import evaluate
-from fedpft_flower.training import round_lr, train_adapter
-from tests.families import tiny_model
+from fedpft_flower.training import (
+    add_gradients,
+    recomputed,
+    round_lr,
+    train_adapter,
+)
+from tests.families import tiny_batch, tiny_model
 
 
 @pytest.fixture
@@ -42,6 +49,7 @@ def test_training_learns_and_is_repeatable(rows):
     train_adapter(two, rows, config, lr=0.02, seed=1)
     train_adapter(other, rows, config, lr=0.02, seed=2)
     assert (report.steps, report.examples) == (40, 40)
+    assert 0 < report.step_seconds <= report.seconds
     assert evaluate(one, rows)["accuracy"] == 1.0
     first, again, third = get_adapter(one), get_adapter(two), get_adapter(other)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -51,6 +59,79 @@ def test_training_learns_and_is_repeatable(rows):
 def test_steps_take_the_place_of_epochs(rows):
     config = TrainConfig(local_epochs=9, local_steps=3, batch_size=8)
     assert train_adapter(model(), rows, config, 0.01, 0).steps == 3
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(rows, size):
+    whole, parts = model(dropout=0.0), model(dropout=0.0)
+    batch = rows.batch(range(8))
+    losses = [add_gradients(whole, batch, 0), add_gradients(parts, batch, size)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(float(whole(**batch).loss.detach()), rel=1e-6)
+    same_gradients(whole, parts)
+    adapters = []
+    for size_of_parts in (0, size):
+        adapted = model(dropout=0.0)
+        config = TrainConfig(local_steps=4, micro_batch_size=size_of_parts)
+        train_adapter(adapted, rows, config, 0.01, 0)
+        adapters.append(get_adapter(adapted))
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], atol=1e-4, rtol=1e-3)
+
+
+def test_parts_of_texts_to_generate_count_by_their_tokens():
+    whole, parts = (adapted_family("llama", "generate") for _ in range(2))
+    batch = tiny_batch("llama")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, NO_TARGET)
+    labels[0, :5] = NO_TARGET  # a prompt
+    labels[1, 1:] = NO_TARGET  # nothing is learnt from this row
+    batch |= {"labels": labels}
+    losses = [add_gradients(whole, batch, 0), add_gradients(parts, batch, 1)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    same_gradients(whole, parts)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit"])
+def test_recomputing_changes_no_gradient(family):
+    """Dropout falls alike, and every layer runs twice."""
+    batch = tiny_batch(family) | {"labels": torch.tensor([0, 1, 2, 3, 0])}
+    found, runs = [], []
+    for recompute in (False, True):
+        adapted = adapted_family(family, "classify", dropout=0.5).train()
+        layer = layers_of(base_model(adapted))[1]
+        part = ffns_of(base_model(adapted))[1].up[0][0]
+        count = []
+        part.register_forward_hook(lambda *_, c=count: c.append(1))
+        torch.manual_seed(0)
+        with recomputed(adapted) if recompute else nullcontext():
+            add_gradients(adapted, batch, 0)
+        assert "forward" not in vars(layer)
+        runs.append(len(count))
+        found.append([p.grad for p in adapted.parameters() if p.requires_grad])
+    assert runs == [1, 2]
+    for one, two in zip(*found, strict=True):  # without its cache GPT-2 rounds anew
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def adapted_family(family, objective, **lora):
+    fm = tiny_model(family, objective=objective)
+    row = ARCHITECTURES[family]
+    head = row.head if objective == "classify" else ()
+    return attach_adapter(
+        fm, LoraConfig(r=2, alpha=8, **{"dropout": 0.0, **lora}), head, 0
+    )
+
+
+def same_gradients(one, other):
+    pairs = zip(one.named_parameters(), other.named_parameters(), strict=True)
+    seen = 0
+    for (name, mine), (_, theirs) in pairs:
+        if mine.requires_grad:
+            torch.testing.assert_close(
+                mine.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name
+            )
+            seen += bool(mine.grad.any())
+    assert seen > 2
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -1,6 +1,6 @@
 """Measure what a scale on the plugged-in adapter is worth, for runs that are finished.
 
-python -m benchmarks.scale RUN [RUN ...]
+python -m benchmarks.adapter_scale RUN [RUN ...]
 
 Every RUN is the directory of a finished run on labelled rows that has its checkpoints.
 In the FM only, the LoRA part of the averaged adapter is multiplied by each of `SCALES`;
@@ -80,7 +80,10 @@ def measure(run: FinishedRun) -> list[Point]:
     task, public, server = load(config, Plan.from_json(run.manifest["plan"]))
     if public is None:
         raise FedPFTError(f"{run.path} used no public rows; give a run that did")
-    server.restore(Checkpoints(run.path, config.checkpoint.keep).load().tensors)
+    best = run.summary["best-round"] if config.select == "best" else None
+    server.restore(Checkpoints(run.path, config.checkpoint.keep).load(best).tensors)
+    server.fm.eval()
+    server.sub_fm.eval()
     rows = shuffled_batches(server.encode_public(public), BATCH, seed=0)
     batches = list(islice(rows, PUBLIC_BATCHES))
     teacher = [real_logits(server.sub_fm, batch) for batch in batches]

@@ -1,0 +1,175 @@
+"""Measure a client's training step: on the sub-FM against the FM, and with less memory.
+
+python -m benchmarks.step [KEY=VALUE ...] [--lengths N ...] [--repeats N]
+
+A step is forward and backward pass, clipping and AdamW on one batch of random tokens,
+all rows of one length. FM and sub-FM take turns; seconds are the median of the repeats,
+on one thread, as a virtual client has. PyTorch counts the floating point operations of
+a step. Kept is what autograd holds between the two passes, weights left out.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import run_main, spread
+from fedpft_flower.activity import Batch
+from fedpft_flower.app import load, quiet
+from fedpft_flower.commands import read_config
+from fedpft_flower.config import FedPFTError
+from fedpft_flower.server import ProxyServer
+from fedpft_flower.training import add_gradients, recomputed, train_mode
+
+WARM_UP = 2
+# With less memory: rows at a time, and whether insides of layers are computed again.
+SAVERS = {
+    "whole batch": (0, False),
+    "parts of 4 rows": (4, False),
+    "recomputed": (0, True),
+    "parts of 4 rows, recomputed": (4, True),
+}
+
+
+def main() -> None:
+    """Measure, and print two tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    config = read_config(None, ["method=fedpft-n", *options.settings])
+    server = load(config)[2]
+    if config.data.task not in ("docstrings", "text"):
+        raise FedPFTError(f"data.task = {config.data.task!r}: give one of texts")
+    size = config.train.batch_size
+    batches = [random_batch(server, size, length) for length in options.lengths]
+    print(against_fm(server, batches, options.repeats))
+    print()
+    print(savers(server.sub_fm, batches[len(batches) // 2], options.repeats))
+
+
+def random_batch(server: ProxyServer, rows: int, length: int) -> Batch:
+    """Return rows of random tokens of one length, with labels."""
+    config = server.sub_fm.config
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(1000, config.vocab_size, (rows, length), generator=generator)
+    labels = torch.randint(config.num_labels, (rows,), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def stepper(
+    model: PeftModel, size: int = 0, again: bool = False
+) -> Callable[[Batch], None]:
+    """Return what does one training step, some rows at a time."""
+    train_mode(model, frozen_dropout=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-5)
+
+    def step(batch: Batch) -> None:
+        optimiser.zero_grad(set_to_none=True)
+        with recomputed(model) if again else nullcontext():
+            add_gradients(model, batch, size)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+
+    return step
+
+
+def seconds_of(
+    steps: Sequence[Callable[[Batch], None]], batch: Batch, repeats: int
+) -> list[list[float]]:
+    """Return the seconds of several kinds of step, in turns."""
+    found: list[list[float]] = [[] for _ in steps]
+    for repeat in range(WARM_UP + repeats):
+        for step, taken in zip(steps, found, strict=True):
+            began = time.monotonic()
+            step(batch)
+            if repeat >= WARM_UP:
+                taken.append(time.monotonic() - began)
+    return found
+
+
+def flops_of(model: PeftModel, batch: Batch) -> int:
+    """Return the floating point operations of one training step."""
+    # PyTorch counts attention only where it is written out as products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        add_gradients(model, batch, 0)
+    return int(counter.get_total_flops())
+
+
+def against_fm(server: ProxyServer, batches: Sequence[Batch], repeats: int) -> str:
+    """Return a table: how much faster a step is on the sub-FM, by its operations."""
+    lines = [
+        "| tokens a row | FM, s | sub-FM, s | ratio | of operations | one by other |",
+        "|---|---|---|---|---|---|",
+    ]
+    models = [server.fm, server.sub_fm]
+    for batch in batches:
+        fm, sub_fm = seconds_of([stepper(m) for m in models], batch, repeats)
+        ratio = statistics.median(fm) / statistics.median(sub_fm)
+        work = flops_of(server.fm, batch) / flops_of(server.sub_fm, batch)
+        cells = [str(batch["input_ids"].shape[1]), spread(fm, 3), spread(sub_fm, 3)]
+        cells += [f"{ratio:.2f}", f"{work:.2f}", f"{ratio / work:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kept_by(model: PeftModel, batch: Batch, size: int) -> int:
+    """Return the most bytes that autograd holds between passes, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    most = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal most
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            most = max(most, sum(kept.values()))
+        return tensor
+
+    rows = len(batch["labels"])
+    for first in range(0, rows, size or rows):
+        part = {n: one[first : first + (size or rows)] for n, one in batch.items()}
+        kept.clear()
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**part).loss
+        loss.backward()
+    return most
+
+
+def savers(model: PeftModel, batch: Batch, repeats: int) -> str:
+    """Return a table: what less memory costs on the sub-FM."""
+    length = batch["input_ids"].shape[1]
+    lines = [
+        f"| {length} tokens a row | s | of the first's | kept, MB |",
+        "|---|---|---|---|",
+    ]
+    steps = [stepper(model, *saver) for saver in SAVERS.values()]
+    seconds = seconds_of(steps, batch, repeats)
+    first = statistics.median(seconds[0])
+    for (name, (size, again)), taken in zip(SAVERS.items(), seconds, strict=True):
+        with recomputed(model) if again else nullcontext():
+            kept = kept_by(model, batch, size)
+        ratio = statistics.median(taken) / first
+        lines.append(
+            f"| {name} | {spread(taken, 3)} | {ratio:.2f} | {kept / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
