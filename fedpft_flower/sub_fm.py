@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ from fedpft_flower.devices import place
 from fedpft_flower.plan import MOST_LAYERS, Plan
 
 # Bounds on what a received config may ask for.
-MOST_ENTRIES, MOST = 100_000, 2e7
+MOST_ENTRIES, MOST, MOST_FLOAT = 100_000, 2e7, 1e12
 # Fields that models of many families read although their configs declare none such.
 _UNDECLARED = {"head_dim"}
 
@@ -130,9 +129,9 @@ def _is_sound(value: Any, depth: int = 0) -> bool:
         return small and all(_is_sound(one, depth + 1) for one in inside)
     if isinstance(value, str):
         return len(value) <= MOST_ENTRIES
-    if isinstance(value, float):  # no size: the base of rotary positions may be 1e9
-        return math.isfinite(value)
-    return value is None or (isinstance(value, int) and abs(value) <= MOST)
+    # A float is no size: the base of rotary positions may be 1e9.
+    most = MOST_FLOAT if isinstance(value, float) else MOST
+    return value is None or (isinstance(value, int | float) and abs(value) <= most)
 
 
 def load_weights(skeleton: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:

@@ -30,7 +30,7 @@ _TEXT = {**_SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40}
 _DECODER = {
     **_TEXT,
     "num_key_value_heads": 1,
-    "head_dim": 4,  # not hidden_size / num_attention_heads, as some have it
+    "head_dim": 8,
     "pad_token_id": 1,
 }
 _IMAGE = {**_SIZES, "image_size": 8, "patch_size": 4}
@@ -102,12 +102,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt-post-ln": {**_OPT, "do_layer_norm_before": False},
     "llama": _DECODER,
     "mistral": {**_DECODER, "sliding_window": 4},
-    "qwen2": {**_DECODER, "use_sliding_window": True, "max_window_layers": 1},
+    # Some have heads of another size than their config declares.
+    "qwen2": {
+        **_DECODER,
+        "head_dim": 4,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    },
     "qwen3": _DECODER,
     "gemma": _DECODER,
     "gemma2": {**_DECODER, "sliding_window": 4},
     "gemma3_text": {**_DECODER, "sliding_window": 4, "sliding_window_pattern": 2},
-    "olmo2": _DECODER,
+    "olmo2": {**_DECODER, "initializer_range": 0.2},
     "phi3": {**_DECODER, "initializer_range": 0.2},
     "starcoder2": _DECODER,
     "vit": _IMAGE,

@@ -266,6 +266,13 @@ def test_a_client_rebuilds_it_from_the_fields_of_the_config(family):
         assert torch.equal(logits(skeleton.eval(), batch), logits(sub, batch))
 
 
+def test_a_large_base_of_rotary_positions_is_taken():
+    """As Mistral Small and models of long contexts have it; it is no size."""
+    fields = config_fields(tiny_model("mistral").config)
+    fields["rope_parameters"] |= {"rope_theta": 1e9}
+    assert config_from(fields).rope_parameters["rope_theta"] == 1e9
+
+
 @families
 def test_dropped_layers_are_renumbered(family):
     fm, batch = tiny_model(family), tiny_batch(family)

@@ -205,6 +205,7 @@ BAD_NUMBERS = {
     "train_loss": [-1.0, 1e300],
     "steps": [-1, 1e300],
     "seconds": [-1.0, 1e300],
+    "step-seconds": [-1.0, 1e300],
     "peak-memory": [-1, 1e300],
 }
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
