@@ -153,7 +153,7 @@ class TrainConfig:
     # about `batch-size` rows, whose gradients are added up: less memory, more time.
     micro_batch_size: int = 0
     # Whether the insides of layers are computed again for the gradients instead of
-    # being kept: much less memory, about a third more time.
+    # being kept: much less memory, about half as much time more.
     recompute: bool = False
     lr: float = 0.001
     # "linear": lr_r = lr * (1 - (r - 1) / rounds); "none": constant.
