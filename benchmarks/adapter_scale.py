@@ -106,7 +106,7 @@ def measure(run: FinishedRun) -> list[Point]:
                 scale,
                 evaluate(server.fm, validation)["loss"],
                 statistics.mean(losses),
-                evaluate(server.fm, test)[metric_of(config.data)],
+                evaluate(server.fm, test)[server.metric],
             )
         )
     return points

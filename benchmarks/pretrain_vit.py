@@ -112,7 +112,9 @@ def read(recipe: Recipe) -> tuple[Images, Images, list[str]]:
         )
         task = load_task(config, recipe.seed)
         if task.train is None:
-            raise FedPFTError(f"{path} has no split 'train'; give one that has")
+            raise FedPFTError(
+                f"{path} has no split {recipe.train_split!r}; give one that has"
+            )
         shift = len(names)
         parts.append(
             (

@@ -127,28 +127,21 @@ def against_fm(server: ProxyServer, batches: Sequence[Batch], repeats: int) -> s
     return "\n".join(lines)
 
 
-def kept_by(model: PeftModel, batch: Batch, size: int) -> int:
-    """Return the most bytes that autograd holds between passes, weights left out."""
+def kept_by(model: PeftModel, batch: Batch) -> int:
+    """Return how many bytes autograd holds behind a forward pass, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
-    most = 0
 
     def pack(tensor: Tensor) -> Tensor:
-        nonlocal most
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-            most = max(most, sum(kept.values()))
         return tensor
 
-    rows = len(batch["labels"])
-    for first in range(0, rows, size or rows):
-        part = {n: one[first : first + (size or rows)] for n, one in batch.items()}
-        kept.clear()
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(**part).loss
-        loss.backward()
-    return most
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    del loss  # until here it held the graph, so that no storage was used twice
+    return sum(kept.values())
 
 
 def savers(model: PeftModel, batch: Batch, repeats: int) -> str:
@@ -162,8 +155,9 @@ def savers(model: PeftModel, batch: Batch, repeats: int) -> str:
     seconds = seconds_of(steps, batch, repeats)
     first = statistics.median(seconds[0])
     for (name, (size, again)), taken in zip(SAVERS.items(), seconds, strict=True):
+        part = {n: values[: size or None] for n, values in batch.items()}
         with recomputed(model) if again else nullcontext():
-            kept = kept_by(model, batch, size)
+            kept = kept_by(model, part)
         ratio = statistics.median(taken) / first
         lines.append(
             f"| {name} | {spread(taken, 3)} | {ratio:.2f} | {kept / 1e6:.0f} |"

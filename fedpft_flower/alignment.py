@@ -90,7 +90,7 @@ def product_loss(
 
 
 def layer_level(ffns: Sequence[FFN]) -> list[Trainable]:
-    """Let whole FFNs change, and the output norm of post-LN blocks."""
+    """Let whole FFNs change, and the norm behind them where there is one."""
     modules: list[nn.Module] = []
     for ffn in ffns:
         modules += [linear for linear, _ in ffn.up] + [ffn.down]

@@ -261,7 +261,7 @@ class FFN:
     """Show one layer's feed-forward network as its neurons.
 
     `up` holds each projection into the N neurons with its number of blocks, `down` the
-    projection out of them, `output_norm` the norm behind a post-LN FFN, `output_scale`
+    projection out of them, `output_norm` the norm behind the FFN, `output_scale`
     a vector [D] that multiplies what `down` gives.
     """
 

@@ -39,7 +39,8 @@ class Seen:
     activations: Tensor  # a [tokens, N]
     slopes: tuple[Tensor, ...]  # of each block, [tokens, N]
     down: Tensor  # W_out a + b_out [tokens, D]
-    stream: Tensor  # the residual stream behind the FFN, before a post-LN norm
+    # What the norm behind the FFN reads; without one, the residual stream there.
+    stream: Tensor
     output: Tensor  # of the layer
     returned: Any  # by the layer: the output as the model passes it on, with padding
 

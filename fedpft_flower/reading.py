@@ -190,7 +190,8 @@ def _read_directory(
         saved: Dataset | DatasetDict = load_from_disk(str(place))
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     cache = str(private_cache("rows"))
-    tables = [path for path in place.rglob("*") if path.suffix.lower() in _TABLES]
+    found = list(place.rglob("*"))
+    tables = [path for path in found if path.suffix.lower() in _TABLES]
     if modality == "image" and not tables:
         # Also a folder of one class only is labelled: it is a site's, perhaps.
         images: Splits = load_dataset(
@@ -202,7 +203,7 @@ def _read_directory(
         return described
     if splits := _split_files(place, tables, modality):
         return {name: _read_tables(ones, separator) for name, ones in splits.items()}
-    suffixes = {path.suffix.lower() for path in place.rglob("*") if path.is_file()}
+    suffixes = {path.suffix.lower() for path in found if path.is_file()}
     options = _options(suffixes - {".md", ""}, separator)
     rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
     return rows

@@ -336,13 +336,19 @@ def test_an_update_that_is_too_large_is_left_out(local_grid, settings):
     assert "L2 norm), more than train.max-update-norm = 1000" in reason
 
 
-def moving(grid, dies, since=0):
-    """Start partition 0 once more under the id 77; its old self stays listed.
+def moved(local_grid, settings, dies, since=0):
+    """Run, and start partition 0 once more under the id 77; its old self stays listed.
 
     Args:
+        local_grid: the class.
+        settings: of the run.
         dies: whether the old self no longer answers greetings.
         since: the round in which it happens.
+
+    Returns:
+        The grid, and the old self's id.
     """
+    grid = local_grid(client_app, NODES, settings)
     first = next(iter(grid.contexts))
 
     def fault(message, reply):
@@ -358,7 +364,8 @@ def moving(grid, dies, since=0):
         return reply
 
     grid.faults = dict.fromkeys(range(NODES), fault)
-    return first
+    serve(grid, Context(7, 0, {}, RecordDict(), settings))
+    return grid, first
 
 
 def trained(grid, after=0):
@@ -377,9 +384,7 @@ def test_a_node_that_comes_back_under_a_new_id_takes_its_old_place(
     settings |= {"train.clients-per-round": NODES, "method": "fedpft-b"}
     run(local_grid, settings)
     expected = results(settings)[3]["adapter-sha256"]
-    grid = local_grid(client_app, NODES, settings)
-    first = moving(grid, dies=True, since=1)
-    serve(grid, Context(7, 0, {}, RecordDict(), settings))
+    grid, first = moved(local_grid, settings, dies=True, since=1)
     _, _, summary, manifest = results(settings)
     assert manifest["adapter-sha256"] == expected
     assert summary["failures"] == 0
@@ -389,9 +394,7 @@ def test_a_node_that_comes_back_under_a_new_id_takes_its_old_place(
 def test_a_node_that_restarts_before_training_takes_its_old_place(local_grid, settings):
     """As after hours of alignment: its new id is online, its old one still listed."""
     settings |= {"train.clients-per-round": NODES, "method": "fedpft-b", "rounds": 1}
-    grid = local_grid(client_app, NODES, settings)
-    first = moving(grid, dies=True)
-    serve(grid, Context(7, 0, {}, RecordDict(), settings))
+    grid, first = moved(local_grid, settings, dies=True)
     assert results(settings)[2]["failures"] == 0
     assert 77 in trained(grid) and first not in trained(grid)
 
@@ -402,9 +405,7 @@ def test_a_newcomer_does_not_take_the_name_of_a_node_that_is_there(
     settings |= {"train.clients-per-round": NODES, "method": "fedpft-b"}
     run(local_grid, settings)
     expected = results(settings)[3]["adapter-sha256"]
-    grid = local_grid(client_app, NODES, settings)
-    first = moving(grid, dies=False, since=1)
-    serve(grid, Context(7, 0, {}, RecordDict(), settings))
+    grid, first = moved(local_grid, settings, dies=False, since=1)
     _, rounds, _, manifest = results(settings)
     assert manifest["adapter-sha256"] == expected
     assert first in trained(grid, 1) and 77 not in trained(grid)
@@ -419,12 +420,10 @@ def test_a_newcomer_does_not_take_the_name_of_a_node_that_is_there(
 
 def test_two_nodes_of_one_name_before_training_end_the_run(local_grid, settings):
     settings |= {"train.clients-per-round": NODES, "method": "fedpft-b", "rounds": 1}
-    grid = local_grid(client_app, NODES, settings)
-    moving(grid, dies=False)
     with pytest.raises(
         FedPFTError, match="still there, has that name; give it another"
     ):
-        serve(grid, Context(7, 0, {}, RecordDict(), settings))
+        moved(local_grid, settings, dies=False)
 
 
 def test_a_node_that_dies_in_the_first_install_does_not_end_the_run(
