@@ -31,7 +31,8 @@ from fedpft_flower.adapters import load_adapter
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import Rows
-from fedpft_flower.evaluation import metric_of
+from fedpft_flower.evaluation import evaluate, metric_of
+from fedpft_flower.tasks import task_of
 from fedpft_flower.training import round_lr, train_adapter
 
 
@@ -122,7 +123,9 @@ def trained_metric(
             round_lr(config.train, stage, len(stages)),
             derive_seed(config.seed, "bound", purpose, stage),
         )
-    return float(server.evaluate("test")[f"fm-{metric_of(config.data)}"])
+    test = server.encode(loop.task.test)
+    objective = task_of(config.data.task).objective
+    return evaluate(server.fm, test, objective)[metric_of(config.data)]
 
 
 def table(

@@ -16,11 +16,11 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,11 +33,12 @@ from safetensors.torch import load_file
 from benchmarks import ROOT, run_main, spread
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import Adapter, export_adapter
-from fedpft_flower.commands import print_own, read_config, run_experiment
+from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config
+from fedpft_flower.evaluation import evaluate
 from fedpft_flower.report import RunDirectory
 from fedpft_flower.server import Metrics
-from fedpft_flower.tasks import load_task
+from fedpft_flower.tasks import load_task, task_of
 
 # Relative L2 distance of the final adapters. With one thread everywhere it is 0; other
 # thread counts add floats in another order, and training makes that grow.
@@ -48,7 +49,8 @@ TOLERANCE = 0.002
 class Side:
     """Hold what one side of a repetition measured."""
 
-    # Seconds from the start of the side's first process until round 1 begins.
+    # Seconds from the start of the side's first process until round 1 begins, its
+    # imports included.
     start_up: float
     rounds: list[Metrics]
     adapter: Adapter
@@ -126,13 +128,16 @@ def best_threads(config: Config, nodes: int) -> int:
     """Return how many threads make a round of the plain loop shortest."""
     cores = os.cpu_count() or 1
     loop = PlainLoop(config, nodes)
+    rows = loop.server.encode(loop.task.validation)
+    objective = task_of(config.data.task).objective
     seconds: dict[int, float] = {}
     for threads in sorted({*(2**i for i in range(cores.bit_length())), cores}):
         torch.set_num_threads(threads)
         for _ in range(2):  # the first one only warms up
             began = time.monotonic()
             loop.train(config.rounds)  # the last round never measures activity
-            loop.server.evaluate("validation")
+            for model in (loop.server.fm, loop.server.sub_fm):
+                evaluate(model, rows, objective)
             seconds[threads] = time.monotonic() - began
         print(f"threads: {threads}, a round: {seconds[threads]:.1f} s", file=sys.stderr)
     return min(seconds, key=lambda threads: seconds[threads])
@@ -158,13 +163,15 @@ def run_plain_loop(config: Config, nodes: int, threads: int) -> None:
 
 
 def flower_side(conf: Path, pairs: Sequence[str], nodes: int, out: Path) -> Side:
-    """Run the same through Flower, whose progress goes to standard error."""
+    """Run the same by `fedpft-run`, whose progress goes to standard error."""
     began = time.time()
-    with redirect_stdout(sys.stderr):
-        config = read_config(conf, [*pairs, f"out-dir={out}"])
-        failure = run_experiment(config, nodes, ROOT, print_own)
-    if failure is not None:
-        sys.exit(f"the Flower run failed: {failure.told or failure.status}")
+    command: list[str | Path] = [Path(sys.executable).with_name("fedpft-run"), conf]
+    options = [f"--app={ROOT}", f"--nodes={nodes}"]
+    ended = subprocess.run(
+        [*command, *pairs, f"out-dir={out}", *options], stdout=sys.stderr, check=False
+    )
+    if ended.returncode:
+        sys.exit("the Flower run failed")
     return read_side(out, began)
 
 

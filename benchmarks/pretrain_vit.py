@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from benchmarks import run_main
 from fedpft_flower.config import DataConfig, FedPFTError, derive_seed
+from fedpft_flower.devices import has_bf16
 from fedpft_flower.images import decoded_images
 from fedpft_flower.tasks import load_task
 
@@ -361,15 +361,6 @@ def shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def normalised(pixels: Tensor) -> Tensor:
     """Return bytes as floats in [-1, 1]."""
     return pixels.float() / 127.5 - 1.0
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Tell whether a device computes in bf16, and not by other means."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    tell = getattr(torch.cpu, "get_capabilities", None)  # older PyTorch has it not
-    found: dict[str, Any] = tell() if tell else {}
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -23,9 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import run_main, spread
 from fedpft_flower.activity import Batch
+from fedpft_flower.adapters import base_model
 from fedpft_flower.app import load, quiet
 from fedpft_flower.commands import read_config
+from fedpft_flower.compute import Compute
 from fedpft_flower.config import FedPFTError
+from fedpft_flower.devices import has_bf16
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.training import add_gradients, recomputed, train_mode
 
@@ -40,7 +44,7 @@ SAVERS = {
 
 
 def main() -> None:
-    """Measure, and print two tables."""
+    """Measure, and print three tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,6 +63,8 @@ def main() -> None:
     print(against_fm(server, batches, options.repeats))
     print()
     print(savers(server.sub_fm, batches[len(batches) // 2], options.repeats))
+    print()
+    print(numbers(server.sub_fm, batches[len(batches) // 2], options.repeats))
 
 
 def random_batch(server: ProxyServer, rows: int, length: int) -> Batch:
@@ -97,6 +103,8 @@ def seconds_of(
         for step, taken in zip(steps, found, strict=True):
             began = time.monotonic()
             step(batch)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if repeat >= WARM_UP:
                 taken.append(time.monotonic() - began)
     return found
@@ -163,6 +171,56 @@ def savers(model: PeftModel, batch: Batch, repeats: int) -> str:
             f"| {name} | {spread(taken, 3)} | {ratio:.2f} | {kept / 1e6:.0f} |"
         )
     return "\n".join(lines)
+
+
+def numbers(model: PeftModel, batch: Batch, repeats: int) -> str:
+    """Return a table: steps in other numbers, how long and how exact they are."""
+    length = batch["input_ids"].shape[1]
+    lines = [
+        f"| {length} tokens a row | s | of the first's | gradient error |",
+        "|---|---|---|---|",
+    ]
+    ways = {"as it is": Compute(), "written-out attention": Compute(eager=True)}
+    if has_bf16(device_of(model)):  # else it is worked out in float32, slowly
+        ways |= {
+            "bfloat16": Compute(bf16=True),
+            "bfloat16, written-out attention": Compute(bf16=True, eager=True),
+        }
+    gradients = [gradient(model, batch, way) for way in ways.values()]
+    errors = [(g - gradients[0]).norm() / gradients[0].norm() for g in gradients]
+    seconds = seconds_of(  # which changes the adapter
+        [partial(step_so, stepper(model), model, way) for way in ways.values()],
+        batch,
+        repeats,
+    )
+    first = statistics.median(seconds[0])
+    for name, taken, error in zip(ways, seconds, errors, strict=True):
+        ratio = statistics.median(taken) / first
+        lines.append(f"| {name} | {spread(taken, 3)} | {ratio:.2f} | {error:.1e} |")
+    return "\n".join(lines)
+
+
+def step_so(
+    step: Callable[[Batch], None], model: PeftModel, way: Compute, batch: Batch
+) -> None:
+    """Do a step as this way says."""
+    with way.steps([base_model(model)]), way.step(device_of(model)):
+        step(batch)
+
+
+def device_of(model: PeftModel) -> torch.device:
+    """Return where a model is."""
+    return next(model.parameters()).device
+
+
+def gradient(model: PeftModel, batch: Batch, way: Compute) -> Tensor:
+    """Return the adapter's flat gradient without dropout."""
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    with way.steps([base_model(model)]), way.step(device_of(model)):
+        add_gradients(model, batch, 0)
+    found = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat(found)
 
 
 if __name__ == "__main__":

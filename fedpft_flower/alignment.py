@@ -180,10 +180,11 @@ def distil(
     fm_layers, sub_fm_layers = layers_of(base_model(fm)), layers_of(base_model(sub_fm))
     teacher_layers = [fm_layers[plan.teacher(layer)] for layer in plan.aligned]
     student_layers = [sub_fm_layers[place] for place in plan.places(plan.aligned)]
-    fm_ffns = ffns_of(base_model(fm))
-    with torch.no_grad():
-        teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
-    student_ffns = compressed_ffns(base_model(sub_fm), plan)
+    fm_ffns, student_ffns = ffns_of(base_model(fm)), list[FFN]()
+    if product_weight:
+        student_ffns = compressed_ffns(base_model(sub_fm), plan)
+        with torch.no_grad():
+            teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
     # Without what is behind the layers: nobody asks for logits here.
     teacher, student = base_model(fm).base_model, base_model(sub_fm).base_model
     states_of = Teacher(teacher, teacher_layers, memory)
@@ -198,8 +199,9 @@ def distil(
         with outputs_of(student_layers) as outputs:
             student(**batch)
         loss = state_loss(states, [real_tokens(h, mask) for h in outputs])
-        if product_weight and student_ffns:
-            products = [weight_products(ffn) for ffn in student_ffns]
+        if student_ffns:
+            with torch.autocast(loss.device.type, enabled=False):  # as the teacher's
+                products = [weight_products(ffn) for ffn in student_ffns]
             loss = loss + product_weight * product_loss(teacher_products, products)
         return loss, len(states[0])
 
@@ -207,7 +209,15 @@ def distil(
     remedy = f"lower the learning rate {lr:g} (align.lr, align.during-lr)"
     with _learning([parameter for parameter, _ in trainable]):
         return descend(
-            trainable, batches, loss_of, schedule, report, name, remedy, held_out
+            [base_model(fm), base_model(sub_fm)],
+            trainable,
+            batches,
+            loss_of,
+            schedule,
+            report,
+            name,
+            remedy,
+            held_out,
         )
 
 
@@ -302,46 +312,49 @@ def outputs_of(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 # ----------------------------------------------------------------------- the measure
 
 
-def gradient_error(
-    fm: PeftModel, sub_fm: PeftModel, batches: Iterable[Batch], seed: int
-) -> GradientError:
-    """Compare the adapter gradients of the sub-FM with those of the FM.
+def adapter_gradients(
+    model: PeftModel, batches: Iterable[Batch], seed: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the gradients of a model's adapter, batch by batch, on the CPU.
 
-    The scalar is the logits times seeded unit cotangents, the same for both models, so
-    no labels are needed. Their tensors are paired in order, since dropped layers change
-    names, never the order. Tensors whose FM gradient is zero are left out (LoRA's A has
-    none while B = 0). The convergence bound of the paper is in terms of this error.
+    The scalar is the logits times seeded unit cotangents, the same for every model, so
+    no labels are needed.
+    """
+    model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for i, batch in enumerate(batches):
+        logits = real_logits(model, batch)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "cotangent", i))
+        cotangent = torch.randn(logits.shape, generator=generator).to(logits.device)
+        cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True)
+        gradients = torch.autograd.grad((logits * cotangent).sum(), trained)
+        yield tuple(gradient.cpu() for gradient in gradients)
+
+
+def compare_gradients(
+    target: Iterable[Sequence[Tensor]], found: Iterable[Sequence[Tensor]]
+) -> GradientError:
+    """Return the error of the sub-FM's gradients.
+
+    Tensors are paired in order, since dropped layers change names, never the order.
+    Those whose FM gradient is zero are left out (LoRA's A has none while B = 0). The
+    convergence bound of the paper is in terms of this error.
 
     Args:
-        fm: the FM with an adapter.
-        sub_fm: the sub-FM with the same adapter.
-        batches: public inputs.
-        seed: seed of the cotangents.
+        target: what `adapter_gradients` yields of the FM.
+        found: what it yields of the sub-FM, on the same batches.
 
     Returns:
         Relative L2 error and cosine, mean and sample standard deviation over batches.
     """
     relative, cosine = [], []
-    for i, batch in enumerate(batches):
-        cotangent_seed = derive_seed(seed, "cotangent", i)
-        target = _adapter_gradients(fm, batch, cotangent_seed)
-        found = _adapter_gradients(sub_fm, batch, cotangent_seed)
-        pairs = [p for p in zip(target, found, strict=True) if bool(p[0].any())]
+    for of_fm, of_sub_fm in zip(target, found, strict=True):
+        pairs = [p for p in zip(of_fm, of_sub_fm, strict=True) if bool(p[0].any())]
         g_fm = torch.cat([gradient.flatten() for gradient, _ in pairs])
         g_sub = torch.cat([gradient.flatten() for _, gradient in pairs])
         relative.append(float((g_sub - g_fm).norm() / g_fm.norm()))
         cosine.append(float(torch.cosine_similarity(g_sub, g_fm, dim=0)))
     return GradientError(*_mean_and_spread(relative), *_mean_and_spread(cosine))
-
-
-def _adapter_gradients(model: PeftModel, batch: Batch, seed: int) -> tuple[Tensor, ...]:
-    model.eval()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    logits = real_logits(model, batch)
-    generator = torch.Generator().manual_seed(seed)
-    cotangent = torch.randn(logits.shape, generator=generator).to(logits.device)
-    cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True)
-    return torch.autograd.grad((logits * cotangent).sum(), trained)
 
 
 def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

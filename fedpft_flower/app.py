@@ -19,21 +19,23 @@ from flwr.serverapp import Grid
 
 from fedpft_flower import __version__
 from fedpft_flower.checkpoint import Checkpoint, Checkpoints, check_same, identity
+from fedpft_flower.checks import check_run
 from fedpft_flower.client import peak_memory
 from fedpft_flower.config import MARK, Config, FedPFTError, names_in
+from fedpft_flower.devices import release
 from fedpft_flower.encoding import content_hash
-from fedpft_flower.evaluation import is_better, metric_of
+from fedpft_flower.evaluation import is_better
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.images import check_images
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
-from fedpft_flower.privacy import Privacy, check_private
+from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
 from fedpft_flower.report import LOG, RunDirectory, aligned_error
 from fedpft_flower.server import Metrics, ProxyServer
 from fedpft_flower.software import versions
-from fedpft_flower.strategies import inner_strategy, memory_of, remember, strategy_of
+from fedpft_flower.strategies import inner_strategy, memory_of, remember
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
 from fedpft_flower.wire import CountingGrid, Ledger, pack_tensors, tensors_hash
@@ -60,10 +62,7 @@ def _serve(grid: Grid, context: Context, until_told: ExitStack) -> None:
     config = Config.from_run_config(context.run_config)
     if config.server_threads:
         torch.set_num_threads(config.server_threads)
-    method_of(config)
-    strategy_of(config.strategy, config.strategy_args)
-    check_private(config)
-    metric_of(config.data)
+    check_run(config)
     directory = RunDirectory(config, context.run_id)
     until_told.enter_context(closing(directory))
     until_told.enter_context(_kept(directory.path / LOG))
@@ -302,6 +301,7 @@ class _Run:
         if scores:
             self._judge(current, scores[f"fm-{self._metric}"])
         self._save(current)
+        release()  # virtual clients may share this GPU
         logger.info("%s", self._line(current, entry))
         return MetricRecord(scores) if scores else None
 

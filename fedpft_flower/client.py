@@ -5,10 +5,9 @@ process, in simulation one process serves many virtual clients: what is cached h
 keyed by content alone.
 """
 
-import functools
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from fedpft_flower.architectures import (
     architecture_of,
 )
 from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
-from fedpft_flower.devices import device_here, place
+from fedpft_flower.devices import device_here, place, release
 from fedpft_flower.encoding import Rows, encode, shuffled_batches
 from fedpft_flower.node import Identity, identify, local_rows, own_training
 from fedpft_flower.package import Package
@@ -89,13 +88,19 @@ def train(message: Message, context: Context) -> Message:
     seed = derive_seed(config.seed, "client", current, node.key)
     proximal_mu = request.get("proximal-mu", 0.0)  # only Flower's FedProx sends it
     own = own_training(config.train, context)
-    report = train_adapter(sub_fm.model, rows, own, request["lr"], seed, proximal_mu)
+    try:
+        report = train_adapter(
+            sub_fm.model, rows, own, request["lr"], seed, proximal_mu
+        )
+    finally:
+        release()  # others may share this GPU
     told = {
         "num-examples": 1 if config.weighting == "uniform" else report.examples,
         "train_loss": report.loss,  # the name that Flower's QFedAvg reads
         "steps": report.steps,
         "seconds": report.seconds,
         "step-seconds": report.step_seconds,
+        "bf16": float(report.compute.bf16),
         "peak-memory": peak_memory(),
     }
     metrics |= {name: told[name] for name in train_metrics(config)}
@@ -147,36 +152,37 @@ def build_from_package(
     return attach_adapter(skeleton, lora, package.head, seed, places)
 
 
-class _MissingError(Exception):
-    """Say that the store has no sound copy; unlike None, it is not cached."""
-
-
-@functools.lru_cache(maxsize=1)
-def _load_sub_fm_cached(
-    content: str, lora: LoraConfig, seed: int, frozen: str
-) -> SubFM:
-    store = Store()
-    held = store.get(content)
-    if held is None:
-        raise _MissingError(content)
-    package = package_from(held[1], held[0])
-    model = build_from_package(package, lora, seed, frozen)
-    architecture = architecture_of(base_model(model).config)
-    processor = AUTO_PROCESSORS[architecture.modality].from_pretrained(
-        store.directory(content) / "processor",
-        local_files_only=True,
-        trust_remote_code=False,
-    )
-    return SubFM(model, package, processor, architecture)
+# The sub-FM that this process used last, by all that decides what it is.
+_HELD: dict[tuple[str, LoraConfig, int, str], SubFM] = {}
 
 
 def _load_sub_fm(
     content: str, lora: LoraConfig, seed: int, frozen: str = "fp32"
 ) -> SubFM | None:
-    try:
-        return _load_sub_fm_cached(content, lora, seed, frozen)
-    except _MissingError:
-        return None
+    """Return an installed sub-FM, or None where the store has no sound copy."""
+    key = content, lora, seed, frozen
+    if key not in _HELD:
+        forget_sub_fm()  # first: two may be too large for a GPU
+        if (held := Store().get(content)) is None:
+            return None
+        package = package_from(held[1], held[0])
+        model = build_from_package(package, lora, seed, frozen)
+        architecture = architecture_of(base_model(model).config)
+        processor = AUTO_PROCESSORS[architecture.modality].from_pretrained(
+            Store().directory(content) / "processor",
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        # The model has the weights, on a GPU perhaps.
+        package = replace(package, weights={})
+        _HELD[key] = SubFM(model, package, processor, architecture)
+    return _HELD[key]
+
+
+def forget_sub_fm() -> None:
+    """Let go of the sub-FM that this process keeps between messages."""
+    _HELD.clear()
+    release()
 
 
 def _rows(config: Config, sub_fm: SubFM, node: Identity) -> Rows:

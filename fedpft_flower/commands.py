@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -32,11 +33,6 @@ from fedpft_flower.config import (
     nest,
 )
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
-from fedpft_flower.evaluation import metric_of
-from fedpft_flower.methods import method_of
-from fedpft_flower.partitions import check_kind
-from fedpft_flower.privacy import check_private
-from fedpft_flower.strategies import strategy_of
 
 CHECKOUT = Path(__file__).resolve().parent.parent  # of the app, this package's own
 START_SECONDS = 60.0
@@ -54,7 +50,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     show = _print_all if options.verbose else print_own
     with one_line_end("interrupted; everything that was started is stopped"):
         config = read_config(options.conf, options.set)
-        failure = run_experiment(config, options.nodes, options.app, show)
+        share = share_of(options)
+        failure = run_experiment(config, options.nodes, options.app, show, share)
     if failure is None:
         sys.exit(0)
     if not (failure.told or options.verbose):
@@ -77,8 +74,75 @@ class Failure:
         return errors[-1].removeprefix(f"{MARK}error: ") if errors else ""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Say how much of the machine a virtual client has while it trains."""
+
+    cpus: int = 1  # and threads
+    per_gpu: int = 4  # so many clients on each GPU; 0 leaves GPUs to the server
+
+    def federation(self, nodes: int, gpus: int) -> str:
+        """Return Flower's settings of a simulation on a machine with so many GPUs."""
+        settings = f"num-supernodes={nodes} client-resources-num-cpus={self.cpus}"
+        if gpus and self.per_gpu:  # without, Ray hides the GPUs from clients
+            # Ray counts in ten-thousandths, and Flower divides by a 32-bit float: a
+            # little less than a share of all is one client more for neither of them.
+            share = (10_000 // self.per_gpu - 0.1) / 10_000
+            settings += f" client-resources-num-gpus={share:.5f}"
+        return settings
+
+
+USUAL_SHARE = Share()
+MOST_PER_GPU = 100
+
+
+def share_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `share_of` reads."""
+    parser.add_argument(
+        "--cpus-per-client",
+        type=int,
+        default=USUAL_SHARE.cpus,
+        metavar="N",
+        help="CPUs and threads of a virtual client (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clients-per-gpu",
+        type=int,
+        default=USUAL_SHARE.per_gpu,
+        metavar="N",
+        help="virtual clients that share a GPU, where there is one; 0 keeps them on "
+        "the CPU (default: %(default)s)",
+    )
+
+
+def share_of(options: argparse.Namespace) -> Share:
+    """Return what each virtual client gets.
+
+    Raises:
+        FedPFTError: it is too little, or more than there is.
+    """
+    cpus, per_gpu, cores = options.cpus_per_client, options.clients_per_gpu, _cores()
+    if not 1 <= cpus <= cores:
+        raise FedPFTError(
+            f"--cpus-per-client {cpus}, and this machine has {cores}; give 1 to {cores}"
+        )
+    if not 0 <= per_gpu <= MOST_PER_GPU:
+        raise FedPFTError(
+            f"--clients-per-gpu {per_gpu}; give at most {MOST_PER_GPU}, or 0 for none"
+        )
+    return Share(cpus, per_gpu)
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
 def run_experiment(
-    config: Config, nodes: int, app: Path, show: Callable[[str], None]
+    config: Config,
+    nodes: int,
+    app: Path,
+    show: Callable[[str], None],
+    share: Share = USUAL_SHARE,
 ) -> Failure | None:
     """Run one experiment on virtual nodes and stream its progress.
 
@@ -87,18 +151,14 @@ def run_experiment(
         nodes: how many virtual nodes.
         app: the checkout of the app.
         show: takes every line of the stream; those of the app begin with `MARK`.
+        share: what each virtual client gets of this machine.
 
     Returns:
         None if the run completed.
 
     Raises:
-        FedPFTError: the configuration or the app is wrong; nothing was started.
+        FedPFTError: the configuration or the app is wrong; no run was started.
     """
-    method_of(config)
-    strategy_of(config.strategy, config.strategy_args)
-    check_private(config)
-    metric_of(config.data)
-    check_kind(config.data, config.partition)
     if not (app / "pyproject.toml").is_file() or not (app / "client_app.py").is_file():
         raise FedPFTError(f"--app {app} is not this Flower app; give its checkout")
     if nodes < 1:
@@ -112,8 +172,17 @@ def run_experiment(
     with tempfile.TemporaryDirectory(prefix="fedpft-run-") as place:
         home = Path(place)
         (home / "run.toml").write_text(tomli_w.dumps(nest(config.flat())))
-        with _superlink(home) as environment:
-            return _run(home, app, nodes, environment, show)
+        with _superlink(home) as (environment, wait):
+            # Here, since the libraries that these load take as long as the SuperLink.
+            from fedpft_flower.checks import check_run
+            from fedpft_flower.devices import gpus_here
+            from fedpft_flower.tasks import check_kind
+
+            check_run(config)
+            check_kind(config.data, config.partition)
+            federation = share.federation(nodes, gpus_here())
+            wait()
+            return _run(home, app, federation, environment, show)
 
 
 def read_config(conf: Path | None, pairs: Sequence[str]) -> Config:
@@ -183,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         default=CHECKOUT,
         help="checkout of the app (default: where this package lives)",
     )
+    share_options(parser)
     parser.add_argument(
         "--verbose", action="store_true", help="show Flower's and Ray's output too"
     )
@@ -216,6 +286,8 @@ def flower_home(place: Path, port: int, ca: Path | None = None) -> dict[str, str
         # Every run and, in a deployment, every message waits for that: 1 s by default.
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "TOKENIZERS_PARALLELISM": "false",
+        # Clients without a share of a GPU see none; Ray means to change that.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
         "PYTHONUNBUFFERED": "1",
         # Flower finds its own commands through the path.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -223,8 +295,11 @@ def flower_home(place: Path, port: int, ca: Path | None = None) -> dict[str, str
 
 
 @contextmanager
-def _superlink(home: Path) -> Iterator[dict[str, str]]:
-    """Start a SuperLink of our own in a neutral directory, and stop it at the end."""
+def _superlink(home: Path) -> Iterator[tuple[dict[str, str], Callable[[], None]]]:
+    """Start a SuperLink of our own in a neutral directory, and stop it at the end.
+
+    It yields the environment of Flower's commands, and what waits until it answers.
+    """
     port = free_port()
     environment = {
         # Ray gives every virtual client one thread, where this does not say otherwise.
@@ -246,8 +321,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
             start_new_session=True,
         )
     try:
-        wait_until_up(process, port, log)
-        yield environment
+        yield environment, partial(wait_until_up, process, port, log)
     finally:
         stop(process)
 
@@ -308,11 +382,10 @@ def stop(process: "subprocess.Popen[Any]") -> None:
 def _run(
     home: Path,
     app: Path,
-    nodes: int,
+    federation: str,
     environment: Mapping[str, str],
     show: Callable[[str], None],
 ) -> Failure | None:
-    federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
     process = subprocess.Popen(
         [
             *("flwr", "run", str(app), "own", "--stream"),

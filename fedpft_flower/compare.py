@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_flower.checkpoint import FREE_KEYS
-from fedpft_flower.commands import CHECKOUT, run_experiment
+from fedpft_flower.commands import (
+    CHECKOUT,
+    USUAL_SHARE,
+    Share,
+    run_experiment,
+    share_of,
+    share_options,
+)
 from fedpft_flower.config import MARK, Config, FedPFTError, flat_defaults, flatten
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.evaluation import is_better, metric_of
@@ -39,7 +46,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
     with one_line_end("interrupted; finished cells stay, the same command goes on"):
         spec = Spec(options.spec)
         out = options.out or Path.home() / "fedpft-runs" / f"compare-{spec.place.stem}"
-        comparison = Comparison(spec, out.absolute(), options.app)
+        share = share_of(options)
+        comparison = Comparison(spec, out.absolute(), options.app, share)
         if not options.tables:
             comparison.run(options.only)
         written = write_tables(spec, comparison.results(), comparison.out)
@@ -55,13 +63,15 @@ class Comparison:
     `runs/NAME/` the run directories.
     """
 
-    def __init__(self, spec: Spec, out: Path, app: Path = CHECKOUT) -> None:
+    def __init__(
+        self, spec: Spec, out: Path, app: Path = CHECKOUT, share: Share = USUAL_SHARE
+    ) -> None:
         """Open a directory.
 
         Raises:
             FedPFTError: it cannot be written, or has results of another spec.
         """
-        self.spec, self.out, self._app = spec, out, app
+        self.spec, self.out, self._app, self._share = spec, out, app, share
         self._known: dict[Cell, dict[str, Any]] = {}
         try:
             (out / "cells").mkdir(parents=True, exist_ok=True)
@@ -167,7 +177,9 @@ class Comparison:
         runs = Path(flat["out-dir"])
         earlier, config = {*runs.glob("*")}, Config.from_run_config(flat)
         try:
-            failure = run_experiment(config, self.spec.nodes, self._app, _Shown())
+            failure = run_experiment(
+                config, self.spec.nodes, self._app, _Shown(), self._share
+            )
         except (FedPFTError, OSError) as error:
             return _Failed(str(error))
         if failure is not None:
@@ -354,4 +366,5 @@ def _parser() -> argparse.ArgumentParser:
         default=CHECKOUT,
         help="checkout of the app (default: where this package lives)",
     )
+    share_options(parser)
     return parser

@@ -167,6 +167,9 @@ class TrainConfig:
     # How clients hold the frozen matrices while they train: "fp32", or with less memory
     # "int8" or "nf4" (4 bits), which need bitsandbytes.
     frozen: str = "fp32"
+    # In which numbers clients compute products while they train: "fp32", "bf16", or
+    # "auto", what is fastest on each node's machine (`compute.py`).
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -328,6 +331,9 @@ class Config:
     gradient_every: int = 0
     # Threads of the server's process; 0 leaves PyTorch's default.
     server_threads: int = 0
+    # In which numbers the server computes products while it aligns and refines, as
+    # `train.precision`; evaluations and gradient errors stay as the models are.
+    server_precision: str = "fp32"
     # How long the server waits for nodes to come online.
     wait_seconds: float = 60.0
     # How long the server waits for replies: the deadline of every exchange.
@@ -577,6 +583,8 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "privacy.max-epsilon": (0, 1e9, True),
 }
 
+PRECISIONS = ("fp32", "bf16", "auto")
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "select": ("last", "best"),
     "weighting": ("examples", "uniform"),
@@ -588,6 +596,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.public-long": ("", "cut", "blocks"),
     "partition.kind": ("iid", "dirichlet", "pathological", "natural", "sizes"),
     "train.frozen": ("fp32", "int8", "nf4"),
+    "train.precision": PRECISIONS,
+    "server-precision": PRECISIONS,
     "train.lr-decay": ("linear", "none"),
     "lora.init": ("gaussian", "kaiming"),
     "align.activity": ("clients", "public"),

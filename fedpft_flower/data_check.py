@@ -118,7 +118,7 @@ def _describe(
 
 
 def _describe_labels(found: Findings, rows: Dataset, labels: Sequence[str]) -> None:
-    counts = Counter(labels[place] for place in rows["label"])
+    counts = Counter(labels[place] for place in rows["label"][:])
     shown = ", ".join(f"{label} {counts[label]}" for label in labels)
     found.lines.append(f"labels   {shown}")
     found.warnings += _odd_classes(counts, labels)
@@ -131,7 +131,7 @@ def _describe_labels(found: Findings, rows: Dataset, labels: Sequence[str]) -> N
 def _text_lengths(rows: Dataset) -> Iterator[str]:
     for column in _TEXT_ROLES:
         if column in rows.column_names:
-            words = [len(text.split()) for text in rows[column]]
+            words = [len(text.split()) for text in rows[column][:]]
             middle, most = np.percentile(words, [50, 95])
             yield (
                 f"words    {column}: median {middle:.0f}, 95 % at most {most:.0f}, "
@@ -156,7 +156,7 @@ def _odd_classes(counts: Counter[str], labels: Sequence[str]) -> Iterator[str]:
 
 def _odd_texts(rows: Dataset) -> Iterator[str]:
     columns = [name for name in _TEXT_ROLES if name in rows.column_names]
-    texts = list(zip(*(rows[name] for name in columns), strict=True))
+    texts = list(zip(*(rows[name][:] for name in columns), strict=True))
     empty = sum(not "".join(row).strip() for row in texts)
     again = len(texts) - len(set(texts))
     if empty:
@@ -165,7 +165,7 @@ def _odd_texts(rows: Dataset) -> Iterator[str]:
         yield f"{again} texts occur again"
     if "label" not in rows.column_names:
         return
-    labelled = set(zip(texts, rows["label"], strict=True))
+    labelled = set(zip(texts, rows["label"][:], strict=True))
     both = len(labelled) - len(set(texts))
     if both:
         yield f"{both} texts have two labels"

@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fedpft_flower.activity import Batch
+from fedpft_flower.compute import asked_for, best_here
 from fedpft_flower.config import FedPFTError
 
 # A parameter that may change, and the mask of its entries that may (None: all).
@@ -29,6 +32,8 @@ class Schedule:
     seconds: float = 0.0
     # End when so many held-out losses in a row were no new best one; 0 never does.
     patience: int = 0
+    # In which numbers products are computed (`train.precision`).
+    precision: str = "fp32"
 
     def used(self, steps: int, tokens: int, seconds: float) -> float:
         """Return the used share of the limit that is closest, in [0, 1]."""
@@ -55,6 +60,7 @@ class Progress:
 
 
 def descend(
+    models: Sequence[PreTrainedModel],
     trainable: Sequence[Trainable],
     batches: Iterator[Batch],
     loss_of: Loss,
@@ -71,6 +77,7 @@ def descend(
     held-out loss.
 
     Args:
+        models: all that the loss runs, the one that changes last.
         trainable: the parameters that may change; they take gradients.
         batches: endless inputs.
         loss_of: the loss.
@@ -86,6 +93,39 @@ def descend(
     Raises:
         FedPFTError: the loss is not finite.
     """
+    parameters = [parameter for parameter, _ in trainable]
+    device = parameters[0].device
+    how = asked_for(schedule.precision)
+    if how is None:
+        first = next(batches)
+        batches = chain([first], batches)
+        how = best_here(
+            models,
+            lambda: torch.autograd.grad(loss_of(first)[0], parameters),
+            (name, [values.shape for values in first.values()]),
+        )
+
+    def computed_loss(batch: Batch) -> tuple[Tensor, int]:
+        with how.step(device):
+            return loss_of(batch)
+
+    with how.steps(models):
+        return _descend(
+            trainable, batches, computed_loss, schedule, report, name, remedy, held_out
+        )
+
+
+def _descend(
+    trainable: Sequence[Trainable],
+    batches: Iterator[Batch],
+    loss_of: Loss,
+    schedule: Schedule,
+    report: Callable[[Progress], None],
+    name: str,
+    remedy: str,
+    held_out: Sequence[Batch],
+) -> Progress:
+    """Lower a loss as `descend` says, once it is known how to compute steps."""
     parameters = [parameter for parameter, _ in trainable]
     optimiser = torch.optim.Adam(parameters, lr=schedule.lr)
     watch = _Watch(parameters, loss_of, held_out) if schedule.patience else None

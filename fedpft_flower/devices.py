@@ -15,12 +15,35 @@ def device_here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def gpus_here() -> int:
+    """Return how many GPUs this process may use."""
+    return torch.cuda.device_count()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether a device multiplies bfloat16 itself, and not by other means."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    tell = getattr(torch.cpu, "get_capabilities", None)  # older PyTorch has it not
+    found: dict[str, Any] = tell() if tell else {}
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def release() -> None:
+    """Give the GPU memory that this process holds and does not use back to others."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def place(model: PreTrainedModel, device: torch.device) -> None:
     """Move a model to a device, in place.
 
     Whatever it is called with then follows: to its device, and images into its numbers
     (not every family sees to that itself). So batches need not know where models are.
     """
+    if device.type == "cuda":  # float32 is to mean float32, in convolutions too
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
     nn.Module.to(model, device)
     # The body too is called by itself, where nobody needs logits.
     for module in (model, model.base_model):

@@ -38,6 +38,8 @@ from fedpft_flower.images import crop_and_flip, decoded_images
 # then of similar length, and little of it is padding.
 BUCKET = 8
 NO_TARGET = -100  # label of a token that no loss and no metric counts
+# Of processed images in memory, for each data set: 400 of 224 x 224 pixels.
+KEPT_BYTES = 256_000_000
 KEEP = 2000  # encoded data sets on disk; the oldest are removed
 
 
@@ -169,7 +171,11 @@ class GenerationRows(_Tokenised):
 
 
 class ImageRows:
-    """Encode images by the FM's own image processor, when a batch asks for them."""
+    """Encode images by the FM's own image processor, when a batch asks for them.
+
+    Where they are to be kept, what does not vary is processed once, as far as
+    `KEPT_BYTES` reach: a server evaluates the same rows after every round.
+    """
 
     def __init__(
         self,
@@ -177,9 +183,12 @@ class ImageRows:
         processor: Any,
         augment: str = "none",
         generator: np.random.Generator | None = None,
+        keep: bool = False,
     ) -> None:
         self._rows, self._processor, self._augment = rows, processor, augment
         self._generator, self._labels = generator, _labels(rows)
+        self._kept: dict[int, Batch] = {}  # row -> its inputs
+        self._free = KEPT_BYTES if keep else 0
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -191,13 +200,33 @@ class ImageRows:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return `pixel_values` [B, channels, height, width] and `labels` [B]."""
+        batch = self._known(indices) or self._inputs(indices)
+        if self._labels is not None:
+            batch["labels"] = self._labels[list(indices)]
+        return batch
+
+    def _inputs(self, indices: Sequence[int]) -> Batch:
         images = decoded_images(self._rows, indices)
         if self._generator is not None:
             images = [crop_and_flip(image, self._generator) for image in images]
         batch: Batch = dict(self._processor(images, return_tensors="pt"))
-        if self._labels is not None:
-            batch["labels"] = self._labels[list(indices)]
+        if self._generator is None:
+            self._keep(indices, batch)
         return batch
+
+    def _known(self, indices: Sequence[int]) -> Batch:
+        """Return the inputs of rows that are all kept, else nothing."""
+        if not all(row in self._kept for row in indices):
+            return {}
+        rows = [self._kept[row] for row in indices]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _keep(self, indices: Sequence[int], batch: Batch) -> None:
+        size = sum(v.nbytes for v in batch.values()) // len(indices)
+        for place, row in enumerate(indices):
+            if row not in self._kept and size <= self._free:
+                self._kept[row] = {n: v[place].clone() for n, v in batch.items()}
+                self._free -= size
 
     def varied(self, seed: int) -> Rows:
         """Return the same rows, cropped and flipped at random where asked for."""
@@ -237,10 +266,14 @@ def encode(
     modality: Modality,
     config: DataConfig,
     objective: Objective = "classify",
+    keep: bool = False,
 ) -> Rows:
-    """Encode rows of a task for a model of this modality and objective."""
+    """Encode rows of a task for a model of this modality and objective.
+
+    Processed images are only kept in memory where that is asked for.
+    """
     if modality == "image":
-        return ImageRows(rows, processor, config.augment)
+        return ImageRows(rows, processor, config.augment, keep=keep)
     if objective == "generate":
         return GenerationRows(rows, processor, config)
     return TextRows(rows, processor, config.max_length)
@@ -255,7 +288,7 @@ def encode_public(
 ) -> Rows:
     """Encode public rows, which have no labels, for a model of this modality."""
     if modality == "image":
-        return ImageRows(rows, processor)
+        return ImageRows(rows, processor, keep=True)
     own = "blocks" if objective == "generate" else "cut"
     blocks = (config.public_long or own) == "blocks"
     # Pairs are made of the sentences of whole texts already.
@@ -348,7 +381,7 @@ def _tokenise(texts: Dataset, tokenizer: Any, longest: int, blocks: bool) -> Tok
             "data.public-long = 'blocks' needs a tokenizer of the fast kind, and the "
             "FM's is none; set 'cut'"
         )
-    columns = [list(texts[name]) for name in sorted(texts.column_names)]
+    columns = [texts[name][:] for name in sorted(texts.column_names)]
     encoded = tokenizer(
         *columns,
         truncation=True,
@@ -384,7 +417,7 @@ def _generation_tokens(rows: Dataset, tokenizer: Any, config: DataConfig) -> Tok
             texts,
             tokenizer,
             f"{longest}/generation, each block with its start",
-            lambda: _text_blocks(list(texts["text"]), tokenizer, longest),
+            lambda: _text_blocks(texts["text"][:], tokenizer, longest),
         )
     template = config.prompt_template
     return _kept(
@@ -436,10 +469,10 @@ def _blocks(ids: Sequence[int], longest: int, start: int | None) -> list[Sequenc
 
 def _responses(texts: Dataset, tokenizer: Any, longest: int, template: str) -> Tokens:
     end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
-    prompts = [_put(prompt, template, tokenizer) for prompt in texts["prompt"]]
+    prompts = [_put(prompt, template, tokenizer) for prompt in texts["prompt"][:]]
     # A chat template writes the special tokens itself.
     asked = _open_ended(prompts, tokenizer, special=template != "chat")
-    answered = _open_ended(list(texts["response"]), tokenizer, special=False)
+    answered = _open_ended(texts["response"][:], tokenizer, special=False)
     rows, lengths = [], []
     for before, ids in zip(asked, answered, strict=True):
         response = [*ids, end][: longest - 1]

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 
 from fedpft_flower.config import DataConfig, FedPFTError, Objective
@@ -68,6 +67,9 @@ def judge(
     """
     if objective == "generate":
         return _generation(model, rows)
+    # Here, since most commands only name a metric.
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     logits, labels = predict(model, rows)
     truth, said = labels.numpy(), logits.argmax(dim=-1).numpy()
     present = np.unique(truth)  # macro F1 is the mean over the classes of the rows

@@ -9,7 +9,13 @@ from typing import Any
 from datasets import Dataset
 from flwr.app import ConfigRecord, Context, Message, MetricRecord
 
-from fedpft_flower.config import Config, DataConfig, FedPFTError, TrainConfig
+from fedpft_flower.config import (
+    PRECISIONS,
+    Config,
+    DataConfig,
+    FedPFTError,
+    TrainConfig,
+)
 from fedpft_flower.images import check_images
 from fedpft_flower.software import source_hash, versions
 from fedpft_flower.tasks import load_site
@@ -95,10 +101,10 @@ def identify(context: Context) -> Identity:
 
 
 def own_training(config: TrainConfig, context: Context) -> TrainConfig:
-    """Return how a node trains: as the run says, but within the node's own memory.
+    """Return how a node trains: as the run says, but as its own machine can.
 
-    Its node-config may have `micro-batch-size` and `recompute`, which change what a
-    step costs and nothing else.
+    Its node-config may have `micro-batch-size`, `recompute` and `precision`, which
+    change what a step costs and, but for rounding, nothing else.
 
     Raises:
         FedPFTError: one of them is no such value.
@@ -111,7 +117,15 @@ def own_training(config: TrainConfig, context: Context) -> TrainConfig:
             f"this node's config has micro-batch-size = {size!r}, recompute = "
             f"{again!r}; give a number of rows, and true or false"
         )
-    return replace(config, micro_batch_size=size, recompute=again)
+    precision = node.get("precision", config.precision)
+    if precision not in PRECISIONS:
+        raise FedPFTError(
+            f"this node's config has precision = {precision!r}; choose one of "
+            f"{', '.join(PRECISIONS)}"
+        )
+    return replace(
+        config, micro_batch_size=size, recompute=again, precision=str(precision)
+    )
 
 
 def local_rows(node: Identity, config: Config, labels: Sequence[str]) -> Dataset:

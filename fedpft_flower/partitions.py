@@ -15,7 +15,7 @@ from flwr_datasets.partitioner import (
 )
 
 from fedpft_flower.config import DataConfig, FedPFTError, PartitionConfig, derive_seed
-from fedpft_flower.tasks import load_task, task_of
+from fedpft_flower.tasks import check_kind, load_task
 
 # Build a partitioner for `count` clients, and the rows in the order that it shares out.
 Kind = Callable[[Dataset, PartitionConfig, int, int], tuple[Partitioner, Dataset]]
@@ -65,20 +65,6 @@ def _partitioner(
     return partitioner
 
 
-def check_kind(data: DataConfig, partition: PartitionConfig) -> None:
-    """Check that a task's rows can be shared like this.
-
-    Raises:
-        FedPFTError: there are no labels to share them by.
-    """
-    by_label = partition.kind in ("dirichlet", "pathological")
-    if by_label and task_of(data.task).objective != "classify":
-        raise FedPFTError(
-            f"partition.kind = {partition.kind!r} shares rows by their label, and "
-            f"data.task = {data.task!r} has none; choose 'iid', 'natural' or 'sizes'"
-        )
-
-
 def _iid(
     train: Dataset, config: PartitionConfig, count: int, seed: int
 ) -> tuple[Partitioner, Dataset]:
@@ -123,7 +109,7 @@ def _natural(
             "partition.kind = 'natural' needs the column that says which client a row "
             "belongs to; name it in data.client-column"
         )
-    ids, places = np.unique(np.asarray(train["client"]), return_inverse=True)
+    ids, places = np.unique(np.asarray(train["client"][:]), return_inverse=True)
     if len(ids) < count:
         raise FedPFTError(
             f"data.client-column has {len(ids)} different values, but there are "

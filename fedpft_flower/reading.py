@@ -193,11 +193,7 @@ def _read_directory(
     found = list(place.rglob("*"))
     tables = [path for path in found if path.suffix.lower() in _TABLES]
     if modality == "image" and not tables:
-        # Also a folder of one class only is labelled: it is a site's, perhaps.
-        images: Splits = load_dataset(
-            "imagefolder", data_dir=str(place), drop_labels=False, cache_dir=cache
-        )
-        return images
+        return _read_images(place, cache)
     if subset or _is_described(place):
         described: Splits = load_dataset(str(place), subset or None, cache_dir=cache)
         return described
@@ -207,6 +203,43 @@ def _read_directory(
     options = _options(suffixes - {".md", ""}, separator)
     rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
     return rows
+
+
+def _read_images(place: Path, cache: str) -> Splits:
+    """Return the splits of a directory of images, labelled by their folders.
+
+    In the layout CLASS/images/FILE, as Tiny-ImageNet has it, the class is the folder
+    above. A split whose images are all in one such folder, beside others with several,
+    has no classes and is left out.
+    """
+    # Also a folder of one class only is labelled: it is a site's, perhaps.
+    read: Splits = load_dataset(
+        "imagefolder", data_dir=str(place), drop_labels=False, cache_dir=cache
+    )
+    if any(part.features["label"].names != ["images"] for part in read.values()):
+        return read
+    folders = {
+        split: [
+            Path(image["path"]).parent.parent.name
+            for image in part.cast_column("image", Image(decode=False))["image"][:]
+        ]
+        for split, part in read.items()
+    }
+    most = max(len(set(names)) for names in folders.values())
+    classed = {s for s, names in folders.items() if len(set(names)) > 1 or most == 1}
+    for split in folders.keys() - classed:
+        logger.warning(
+            "%s: split %r has no folder for each class: left out", place, split
+        )
+    label = ClassLabel(names=sorted({n for s in classed for n in folders[s]}))
+    return {
+        split: read[split]
+        .remove_columns("label")
+        .add_column("label", label.str2int(folders[split]))
+        .cast_column("label", label)
+        for split in read
+        if split in classed
+    }
 
 
 def _is_described(place: Path) -> bool:
@@ -353,7 +386,7 @@ def _missing(part: Dataset, column: str) -> list[int]:
     values = _column(part, column)
     gone = values.is_null(nan_is_null=True).to_numpy()
     if column == "label" and part.features[column] in _TEXTS:
-        gone |= np.array([not text.strip() for text in part[column]])
+        gone |= np.array([not text.strip() for text in part[column][:]])
     missing: list[int] = gone.nonzero()[0].tolist()
     return missing
 
@@ -443,7 +476,7 @@ def has_labels(part: Dataset, column: str) -> bool:
 
 def label_texts(part: Dataset, column: str) -> list[str]:
     """Return the label of every row, as the label set writes it."""
-    feature, values = part.features[column], part[column]
+    feature, values = part.features[column], part[column][:]
     if isinstance(feature, ClassLabel):
         return [feature.names[v] if v >= 0 else str(v) for v in values]
     return [label_text(value) for value in values]

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedpft_flower.activity import Batch, real_logits
+from fedpft_flower.adapters import base_model
 from fedpft_flower.descent import Progress, Schedule, descend
 
 
@@ -71,7 +72,10 @@ def refine(
     name, remedy = "the loss of the refinement", f"lower plug-in.lr = {schedule.lr:g}"
     trainable = [(parameter, None) for parameter in lora]
     try:
-        return descend(trainable, batches, loss_of, schedule, report, name, remedy)
+        models = [base_model(sub_fm), base_model(fm)]
+        return descend(
+            models, trainable, batches, loss_of, schedule, report, name, remedy
+        )
     finally:
         for parameter in lora:
             parameter.grad = None

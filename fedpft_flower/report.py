@@ -230,9 +230,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# Fixed, since a layout that fits itself draws everything twice.
+_MARGINS = {
+    "left": 0.08,
+    "right": 0.97,
+    "top": 0.94,
+    "bottom": 0.07,
+    "hspace": 0.3,
+    "wspace": 0.2,
+}
+
+
 def draw_curves(rounds: list[Metrics], metric: str, path: Path) -> None:
     """Draw a metric, the loss, bytes and gradient error against rounds."""
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), gridspec_kw=_MARGINS)
     score, loss, data, gradient = panels.flat
     for name, label in (("fm", "FM, plugged in"), ("sub-fm", "sub-FM")):
         _line(score, rounds, lambda r, n=name: r.get(f"{n}-{metric}"), label)

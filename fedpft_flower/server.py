@@ -7,7 +7,7 @@ the same adapter as the same run through Flower.
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,9 +30,10 @@ from fedpft_flower.adapters import (
     plug_in,
 )
 from fedpft_flower.alignment import (
+    adapter_gradients,
+    compare_gradients,
     distil,
     emulator_level,
-    gradient_error,
     layer_level,
     most_inactive,
     neuron_level,
@@ -48,7 +49,7 @@ from fedpft_flower.encoding import (
     hold_out,
     shuffled_batches,
 )
-from fedpft_flower.evaluation import evaluate, judge, metric_of
+from fedpft_flower.evaluation import judge, metric_of
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.least_squares import Fit, refit
 from fedpft_flower.likeness import likeness
@@ -134,9 +135,12 @@ class ProxyServer:
         check_frozen(fm.model, config.train.frozen)
         self._public = self.encode_public(public) if public is not None else None
         self._splits = {
-            "validation": self.encode(task.validation),
-            "test": self.encode(task.test),
-            **{name: self.encode(rows) for name, rows in task.more_tests.items()},
+            "validation": self.encode(task.validation, keep=True),
+            "test": self.encode(task.test, keep=True),
+            **{
+                name: self.encode(rows, keep=True)
+                for name, rows in task.more_tests.items()
+            },
         }
         # Seconds that choosing neurons took.
         self.selection_seconds = 0.0
@@ -155,6 +159,10 @@ class ProxyServer:
         )
         self.adapter: Adapter = get_adapter(self.sub_fm)
         plug_in(self.fm, self.adapter, self.plan)
+        # What was found of a model ("fm", "sub-fm") on a split, until it changes.
+        self._judged: dict[tuple[str, str], tuple[Metrics, list[bool]]] = {}
+        # The FM's side of the gradient error, by batch, until its adapter changes.
+        self._gradients: list[tuple[Tensor, ...]] = []
         # Of activity, [K] for each compressed layer (see `Package`); none at first.
         self.limits: list[Tensor] = []
         # Rises whenever what `package` returns changes.
@@ -232,10 +240,10 @@ class ProxyServer:
             objective=self._objective,
         )
 
-    def encode(self, rows: Dataset) -> Rows:
+    def encode(self, rows: Dataset, keep: bool = False) -> Rows:
         """Encode rows of the task as the FM and its sub-FM take them."""
         kind, data = self._modality, self.config.data
-        return encode(rows, self._processor, kind, data, self._objective)
+        return encode(rows, self._processor, kind, data, self._objective, keep)
 
     def encode_public(self, rows: Dataset) -> Rows:
         """Encode public rows, whose labels are not used."""
@@ -379,7 +387,7 @@ class ProxyServer:
             if step == "distill":
                 align, patience = self.config.align, self.method.patience
                 limits = align.steps, align.tokens, align.seconds
-                schedule = Schedule(align.lr, *limits, patience)
+                schedule = self._schedule(align.lr, *limits, patience)
                 metrics |= self._distil("align", self._alignable(), schedule, 0)
             else:
                 metrics[step] = self._refit(bias_only=step == "bias")
@@ -431,13 +439,14 @@ class ProxyServer:
         assert self._public is not None
         seed = derive_seed(self.config.seed, "refine")
         batches = endless_batches(self._public, plug.batch_size, seed)
-        told, rows = _Told("refine"), self._splits["validation"]
-        before = evaluate(self.fm, rows, self._objective)
-        refine(self.fm, self.sub_fm, batches, Schedule(plug.lr, steps), told)
-        after = evaluate(self.fm, rows, self._objective)
+        told, (before, _) = _Told("refine"), self._judge("fm", "validation")
+        refine(self.fm, self.sub_fm, batches, self._schedule(plug.lr, steps), told)
+        self._forget("fm")
+        after, _ = self._judge("fm", "validation")
         kept = after["loss"] < before["loss"]
         if not kept:
             plug_in(self.fm, self.adapter, self.plan)
+            self._forget("fm")
         logger.info(
             "refine: on validation loss %.3f -> %.3f, %s %.3f -> %.3f, %s",
             before["loss"],
@@ -472,10 +481,7 @@ class ProxyServer:
             What `evaluate` returns; and for both models a "1" for every row that is
             right and a "0" for every other, in the order of the rows.
         """
-        rows = self._splits[split]
-        fm = sub_fm = judge(self.fm, rows, self._objective)
-        if not self._is_fm:
-            sub_fm = judge(self.sub_fm, rows, self._objective)
+        fm, sub_fm = self._judge("fm", split), self._judge("sub-fm", split)
         metrics = {**_prefixed("fm", fm[0]), **_prefixed("sub-fm", sub_fm[0])}
         return metrics, {"fm": _digits(fm[1]), "sub-fm": _digits(sub_fm[1])}
 
@@ -510,20 +516,39 @@ class ProxyServer:
 
     # ----------------------------------------------------------------------- its parts
 
+    def _judge(self, name: str, split: str) -> tuple[Metrics, list[bool]]:
+        """Evaluate a model on a split, unless it has not changed since."""
+        if name == "sub-fm" and self._is_fm:
+            name = "fm"
+        if (name, split) not in self._judged:
+            model = self.fm if name == "fm" else self.sub_fm
+            rows = self._splits[split]
+            self._judged[name, split] = judge(model, rows, self._objective)
+        return self._judged[name, split]
+
+    def _forget(self, *names: str) -> None:
+        """Forget what was found of models that have changed."""
+        for key in [key for key in self._judged if key[0] in names]:
+            del self._judged[key]
+        if "fm" in names:
+            self._gradients = []
+
     def _plug_in(self, adapter: Adapter) -> None:
         check_adapter(adapter, self.adapter)
+        self._forget("fm", "sub-fm")
         self.adapter = {name: adapter[name].detach().clone() for name in self.adapter}
         plug_in(self.fm, self.adapter, self.plan)
         load_adapter(self.sub_fm, self.adapter)
 
     def _snapshot(self) -> dict[str, Tensor]:
-        """Return the frozen weights; only what alignment may change is copied.
+        """Return the frozen weights on the CPU, where codecs round alike everywhere.
 
-        Copies lie on the CPU: the last few stay, to send changes.
+        Of those that lie there only what alignment may change is copied: the last few
+        snapshots stay, to send changes.
         """
         changing = self._changing()
         return {
-            name: weight.to("cpu", copy=True) if name in changing else weight
+            name: weight.to("cpu", copy=name in changing)
             for name, weight in self._weights.items()
         }
 
@@ -561,8 +586,11 @@ class ProxyServer:
             )
         trainable = neuron_level(ffns, most_inactive(rates, align.proportion))
         limits = align.during_steps, align.during_tokens, align.during_seconds
-        schedule = Schedule(align.during_lr, *limits)
+        schedule = self._schedule(align.during_lr, *limits)
         return self._distil("realign", trainable, schedule, current)
+
+    def _schedule(self, lr: float, *limits: Any) -> Schedule:
+        return replace(Schedule(lr, *limits), precision=self.config.server_precision)
 
     def _refit(self, bias_only: bool = False) -> Metrics:
         """Refit output weights by least squares; the seconds and every layer's fit."""
@@ -582,6 +610,7 @@ class ProxyServer:
                 time.monotonic() - began,
             )
 
+        self._forget("sub-fm")
         counts = [len(self.plan.kept[layer]) for layer in self.plan.compressed]
         batches = self._calibration(base_model(self.fm), counts)
         refit(
@@ -639,6 +668,7 @@ class ProxyServer:
             kept_back, rows = hold_out(rows, count, derive_seed(seed, "held out"))
             held_out = list(shuffled_batches(kept_back, align.batch_size, seed))
         told = _Told(what)
+        self._forget("sub-fm")
         last = distil(
             self.fm,
             self.sub_fm,
@@ -673,8 +703,11 @@ class ProxyServer:
         order = derive_seed(seed, "gradient")
         size = GRADIENT_ROWS[self._objective]
         rows = shuffled_batches(self._public, size, order)
-        batches = islice(rows, GRADIENT_BATCHES)
-        return asdict(gradient_error(self.fm, self.sub_fm, batches, seed))
+        batches = list(islice(rows, GRADIENT_BATCHES))
+        if not self._gradients:
+            self._gradients = list(adapter_gradients(self.fm, batches, seed))
+        found = adapter_gradients(self.sub_fm, batches, seed)
+        return asdict(compare_gradients(self._gradients, found))
 
 
 def average_rates(

@@ -20,6 +20,7 @@ from fedpft_flower.config import (
     FedPFTError,
     Modality,
     Objective,
+    PartitionConfig,
     derive_seed,
     names_in,
 )
@@ -150,7 +151,7 @@ def _for_training(rows: Dataset, config: DataConfig, seed: int) -> Dataset:
     learnt = {"text", "response"} & set(rows.column_names)
     if config.min_words and learnt:
         (column,) = learnt
-        long = [len(text.split()) >= config.min_words for text in rows[column]]
+        long = [len(text.split()) >= config.min_words for text in rows[column][:]]
         rows = rows.select(np.flatnonzero(long))
     if not len(rows):
         raise FedPFTError(
@@ -237,7 +238,7 @@ def paired(rows: Dataset, seed: int) -> Dataset:
     """
     generator = np.random.default_rng(derive_seed(seed, "pairs"))
     firsts, seconds = [], []
-    for text in rows["text"]:
+    for text in rows["text"][:]:
         parts = _sentences(text)
         place = int(generator.integers(len(parts) - 1))
         firsts.append(parts[place])
@@ -268,6 +269,20 @@ def task_of(name: str) -> Task:
     return TASKS[name]
 
 
+def check_kind(data: DataConfig, partition: PartitionConfig) -> None:
+    """Check that a task's rows can be shared among virtual clients like this.
+
+    Raises:
+        FedPFTError: there are no labels to share them by.
+    """
+    by_label = partition.kind in ("dirichlet", "pathological")
+    if by_label and task_of(data.task).objective != "classify":
+        raise FedPFTError(
+            f"partition.kind = {partition.kind!r} shares rows by their label, and "
+            f"data.task = {data.task!r} has none; choose 'iid', 'natural' or 'sizes'"
+        )
+
+
 def _refuse_path(config: DataConfig) -> None:
     if config.path:
         raise FedPFTError(
@@ -279,14 +294,14 @@ def _refuse_path(config: DataConfig) -> None:
 def _load_docstrings(config: DataConfig, seed: int) -> TaskData:
     _refuse_path(config)
     everything = load_docstrings()
-    libraries = everything["library"]
+    libraries = everything["library"][:]
     splits: dict[str, Dataset] = {}
     for name in ("train", "validation", "test"):
-        rows = np.flatnonzero(np.asarray(everything["split"]) == name)
+        rows = np.flatnonzero(np.asarray(everything["split"][:]) == name)
         part = everything.select(rows)
         splits[name] = Dataset.from_dict(
             {
-                "text": part["text"],
+                "text": part["text"][:],
                 "label": [LIBRARIES.index(libraries[row]) for row in rows],
             }
         )
@@ -296,7 +311,7 @@ def _load_docstrings(config: DataConfig, seed: int) -> TaskData:
 
 def _public_docstrings() -> Dataset:
     everything = load_docstrings()
-    rows = np.flatnonzero(np.asarray(everything["split"]) == "public")
+    rows = np.flatnonzero(np.asarray(everything["split"][:]) == "public")
     return everything.select(rows).select_columns(["text"])
 
 

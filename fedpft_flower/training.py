@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fedpft_flower.activity import Batch
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import layers_of
+from fedpft_flower.compute import Compute, asked_for, best_here
 from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import (
     NO_TARGET,
@@ -31,6 +32,7 @@ class TrainReport:
     """Say what a local training did; `loss` is the mean over its steps.
 
     `step_seconds` is the median step's; of more than one, the first does not count.
+    `compute` is how they were computed.
     """
 
     loss: float
@@ -38,6 +40,7 @@ class TrainReport:
     steps: int
     seconds: float
     step_seconds: float
+    compute: Compute
 
 
 def round_lr(config: TrainConfig, current: int, rounds: int) -> float:
@@ -78,14 +81,20 @@ def train_adapter(
     parameters = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in parameters] if proximal_mu else []
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=config.weight_decay)
+    device = parameters[0].device
+    train_mode(model, config.frozen_dropout)
+    how = asked_for(config.precision) or _best_here(model, rows, config)
     began, losses, ends = time.monotonic(), [], []
     # The process is shared by virtual clients: dropout must not depend on its past.
     torch.manual_seed(derive_seed(seed, "dropout"))
-    train_mode(model, config.frozen_dropout)
-    with recomputed(model) if config.recompute else nullcontext():
+    with (
+        recomputed(model) if config.recompute else nullcontext(),
+        how.steps([base_model(model)]),
+    ):
         for batch in _batches(rows.varied(seed), config, seed):
             optimiser.zero_grad(set_to_none=True)
-            losses.append(add_gradients(model, batch, config.micro_batch_size))
+            with how.step(device):
+                losses.append(add_gradients(model, batch, config.micro_batch_size))
             for parameter, first in zip(parameters, start, strict=False):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - first, alpha=proximal_mu)
@@ -109,7 +118,23 @@ def train_adapter(
         len(losses),
         time.monotonic() - began,
         statistics.median(steps[1:] or steps),
+        how,
     )
+
+
+def _best_here(model: PeftModel, rows: Rows, config: TrainConfig) -> Compute:
+    """Try how steps are fastest; nothing is left of the trial."""
+    batch = next(shuffled_batches(rows, config.batch_size, seed=0))
+    shapes = [values.shape for values in batch.values()]
+
+    def step() -> None:
+        add_gradients(model, batch, config.micro_batch_size)
+
+    with recomputed(model) if config.recompute else nullcontext():
+        what = shapes, config.micro_batch_size, config.recompute
+        found = best_here([base_model(model)], step, what)
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def add_gradients(model: nn.Module, batch: Batch, size: int) -> float:

@@ -63,6 +63,7 @@ TRAIN_METRICS: dict[str, float] = {
     "steps": 1e12,
     "seconds": 1e9,
     "step-seconds": 1e9,
+    "bf16": 1.0,
     "peak-memory": 1e15,
 }
 # With differential privacy; a reason may quote a row or a label.

@@ -17,9 +17,10 @@ from fedpft_flower.adapters import (
 )
 from fedpft_flower.alignment import (
     Teacher,
+    adapter_gradients,
+    compare_gradients,
     distil,
     emulator_level,
-    gradient_error,
     layer_level,
     neuron_level,
 )
@@ -97,6 +98,13 @@ def adapted(family, plan_settings=None, seed=0):
     """Return FM and sub-FM with the same, non-trivial adapter."""
     head = ARCHITECTURES[family].head
     return with_adapters(tiny_model(family), head, plan_settings, seed)
+
+
+def gradient_error(fm, sub, batches, seed):
+    """Return the error of the sub-FM's adapter gradients."""
+    inputs = list(batches)
+    sides = [adapter_gradients(model, inputs, seed) for model in (fm, sub)]
+    return compare_gradients(*sides)
 
 
 def with_adapters(fm, head, plan_settings=None, seed=0, objective="classify"):

@@ -13,11 +13,14 @@ from benchmarks import (
     imports,
     overhead,
     pretrain_vit,
+    scaling,
+    throughput,
 )
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.tasks import load_task
+from tests.test_federation import results, run
 
 NODES = 5
 
@@ -121,7 +124,9 @@ def test_local_takes_the_steps_that_a_client_expects(config, taken):
 
 def test_every_bound_starts_from_the_federations_adapter(config):
     loop = bounds.whole_fm(config, NODES)
-    assert bounds.local(loop, NODES) == bounds.local(loop, NODES)
+    found = bounds.local(loop, NODES)
+    assert found == bounds.local(loop, NODES)
+    assert len(set(found)) > 1  # they learnt from rows of their own
 
 
 def test_the_bounds_table_shows_mean_and_spreads():
@@ -225,3 +230,55 @@ def test_the_alignment_table_compares_with_the_first_recipe():
     lines = alignment.table(found).splitlines()
     assert lines[2] == "| slow | 50.0 (40.0 to 60.0) | 1.00 | 0.500 | 0.500 |"
     assert lines[3] == "| fast | 5.0 (4.0 to 6.0) | 0.10 | 0.500 | 0.500 |"
+
+
+@pytest.fixture
+def work(tmp_path):
+    scaling.write_fm(tmp_path / "fm", layers=2, hidden=64, length=8)
+    return throughput.Work(tmp_path / "fm", rows=4, length=8, batches=2)
+
+
+def test_the_bare_loops_do_the_same_operations(work):
+    pairs = [
+        (work.train, work.bare_train),
+        (work.align, work.bare_align),
+        (work.evaluate, work.bare_evaluate),
+    ]
+    for ours, bare in pairs:
+        one, other = (throughput.count(lambda r=run: r("fp32")) for run in (ours, bare))
+        assert one == pytest.approx(other, rel=0.02)
+
+
+def test_the_throughput_table_has_a_row_for_every_kind_of_work(work, monkeypatch):
+    monkeypatch.setattr(throughput, "peak_rate", lambda device, precision: 1e12)
+    monkeypatch.setattr(throughput, "has_bf16", lambda device: True)
+    lines = throughput.table(work, repeats=2).splitlines()
+    kinds = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines[4:]]
+    assert kinds == [
+        ("client's training", "fp32"),
+        ("distillation", "fp32"),
+        ("evaluation", "fp32"),
+        ("client's training", "bf16"),
+        ("distillation", "bf16"),
+    ]
+
+
+def test_the_scaling_table_gives_exponents_and_a_picture(tmp_path):
+    points = [
+        scaling.Point("clients", value, 10.0, 0.1 * value, 10**9, 5 * 10**8)
+        for value in (10, 100)
+    ] + [scaling.Point("rows", 10, 5.0, 1.0, 10**9, 10**9)]
+    lines = scaling.table(points).splitlines()
+    assert lines[2] == "| clients | 10 | 10.0 | 1.00 | 1.00 | 0.50 |"
+    assert lines[4] == "| clients | exponent, last two | 0.00 | 1.00 | 0.00 | 0.00 |"
+    assert len(lines) == 6  # one point has no exponent
+    scaling.draw(points, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_random_fm_and_its_rows_can_be_run(tmp_path, local_grid):
+    scaling.write_fm(tmp_path / "fm", layers=1)
+    scaling.write_rows(tmp_path / "rows", 50)
+    settings = scaling.settings_of(tmp_path) | {"rounds": 1}
+    run(local_grid, settings)
+    assert results(settings)[2]["failures"] == 0

@@ -64,7 +64,7 @@ def engine(local_grid, monkeypatch):
     """Run cells in this process; returns the configurations that were run."""
     ran = []
 
-    def run_here(config, nodes, app, show):
+    def run_here(config, nodes, app, *rest):
         ran.append(config)
         run(local_grid, config.flat(), nodes=nodes)
 
@@ -153,10 +153,10 @@ def test_a_failed_cell_says_why_and_stops_no_other(
 ):
     out, works = tmp_path / "out", compare.run_experiment
 
-    def breaks(config, nodes, app, show):
+    def breaks(config, nodes, app, *rest):
         if config.method == "fedpft-n":
             return Failure("finished:failed", [f"{MARK}error: no room for it"])
-        return works(config, nodes, app, show)
+        return works(config, nodes, app, *rest)
 
     monkeypatch.setattr(compare, "run_experiment", breaks)
     assert compared(spec_file, out, "--only", "k0.5-") == 1

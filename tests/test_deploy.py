@@ -41,6 +41,7 @@ def test_a_deployment_with_tls_and_keys_gives_the_same_adapter(
     monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = prepare(tmp_path, vit_directory) | {"timeout-seconds": 300.0}
+    settings["rounds"] = 1
     (tmp_path / "run").mkdir()
     with Deployment(tmp_path / "run", secure=True) as deployment:
         deployment.superlink()

@@ -21,6 +21,7 @@ def descended(schedule, batches, held_out=(), mask=None):
         return (parameter - batch["goal"]).square().sum(), 7
 
     last = descend(
+        [],
         [(parameter, mask)],
         cycle(batches),
         loss_of,

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from fedpft_flower.activity import real_logits
 from fedpft_flower.adapters import base_model, get_adapter, plug_in
-from fedpft_flower.alignment import distil, gradient_error, layer_level
+from fedpft_flower.alignment import distil, layer_level
 from fedpft_flower.architectures import ARCHITECTURES
 from fedpft_flower.config import AlignConfig, LoraConfig
 from fedpft_flower.descent import Schedule
@@ -18,7 +18,7 @@ from fedpft_flower.least_squares import refit
 from fedpft_flower.refinement import refine
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns
 from tests.families import CONFIGS, tiny_batch, tiny_model
-from tests.test_architectures import whole, with_adapters
+from tests.test_architectures import gradient_error, whole, with_adapters
 from tests.test_federation import results, run
 
 families = pytest.mark.parametrize("family", sorted(CONFIGS))

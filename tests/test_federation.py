@@ -159,7 +159,7 @@ def test_a_node_that_lost_its_copy_gets_it_again(local_grid, settings):
         if message.metadata.message_type == "train" and not lost:
             lost.append(message.content["config"]["sub-fm"])
             shutil.rmtree(Store().directory(lost[0]))
-            client._load_sub_fm_cached.cache_clear()
+            client.forget_sub_fm()
         return reply
 
     grid, _ = run(local_grid, settings, {0: lose, 1: lose, 2: lose, 3: lose, 4: lose})

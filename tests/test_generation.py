@@ -16,7 +16,7 @@ from fedpft_flower.adapters import (
     base_model,
     export_adapter,
 )
-from fedpft_flower.alignment import distil, gradient_error, layer_level
+from fedpft_flower.alignment import distil, layer_level
 from fedpft_flower.architectures import ARCHITECTURES, ffns_of
 from fedpft_flower.config import Config, DataConfig, FedPFTError, LoraConfig
 from fedpft_flower.data_check import check
@@ -33,7 +33,7 @@ from fedpft_flower.refinement import logit_loss
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns, frozen_weights
 from tests.conftest import write_llama
 from tests.families import CONFIGS, tiny_batch, tiny_model
-from tests.test_architectures import plans, whole, with_adapters
+from tests.test_architectures import gradient_error, plans, whole, with_adapters
 from tests.test_federation import NODES, results, run
 
 DECODERS = sorted(name for name in CONFIGS if ARCHITECTURES[name].decoder)

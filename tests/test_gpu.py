@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from deploy.processes import Deployment
+from fedpft_flower import client
 from fedpft_flower.adapters import base_model
+from fedpft_flower.client import forget_sub_fm
 from tests.deployment import SITES, prepare, rounds_of, run_directory, start_site
 from tests.test_federation import results, run
 
@@ -23,9 +25,12 @@ def test_a_run_on_the_gpu_gives_what_one_on_the_cpu_does(
         monkeypatch.setattr(
             "fedpft_flower.client.device_here", lambda w=where: torch.device(w)
         )
+        forget_sub_fm()
         out = {"out-dir": str(tmp_path / where), "method": method, "plug-in.steps": 3}
         run(local_grid, settings | out)
         _, _, found[where], _ = results(settings | out)
+        (held,) = client._HELD.values()
+        assert {p.device.type for p in held.model.parameters()} == {where}
     for name, value in found["cpu"]["test-after"].items():
         if name.endswith("loss"):
             assert found["cuda"]["test-after"][name] == pytest.approx(value, rel=0.05)
@@ -33,11 +38,22 @@ def test_a_run_on_the_gpu_gives_what_one_on_the_cpu_does(
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_quantised_clients_train_on_the_gpu(local_grid, settings, kind):
+    pytest.importorskip("bitsandbytes", reason="extra `quantised` not installed")
     settings |= {"train.frozen": kind, "train.lr": 0.02}
     run(local_grid, settings)
     _, _, summary, _ = results(settings)
     assert summary["failures"] == 0
     assert summary["test-after"]["fm-loss"] < summary["test-before"]["fm-loss"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "auto"])
+def test_steps_in_other_numbers_on_the_gpu(local_grid, settings, precision):
+    settings |= {"train.precision": precision, "server-precision": precision}
+    run(local_grid, settings | {"train.lr": 0.02})
+    _, rounds, summary, _ = results(settings)
+    assert summary["test-after"]["fm-loss"] < summary["test-before"]["fm-loss"]
+    told = {one["bf16"] for one in rounds[1]["per-client"].values()}
+    assert told <= ({1.0} if precision == "bf16" else {0.0, 1.0})
 
 
 def test_models_lie_on_the_gpu(settings):

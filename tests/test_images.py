@@ -12,14 +12,15 @@ from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.config import Config, DataConfig
 from fedpft_flower.encoding import Part, encode, hold_out, shuffled_batches
-from fedpft_flower.images import CROP_AREA, crop_and_flip, in_rgb
+from fedpft_flower.images import CROP_AREA, crop_and_flip, decoded_images, in_rgb
 
 
-def gradient(width=40, height=20):
+def gradient(width=40, height=20, blue=0):
     """Return an image whose red says the column and whose green says the row."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[..., 0] = 5 * np.arange(width)
     pixels[..., 1] = 5 * np.arange(height)[:, None]
+    pixels[..., 2] = blue
     return Image.fromarray(pixels)
 
 
@@ -45,12 +46,13 @@ def test_a_crop_is_a_part_of_the_image_every_other_one_mirrored():
 
 @pytest.fixture
 def rows(vit_directory):
-    def made(augment="none"):
-        data = Dataset.from_dict(
-            {"image": [gradient() for _ in range(8)], "label": list(range(8))}
-        ).cast_column("image", ImageFeature())
+    def made(augment="none", keep=False):
+        images = [gradient(blue=20 * row) for row in range(8)]
+        data = Dataset.from_dict({"image": images, "label": list(range(8))})
+        data = data.cast_column("image", ImageFeature())
         processor = AutoImageProcessor.from_pretrained(vit_directory)
-        return encode(data, processor, "image", DataConfig(augment=augment))
+        config = DataConfig(augment=augment)
+        return encode(data, processor, "image", config, keep=keep)
 
     return made
 
@@ -67,6 +69,33 @@ def test_training_varies_images_where_asked_and_evaluation_never(rows):
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
     again = asked.varied(3).batch([0, 1])
     assert torch.equal(first["pixel_values"], again["pixel_values"])
+
+
+def test_processed_images_are_kept_as_far_as_memory_is_given(rows, monkeypatch):
+    every = rows().batch(range(8))["pixel_values"]
+    monkeypatch.setattr("fedpft_flower.encoding.KEPT_BYTES", 3 * every[0].nbytes)
+    asked = []
+
+    def decoded(data, indices):
+        asked.append(list(indices))
+        return decoded_images(data, indices)
+
+    monkeypatch.setattr("fedpft_flower.encoding.decoded_images", decoded)
+    found, other = rows(keep=True), rows("crop-flip", keep=True)
+    for chosen in ([2, 0], [0, 2], [5, 2, 6], [5], [6]):
+        batch = found.batch(chosen)
+        for place, row in enumerate(chosen):
+            assert torch.equal(batch["pixel_values"][place], every[row])
+            assert int(batch["labels"][place]) == row
+    assert asked == [[2, 0], [5, 2, 6], [6]]  # 6 has no room
+    varied = other.varied(1)
+    varied.batch([0])
+    varied.batch([0])
+    assert asked[3:] == [[0], [0]]
+    clients = rows()
+    clients.batch([0])
+    clients.batch([0])
+    assert asked[5:] == [[0], [0]]
 
 
 def test_held_out_rows_and_the_others_are_all_rows_once(rows):

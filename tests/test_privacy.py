@@ -17,7 +17,7 @@ from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
 from fedpft_flower import commands, report, strategy
 from fedpft_flower.checkpoint import Checkpoints
-from fedpft_flower.client import _load_sub_fm_cached
+from fedpft_flower.client import forget_sub_fm
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.privacy import NO_MEAN, Privacy, check_private
 from fedpft_flower.server import ProxyServer
@@ -319,7 +319,7 @@ def test_a_node_that_lost_its_copy_gets_it_again(local_grid, private, mechanism)
         if not lost:
             lost.append(message.content["config"]["sub-fm"])
             Store().directory(lost[0]).rename(Store().directory("away"))
-            _load_sub_fm_cached.cache_clear()
+            forget_sub_fm()
         return reply
 
     private["privacy.mechanism"] = mechanism

@@ -1,6 +1,7 @@
 """The refinement of the plugged-in adapter."""
 
-from itertools import cycle
+from dataclasses import asdict
+from itertools import cycle, islice
 
 import numpy as np
 import pytest
@@ -8,11 +9,15 @@ import torch
 
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import get_adapter
-from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.descent import Schedule
+from fedpft_flower.encoding import shuffled_batches
+from fedpft_flower.evaluation import evaluate
 from fedpft_flower.refinement import logit_loss, refine
+from fedpft_flower.server import GRADIENT_BATCHES
+from fedpft_flower.tasks import load_public
 from tests.families import tiny_batch
-from tests.test_architectures import adapted
+from tests.test_architectures import adapted, gradient_error
 
 
 def test_logit_loss_against_numpy():
@@ -74,12 +79,13 @@ def same(one, other):
 
 def test_the_server_keeps_what_lowers_the_loss_on_validation(trained, monkeypatch):
     plain, sub = get_adapter(trained.fm), get_adapter(trained.sub_fm)
-    losses = iter([0.5, 0.4, 0.4, 0.5])
+    losses = iter([0.5, 0.4, 0.5])
 
     def evaluation(model, rows, objective):
-        return {"accuracy": 0.5, "loss": next(losses)}
+        return {"accuracy": 0.5, "loss": next(losses)}, []
 
-    monkeypatch.setattr("fedpft_flower.server.evaluate", evaluation)
+    monkeypatch.setattr("fedpft_flower.server.judge", evaluation)
+    trained.restore(trained.state())  # it has been judged before
     report = trained.refine()
     assert report["kept"]
     assert report["steps"] == 5
@@ -89,6 +95,35 @@ def test_the_server_keeps_what_lowers_the_loss_on_validation(trained, monkeypatc
     assert same(get_adapter(trained.fm), plain)
     assert same(get_adapter(trained.sub_fm), sub)
     assert same(trained.adapter, sub)
+
+
+@pytest.mark.parametrize("how", ["distill", "least-squares"])
+def test_what_was_judged_before_is_judged_again_once_a_model_changes(
+    local_grid, settings, how
+):
+    settings |= {"align.before": how, "align.during": how}
+    settings |= {"plug-in.steps": 5, "plug-in.lr": 0.01}
+    loop = PlainLoop(Config.from_run_config(settings), 5)
+    rows = loop.server.encode(loop.task.validation)
+    public = loop.server.encode_public(load_public(loop.config.data, 0))
+    order = derive_seed(0, "gradient")
+
+    def check():
+        found = loop.server.evaluate("validation")
+        for name, model in (("fm", loop.server.fm), ("sub-fm", loop.server.sub_fm)):
+            for metric, value in evaluate(model, rows).items():
+                assert found[f"{name}-{metric}"] == value
+        batches = list(islice(shuffled_batches(public, 8, order), GRADIENT_BATCHES))
+        error = gradient_error(loop.server.fm, loop.server.sub_fm, batches, 0)
+        assert loop.server.gradient_error() == asdict(error)
+
+    check()
+    loop.server.prepare()  # no adapter is plugged in here, which would forget all
+    check()
+    for _ in loop.run():  # aligns after every round
+        check()
+    loop.server.refine()
+    check()
 
 
 @pytest.mark.parametrize(

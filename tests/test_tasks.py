@@ -22,7 +22,13 @@ from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.encoding import content_hash, encode
 from fedpft_flower.partitions import load_partition
 from fedpft_flower.reading import _read_hub, read_splits, with_texts
-from fedpft_flower.tasks import _sentences, load_public, load_site, load_task
+from fedpft_flower.tasks import (
+    _sentences,
+    load_public,
+    load_site,
+    load_task,
+    source_of,
+)
 
 DIGITS = DataConfig(task="digits")
 
@@ -266,6 +272,29 @@ def test_image_folder_of_ones_own(tmp_path, vit_directory):
     batch = encode(task.train, processor, "image", DataConfig()).batch([0, 1])
     assert batch["pixel_values"].shape == (2, 3, 8, 8)
     assert batch["pixel_values"].dtype == torch.float32
+
+
+def test_a_folder_called_images_below_each_class_is_looked_through(tmp_path, caplog):
+    """The layout of Tiny-ImageNet, whose other splits name their classes in a file."""
+    from PIL import Image as Picture
+
+    sizes = {"train/cat": 20, "train/dog": 20, "val": 5}
+    for place, (folder, count) in enumerate(sizes.items()):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        for i in range(count):
+            picture = Picture.new("RGB", (8, 8), color=(place, i, 0))
+            picture.save(tmp_path / folder / "images" / f"{i}.png")
+    (tmp_path / "val" / "val_annotations.txt").write_text("0.png\tcat\n")
+    config = DataConfig(task="image", path=str(tmp_path))
+    task = load_task(config, 0)
+    assert task.labels == ("cat", "dog")
+    assert len(task.train) + len(task.validation) + len(task.test) == 40
+    for part in (task.train, task.validation, task.test):
+        for row in part:
+            assert row["image"].convert("RGB").getpixel((0, 0))[0] == row["label"]
+    assert "'validation' has no folder for each class: left out" in caplog.text
+    one = DataConfig(task="image", path=str(tmp_path / "train" / "dog"))
+    assert source_of(one, "data.path")["train"].features["label"].names == ["dog"]
 
 
 def test_pair_of_directories_that_datasets_saved(tmp_path):
