@@ -78,7 +78,8 @@ def _median(rounds: list[Metrics]) -> float:
 def main() -> None:
     """Run both sides in turn and print the table."""
     options = _options()
-    pairs = [f"rounds={options.rounds}", *options.set]
+    # The refinement behind the last round is in no figure.
+    pairs = [f"rounds={options.rounds}", "plug-in.steps=0", *options.set]
     with TemporaryDirectory() as place:
         # No sub-FM of an earlier run may spare Flower an install.
         os.environ["FEDPFT_CACHE"] = f"{place}/cache"

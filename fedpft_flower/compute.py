@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from fedpft_flower.activity import Batch
 from fedpft_flower.config import FedPFTError, private_cache
 from fedpft_flower.devices import has_bf16
 
@@ -92,6 +93,14 @@ def best_here(
     found = fastest(models, step, device)
     _write(place, found)
     return found
+
+
+def rough_shapes(batch: Batch) -> list[list[int]]:
+    """Return a batch's shapes with every size rounded up to a power of two.
+
+    Batches that are nearly as long need no trial of their own.
+    """
+    return [[1 << (n - 1).bit_length() for n in one.shape] for one in batch.values()]
 
 
 def fastest(

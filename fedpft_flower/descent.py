@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedpft_flower.activity import Batch
-from fedpft_flower.compute import asked_for, best_here
+from fedpft_flower.compute import asked_for, best_here, rough_shapes
 from fedpft_flower.config import FedPFTError
 
 # A parameter that may change, and the mask of its entries that may (None: all).
@@ -102,7 +102,7 @@ def descend(
         how = best_here(
             models,
             lambda: torch.autograd.grad(loss_of(first)[0], parameters),
-            (name, [values.shape for values in first.values()]),
+            (name, rough_shapes(first)),
         )
 
     def computed_loss(batch: Batch) -> tuple[Tensor, int]:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fedpft_flower.activity import Batch
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import layers_of
-from fedpft_flower.compute import Compute, asked_for, best_here
+from fedpft_flower.compute import Compute, asked_for, best_here, rough_shapes
 from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import (
     NO_TARGET,
@@ -125,13 +125,12 @@ def train_adapter(
 def _best_here(model: PeftModel, rows: Rows, config: TrainConfig) -> Compute:
     """Try how steps are fastest; nothing is left of the trial."""
     batch = next(shuffled_batches(rows, config.batch_size, seed=0))
-    shapes = [values.shape for values in batch.values()]
 
     def step() -> None:
         add_gradients(model, batch, config.micro_batch_size)
 
     with recomputed(model) if config.recompute else nullcontext():
-        what = shapes, config.micro_batch_size, config.recompute
+        what = rough_shapes(batch), config.micro_batch_size, config.recompute
         found = best_here([base_model(model)], step, what)
     model.zero_grad(set_to_none=True)
     return found

@@ -8,7 +8,14 @@ import torch
 
 from fedpft_flower import compute
 from fedpft_flower.adapters import base_model
-from fedpft_flower.compute import CHOICES, Compute, asked_for, best_here, fastest
+from fedpft_flower.compute import (
+    CHOICES,
+    Compute,
+    asked_for,
+    best_here,
+    fastest,
+    rough_shapes,
+)
 from fedpft_flower.config import Config, FedPFTError, cache_dir
 from tests.families import CONFIGS, tiny_batch
 from tests.test_architectures import adapted
@@ -100,6 +107,12 @@ def test_another_model_or_batch_is_tried_again(both):
     best_here([base_model(adapted("bert")[1])], lambda: None, "x")
     best_here(both, lambda: None, "y")
     assert len(list((cache_dir() / "compute").iterdir())) == 3
+
+
+def test_batches_that_are_nearly_as_long_share_a_trial():
+    batches = [{"ids": torch.zeros(16, n), "labels": torch.zeros(16)} for n in (33, 64)]
+    assert rough_shapes(batches[0]) == rough_shapes(batches[1]) == [[16, 64], [16]]
+    assert rough_shapes({"ids": torch.zeros(1, 65)}) == [[1, 128]]
 
 
 def test_without_bfloat16_nothing_is_tried(both, monkeypatch):

@@ -573,6 +573,7 @@ def test_further_test_splits_are_reported_apart(local_grid, settings, tmp_path):
     task = load_task(DataConfig(task="digits"), 0)
     splits = {"train": task.train, "near": task.validation, "far": task.test}
     DatasetDict(splits).save_to_disk(tmp_path / "data")
+    settings["data.max-test-rows"] = 0
     settings |= {
         "rounds": 1,
         "data.task": "image",

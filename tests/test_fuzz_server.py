@@ -207,6 +207,7 @@ BAD_NUMBERS = {
     "seconds": [-1.0, 1e300],
     "step-seconds": [-1.0, 1e300],
     "peak-memory": [-1, 1e300],
+    "bf16": [-1.0, 2.0],
 }
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 

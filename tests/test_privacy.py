@@ -17,6 +17,7 @@ from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
 from fedpft_flower import commands, report, strategy
 from fedpft_flower.checkpoint import Checkpoints
+from fedpft_flower.checks import check_run
 from fedpft_flower.client import forget_sub_fm
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.privacy import NO_MEAN, Privacy, check_private
@@ -447,7 +448,7 @@ def test_a_setting_with_a_false_guarantee_is_refused_before_anything_is_loaded(
     conf.write_text("")
     pairs = [f"{key}={json.dumps(value)}" for key, value in private.items()]
     with pytest.raises(FedPFTError, match=re.escape(said)):
-        commands.run_experiment(commands.read_config(conf, pairs), 2, ROOT, print)
+        check_run(commands.read_config(conf, pairs))  # as fedpft-run does
 
 
 def test_exactly_the_strategies_that_average_uniformly_keep_the_guarantee():

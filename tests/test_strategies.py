@@ -14,6 +14,7 @@ from flwr.serverapp import strategy as flower
 
 from fedpft_flower import commands, report
 from fedpft_flower.adapters import attach_adapter, get_adapter
+from fedpft_flower.checks import check_run
 from fedpft_flower.config import FedPFTError, LoraConfig, TrainConfig, derive_seed
 from fedpft_flower.encoding import encode, endless_batches
 from fedpft_flower.strategies import (
@@ -309,7 +310,7 @@ def test_a_bad_strategy_is_refused_in_one_line_before_anything_is_loaded(
     conf.write_text("")
     pairs = [f"strategy={name}", f"strategy-args={json.dumps(arguments)}"]
     with pytest.raises(FedPFTError, match=re.escape(said)):
-        commands.run_experiment(commands.read_config(conf, pairs), 2, ROOT, print)
+        check_run(commands.read_config(conf, pairs))  # as fedpft-run does
 
 
 @pytest.mark.parametrize(
