@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -181,8 +182,9 @@ def run_experiment(
             check_run(config)
             check_kind(config.data, config.partition)
             federation = share.federation(nodes, gpus_here())
+            copy_app(app, home / "app")
             wait()
-            return _run(home, app, federation, environment, show)
+            return _run(home, home / "app", federation, environment, show)
 
 
 def read_config(conf: Path | None, pairs: Sequence[str]) -> Config:
@@ -377,6 +379,21 @@ def stop(process: "subprocess.Popen[Any]") -> None:
                 process.wait(patience)
             except subprocess.TimeoutExpired:
                 continue
+
+
+def copy_app(app: Path, place: Path) -> None:
+    """Copy from a checkout what goes into its bundle.
+
+    `flwr run` looks at every file below the app's directory, and a virtual environment
+    there has some fifty thousand.
+    """
+    told = (app / "pyproject.toml").read_text(encoding="utf-8")
+    patterns = tomllib.loads(told)["tool"]["flwr"]["app"]["fab-include"]
+    for pattern in ["pyproject.toml", *patterns]:
+        for path in app.glob(pattern.lstrip("/")):
+            copy = place / path.relative_to(app)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _run(

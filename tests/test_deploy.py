@@ -13,7 +13,7 @@ import pytest
 
 from deploy import demo
 from deploy.processes import Deployment
-from fedpft_flower.commands import free_port
+from fedpft_flower.commands import copy_app, free_port
 from fedpft_flower.config import FedPFTError, flatten
 from tests.deployment import (
     SITES,
@@ -246,6 +246,23 @@ def test_the_bundle_is_valid_small_and_holds_what_a_node_needs(tmp_path):
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     told = flatten(settings["tool"]["flwr"]["app"])
     assert told["fab-format-version"] == 1
+    # What fedpft-run copies first, so that Flower need not walk the checkout.
+    copy_app(ROOT, tmp_path / "few")
+    (tmp_path / "other").mkdir()
+    built = call(
+        *(flwr, "build", "--app", tmp_path / "few"),
+        cwd=tmp_path / "other",
+        env=environment,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (few,) = (tmp_path / "other").glob("*.fab")
+    assert contents(few) == contents(bundle)
+
+
+def contents(bundle):
+    """Return what is in a bundle, by name."""
+    packed = zipfile.ZipFile(bundle)
+    return {name: packed.read(name) for name in packed.namelist()}
 
 
 @pytest.mark.parametrize("unit", ["superlink", "supernode"])
