@@ -15,6 +15,7 @@ import tomli_w
 
 from fedpft_flower.commands import (
     CHECKOUT,
+    copy_app,
     flower_home,
     free_port,
     run_status,
@@ -144,7 +145,9 @@ class Deployment:
         """Start `flwr run`; the run's progress goes to the log of this name."""
         conf = self.place / f"{name}.toml"
         conf.write_text(tomli_w.dumps(nest(settings)))
-        command = ("flwr", "run", str(app), "own", "--stream", "-c", str(conf))
+        few = self.place / f"{name}-app"
+        copy_app(app, few)
+        command = ("flwr", "run", str(few), "own", "--stream", "-c", str(conf))
         self.start(name, *command)
 
     def status(self, name: str, seconds: float) -> str:
