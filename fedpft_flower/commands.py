@@ -386,14 +386,29 @@ def copy_app(app: Path, place: Path) -> None:
 
     `flwr run` looks at every file below the app's directory, and a virtual environment
     there has some fifty thousand.
+
+    Raises:
+        FedPFTError: the checkout does not say what that is, or it cannot be copied.
     """
-    told = (app / "pyproject.toml").read_text(encoding="utf-8")
-    patterns = tomllib.loads(told)["tool"]["flwr"]["app"]["fab-include"]
-    for pattern in ["pyproject.toml", *patterns]:
-        for path in app.glob(pattern.lstrip("/")):
-            copy = place / path.relative_to(app)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+    settings = app / "pyproject.toml"
+    try:
+        told = tomllib.loads(settings.read_text(encoding="utf-8"))
+        patterns = told["tool"]["flwr"]["app"]["fab-include"]
+        for pattern in ["pyproject.toml", *patterns]:
+            for path in app.glob(pattern.lstrip("/")):
+                copy = place / path.relative_to(app)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+    except (KeyError, TypeError, ValueError) as error:  # UTF-8 and TOML errors too
+        raise FedPFTError(
+            f"{settings} has no readable tool.flwr.app.fab-include ({error!r}); give "
+            "this app's checkout"
+        ) from error
+    except OSError as error:
+        raise FedPFTError(
+            f"cannot copy the app of {app} to {place} ({error}); make room there, or "
+            "set TMPDIR"
+        ) from error
 
 
 def _run(

@@ -259,6 +259,13 @@ def test_the_bundle_is_valid_small_and_holds_what_a_node_needs(tmp_path):
     assert contents(few) == contents(bundle)
 
 
+@pytest.mark.parametrize("told", ["", "[tool", '[tool]\nflwr = "x"\n'])
+def test_a_checkout_that_does_not_say_what_to_pack_is_refused(tmp_path, told):
+    (tmp_path / "pyproject.toml").write_text(told)
+    with pytest.raises(FedPFTError, match=r"readable tool\.flwr\.app\.fab-include"):
+        copy_app(tmp_path, tmp_path / "copy")
+
+
 def contents(bundle):
     """Return what is in a bundle, by name."""
     packed = zipfile.ZipFile(bundle)
