@@ -94,15 +94,13 @@ def stepper(
     return step
 
 
-def seconds_of(
-    steps: Sequence[Callable[[Batch], None]], batch: Batch, repeats: int
-) -> list[list[float]]:
-    """Return the seconds of several kinds of step, in turns."""
-    found: list[list[float]] = [[] for _ in steps]
+def seconds_of(runs: Sequence[Callable[[], None]], repeats: int) -> list[list[float]]:
+    """Return the seconds of several pieces of work, in turns."""
+    found: list[list[float]] = [[] for _ in runs]
     for repeat in range(WARM_UP + repeats):
-        for step, taken in zip(steps, found, strict=True):
+        for run, taken in zip(runs, found, strict=True):
             began = time.monotonic()
-            step(batch)
+            run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if repeat >= WARM_UP:
@@ -110,11 +108,11 @@ def seconds_of(
     return found
 
 
-def flops_of(model: PeftModel, batch: Batch) -> int:
-    """Return the floating point operations of one training step."""
+def operations_of(run: Callable[[], object]) -> int:
+    """Return the floating point operations of a piece of work."""
     # PyTorch counts attention only where it is written out as products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        add_gradients(model, batch, 0)
+        run()
     return int(counter.get_total_flops())
 
 
@@ -126,9 +124,12 @@ def against_fm(server: ProxyServer, batches: Sequence[Batch], repeats: int) -> s
     ]
     models = [server.fm, server.sub_fm]
     for batch in batches:
-        fm, sub_fm = seconds_of([stepper(m) for m in models], batch, repeats)
+        fm, sub_fm = seconds_of([partial(stepper(m), batch) for m in models], repeats)
         ratio = statistics.median(fm) / statistics.median(sub_fm)
-        work = flops_of(server.fm, batch) / flops_of(server.sub_fm, batch)
+        work_fm, work_sub_fm = (
+            operations_of(partial(add_gradients, m, batch, 0)) for m in models
+        )
+        work = work_fm / work_sub_fm
         cells = [str(batch["input_ids"].shape[1]), spread(fm, 3), spread(sub_fm, 3)]
         cells += [f"{ratio:.2f}", f"{work:.2f}", f"{ratio / work:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -159,8 +160,8 @@ def savers(model: PeftModel, batch: Batch, repeats: int) -> str:
         f"| {length} tokens a row | s | of the first's | kept, MB |",
         "|---|---|---|---|",
     ]
-    steps = [stepper(model, *saver) for saver in SAVERS.values()]
-    seconds = seconds_of(steps, batch, repeats)
+    steps = [partial(stepper(model, *saver), batch) for saver in SAVERS.values()]
+    seconds = seconds_of(steps, repeats)
     first = statistics.median(seconds[0])
     for (name, (size, again)), taken in zip(SAVERS.items(), seconds, strict=True):
         part = {n: values[: size or None] for n, values in batch.items()}
@@ -189,8 +190,7 @@ def numbers(model: PeftModel, batch: Batch, repeats: int) -> str:
     gradients = [gradient(model, batch, way) for way in ways.values()]
     errors = [(g - gradients[0]).norm() / gradients[0].norm() for g in gradients]
     seconds = seconds_of(  # which changes the adapter
-        [partial(step_so, stepper(model), model, way) for way in ways.values()],
-        batch,
+        [partial(step_so, stepper(model), model, way, batch) for way in ways.values()],
         repeats,
     )
     first = statistics.median(seconds[0])

@@ -13,18 +13,17 @@ operations.
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import run_main, spread
 from benchmarks.scaling import write_fm
+from benchmarks.step import operations_of, seconds_of
 from fedpft_flower.activity import Batch
 from fedpft_flower.adapters import attach_adapter, base_model
 from fedpft_flower.alignment import distil, layer_level
@@ -41,7 +40,6 @@ from fedpft_flower.planners import keep_salient, size_of
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns
 from fedpft_flower.training import train_adapter, train_mode
 
-WARM_UP = 1
 CLASSES = ("a", "b")
 KEEP = 0.25
 
@@ -217,8 +215,9 @@ def table(work: Work, repeats: int) -> str:
             if precision == "bf16" and name == "evaluation":
                 continue  # it is in the FM's own numbers
             tokens = sum(rows.lengths())
-            operations = count(partial(ours, "fp32"))
-            own, others = seconds_of([ours, bare], precision, work.device, repeats)
+            operations = operations_of(partial(ours, "fp32"))
+            both = [partial(run, precision) for run in (ours, bare)]
+            own, others = seconds_of(both, repeats)
             rates = [[tokens / s for s in one] for one in (own, others)]
             ratios = [b / a for a, b in zip(own, others, strict=True)]
             share = operations / statistics.median(own) / peak
@@ -234,33 +233,6 @@ def name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}"
     return f"CPU, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
-
-
-def count(run: Callable[[], None]) -> int:
-    """Return the floating point operations of a piece of work."""
-    # PyTorch counts attention only where it is written out as products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
-def seconds_of(
-    runs: Sequence[Callable[[str], None]],
-    precision: str,
-    device: torch.device,
-    repeats: int,
-) -> list[list[float]]:
-    """Return the seconds of several pieces of work, in turns."""
-    found: list[list[float]] = [[] for _ in runs]
-    for repeat in range(WARM_UP + repeats):
-        for run, taken in zip(runs, found, strict=True):
-            began = time.monotonic()
-            run(precision)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat >= WARM_UP:
-                taken.append(time.monotonic() - began)
-    return found
 
 
 def peak_rate(device: torch.device, precision: str) -> float:

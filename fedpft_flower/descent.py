@@ -109,47 +109,34 @@ def descend(
         with how.step(device):
             return loss_of(batch)
 
-    with how.steps(models):
-        return _descend(
-            trainable, batches, computed_loss, schedule, report, name, remedy, held_out
-        )
-
-
-def _descend(
-    trainable: Sequence[Trainable],
-    batches: Iterator[Batch],
-    loss_of: Loss,
-    schedule: Schedule,
-    report: Callable[[Progress], None],
-    name: str,
-    remedy: str,
-    held_out: Sequence[Batch],
-) -> Progress:
-    """Lower a loss as `descend` says, once it is known how to compute steps."""
-    parameters = [parameter for parameter, _ in trainable]
     optimiser = torch.optim.Adam(parameters, lr=schedule.lr)
-    watch = _Watch(parameters, loss_of, held_out) if schedule.patience else None
-    began = time.monotonic()
-    progress = Progress(share=0.0, steps=0, tokens=0, seconds=0.0, loss=float("nan"))
-    while not progress.done:
-        optimiser.param_groups[0]["lr"] = schedule.lr * (1.0 - progress.share)
-        loss, tokens = loss_of(next(batches))
-        steps, tokens = progress.steps + 1, progress.tokens + tokens
-        if not bool(torch.isfinite(loss)):
-            raise FedPFTError(f"{name} is {loss.item()} at step {steps}; {remedy}")
-        _step(optimiser, loss, trainable)
-        share = schedule.used(steps, tokens, time.monotonic() - began)
-        over = watch is not None and watch.failures(share) >= schedule.patience
-        progress = Progress(
-            share,
-            steps,
-            tokens,
-            seconds=time.monotonic() - began,
-            loss=float(loss.detach()),
-            held_out=watch.last if watch else None,
-            done=share >= 1.0 or over,
+    with how.steps(models):
+        watch = (
+            _Watch(parameters, computed_loss, held_out) if schedule.patience else None
         )
-        report(progress)
+        began = time.monotonic()
+        progress = Progress(
+            share=0.0, steps=0, tokens=0, seconds=0.0, loss=float("nan")
+        )
+        while not progress.done:
+            optimiser.param_groups[0]["lr"] = schedule.lr * (1.0 - progress.share)
+            loss, tokens = computed_loss(next(batches))
+            steps, tokens = progress.steps + 1, progress.tokens + tokens
+            if not bool(torch.isfinite(loss)):
+                raise FedPFTError(f"{name} is {loss.item()} at step {steps}; {remedy}")
+            _step(optimiser, loss, trainable)
+            share = schedule.used(steps, tokens, time.monotonic() - began)
+            over = watch is not None and watch.failures(share) >= schedule.patience
+            progress = Progress(
+                share,
+                steps,
+                tokens,
+                seconds=time.monotonic() - began,
+                loss=float(loss.detach()),
+                held_out=watch.last if watch else None,
+                done=share >= 1.0 or over,
+            )
+            report(progress)
     if watch:
         watch.restore()
     return progress
