@@ -14,7 +14,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import tomli_w
 
 from fedpft_flower.config import (
@@ -37,6 +38,7 @@ from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 
 CHECKOUT = Path(__file__).resolve().parent.parent  # of the app, this package's own
 START_SECONDS = 60.0
+PATIENCE = 10.0  # seconds that a process has to end politely, and killed
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -368,17 +370,39 @@ def undisturbed() -> Iterator[None]:
 
 
 def stop(process: "subprocess.Popen[Any]") -> None:
-    """Stop a process and all of its session; the rest of Ray follows its parent."""
+    """Stop a process, its session, and all that it has started in other sessions.
+
+    Flower gives a run a session of its own, which would go on training.
+    """
     with undisturbed():
-        for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-            try:
+        descendants = _descendants(process)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-            except ProcessLookupError:
-                break
-            try:
-                process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
+            for descendant in descendants:
+                with suppress(psutil.NoSuchProcess):
+                    descendant.send_signal(number)
+            deadline = time.monotonic() + PATIENCE
+            while process.poll() is None or any(map(_lives, descendants)):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+
+
+def _descendants(process: "subprocess.Popen[Any]") -> list[psutil.Process]:
+    if process.poll() is not None:  # its number may be another's now
+        return []
+    try:
+        return list(psutil.Process(process.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:  # who should collect a dead one may never do so
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def copy_app(app: Path, place: Path) -> None:

@@ -214,6 +214,33 @@ def test_an_unknown_method_ends_in_one_line_and_leaves_no_superlink(
     assert superlink.poll() is not None
 
 
+PARENT = """
+import subprocess, sys, time
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+child = [sys.executable, "-c", child + "; print(1, flush=True); time.sleep(60)"]
+process = subprocess.Popen(child, start_new_session=True, stdout=subprocess.PIPE)
+process.stdout.readline()
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_process_starts_in_another_session_ends_with_it(monkeypatch):
+    import psutil
+
+    from fedpft_flower import commands
+
+    monkeypatch.setattr(commands, "PATIENCE", 0.5)
+    command = [sys.executable, "-c", PARENT]
+    parent = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())  # deaf to SIGTERM
+    commands.stop(parent)
+    assert parent.poll() is not None
+    # Whoever adopted it may collect it later.
+    adopted = psutil.pid_exists(child) and psutil.Process(child)
+    assert not adopted or adopted.status() == psutil.STATUS_ZOMBIE
+
+
 # ------------------------------------------------------------------------ deployment
 
 
