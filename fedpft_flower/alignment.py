@@ -6,7 +6,8 @@ aligned layers of
     MSE(h_FM, h_sub) / mean(h_FM^2)
     + alpha * MSE(W_out W_in, W'_out W'_in) / mean((W_out W_in)^2)
 
-with h the output of a layer on real tokens; a layer that stands in for dropped ones
+with h the output of a layer on real tokens, weighted alike in both means by
+`sensitivity` where a share says so (ours); a layer that stands in for dropped ones
 follows the last of them, and has no second term. The authors' code computes the second
 term from detached weights, so there it has no gradient; the method needs one, and here
 it has one. Teacher and student are always given the same adapter by the caller.
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fedpft_flower.activity import Batch, real_logits, real_tokens
 from fedpft_flower.adapters import base_model
@@ -27,6 +29,7 @@ from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import derive_seed
 from fedpft_flower.descent import Progress, Schedule, Trainable, descend
 from fedpft_flower.plan import Plan
+from fedpft_flower.sensitivity import Site, sensitivities, weigh
 from fedpft_flower.sub_fm import compressed_ffns
 
 # Of the FM's hidden states of held-out rows, which are needed again and again.
@@ -46,17 +49,25 @@ class GradientError:
 # -------------------------------------------------------------------------- losses
 
 
-def state_loss(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+def state_loss(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Return the mean over layers of MSE(h_FM, h_sub) / mean(h_FM^2).
 
     Args:
         teacher: outputs [tokens, D] of the FM's layers, without padding.
         student: outputs [tokens, D] of the sub-FM's layers at the same places.
+        weights: of every layer's tokens [tokens] in both means; None: all alike.
     """
-    losses = [
-        (h_fm - h_sub).square().mean() / h_fm.square().mean()
-        for h_fm, h_sub in zip([h.float() for h in teacher], student, strict=True)
-    ]
+    losses = []
+    for i, (h_fm, h_sub) in enumerate(zip(teacher, student, strict=True)):
+        wanted = h_fm.float()
+        error, size = (wanted - h_sub).square(), wanted.square()
+        if weights is not None:
+            error, size = weights[i] @ error, weights[i] @ size
+        losses.append(error.mean() / size.mean())
     return torch.stack(losses).mean()
 
 
@@ -154,6 +165,8 @@ def distil(
     report: Callable[[Progress], None],
     held_out: Sequence[Batch] = (),
     memory: float = 0.0,
+    share: float = 0.0,
+    seed: int = 0,
 ) -> Progress:
     """Train a part of the sub-FM to follow the FM on public batches.
 
@@ -170,6 +183,8 @@ def distil(
         report: called after every step.
         held_out: public inputs to watch for overfit, where the schedule has a patience.
         memory: bytes for the teacher's hidden states, to compute them once a row.
+        share: of the tokens' weights that is by `sensitivity`.
+        seed: of what sensitivity is measured with.
 
     Returns:
         The last step's progress.
@@ -185,25 +200,28 @@ def distil(
         student_ffns = compressed_ffns(base_model(sub_fm), plan)
         with torch.no_grad():
             teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
-    # Without what is behind the layers: nobody asks for logits here.
-    teacher, student = base_model(fm).base_model, base_model(sub_fm).base_model
-    states_of = Teacher(teacher, teacher_layers, memory)
-    held_states_of = Teacher(teacher, teacher_layers, max(memory, HELD_OUT_BYTES))
+    # Without what is behind the layers: nobody asks for its logits.
+    student = base_model(sub_fm).base_model
+    states_of, held_states_of = (
+        Teacher(base_model(fm), teacher_layers, room, share, seed)
+        for room in (memory, max(memory, HELD_OUT_BYTES))
+    )
     held = {id(batch) for batch in held_out}
     fm.eval()
     sub_fm.eval()
 
     def loss_of(batch: Batch) -> tuple[Tensor, int]:
         mask = batch.get("attention_mask")
-        states = held_states_of(batch) if id(batch) in held else states_of(batch)
+        seen = held_states_of(batch) if id(batch) in held else states_of(batch)
         with outputs_of(student_layers) as outputs:
             student(**batch)
-        loss = state_loss(states, [real_tokens(h, mask) for h in outputs])
+        found = [real_tokens(h, mask) for h in outputs]
+        loss = state_loss(seen.states, found, seen.weights)
         if student_ffns:
             with torch.autocast(loss.device.type, enabled=False):  # as the teacher's
                 products = [weight_products(ffn) for ffn in student_ffns]
             loss = loss + product_weight * product_loss(teacher_products, products)
-        return loss, len(states[0])
+        return loss, len(found[0])
 
     name, lr = "alignment loss", schedule.lr
     remedy = f"lower the learning rate {lr:g} (align.lr, align.during-lr)"
@@ -221,11 +239,24 @@ def distil(
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Hold what the student follows on a batch."""
+
+    states: Sequence[Tensor]  # [tokens, D] of each layer
+    weights: Sequence[Tensor] | None = None  # [tokens] of each layer; None: all alike
+
+
 class Teacher:
     """Give hidden states of the FM, computed once a row while memory allows."""
 
     def __init__(
-        self, fm: nn.Module, layers: Sequence[nn.Module], memory: float
+        self,
+        fm: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        memory: float,
+        share: float = 0.0,
+        seed: int = 0,
     ) -> None:
         """Begin without any row.
 
@@ -233,35 +264,56 @@ class Teacher:
             fm: the FM, which does not change, in evaluation mode.
             layers: whose outputs to give.
             memory: bytes that may be kept; rows beyond it are computed every time.
+            share: of the tokens' weights that is by `sensitivity`.
+            seed: of what sensitivity is measured with.
         """
         self._fm, self._layers = fm, layers
         self._keeps, self._free = memory > 0, memory
-        self._rows: dict[bytes, Tensor] = {}
+        self._share, self._seed, self._measured = share, seed, 0
+        # Of each row, by layer: states [tokens, D] and sensitivities [tokens], if any.
+        self._rows: dict[bytes, tuple[Tensor, ...]] = {}
 
-    def __call__(self, batch: Batch) -> list[Tensor]:
+    def __call__(self, batch: Batch) -> Seen:
         """Return outputs [tokens, D] of the layers, without padding."""
         keys = _row_keys(batch) if self._keeps else []
         if keys and all(key in self._rows for key in keys):
-            return list(torch.cat([self._rows[key] for key in keys], dim=1))
-        mask = batch.get("attention_mask")
-        with torch.no_grad(), outputs_of(self._layers) as outputs:
-            self._fm(**batch)
-        states = [real_tokens(h, mask) for h in outputs]
+            rows = zip(*(self._rows[key] for key in keys), strict=True)
+            return self._seen(*(list(torch.cat(kind, dim=1)) for kind in rows))
+        parts = self._measure(batch)
         if keys:
-            self._keep(keys, states, mask)
-        return states
+            self._keep(keys, parts, batch.get("attention_mask"))
+        return self._seen(*parts)
+
+    def _measure(self, batch: Batch) -> list[list[Tensor]]:
+        if self._share:
+            seed = derive_seed(self._seed, "sensitivity", self._measured)
+            self._measured += 1
+            sites = [Site(layer) for layer in self._layers]
+            return list(sensitivities(self._fm, sites, batch, seed))
+        with torch.no_grad(), outputs_of(self._layers) as outputs:
+            self._fm.base_model(**batch)  # nobody asks for its logits
+        return [[real_tokens(h, batch.get("attention_mask")) for h in outputs]]
+
+    def _seen(self, states: Sequence[Tensor], measured: Sequence[Tensor] = ()) -> Seen:
+        if not measured:
+            return Seen(states)
+        alike = torch.ones_like(measured[0])
+        return Seen(states, [weigh(alike, s, self._share) for s in measured])
 
     def _keep(
-        self, keys: Sequence[bytes], states: Sequence[Tensor], mask: Tensor | None
+        self,
+        keys: Sequence[bytes],
+        parts: Sequence[Sequence[Tensor]],
+        mask: Tensor | None,
     ) -> None:
-        """Keep the states [layers, tokens, D] of every row that there is room for."""
-        alike = [len(states[0]) // len(keys)] * len(keys)
+        """Keep what was found of every row that there is room for."""
+        alike = [len(parts[0][0]) // len(keys)] * len(keys)
         lengths = alike if mask is None else mask.sum(dim=1).tolist()
-        rows = torch.stack(list(states)).split(lengths, dim=1)
-        for key, row in zip(keys, rows, strict=True):
-            size = row.numel() * row.element_size()
+        kinds = [torch.stack(list(part)).split(lengths, dim=1) for part in parts]
+        for key, *row in zip(keys, *kinds, strict=True):
+            size = sum(part.numel() * part.element_size() for part in row)
             if key not in self._rows and size <= self._free:
-                self._rows[key] = row.clone()
+                self._rows[key] = tuple(part.clone() for part in row)
                 self._free -= size
 
 

@@ -201,11 +201,11 @@ class Comparison:
         told: dict[str, tuple[Any, Any]] = {
             "nodes": (result["nodes"], self.spec.nodes),
             # What settings leave to the row of a method, which versions may change.
-            "recipe": (result["recipe"] or recipe, recipe),
+            "recipe": (recipe | _EARLIER | (result["recipe"] or {}), recipe),
         }
         told |= {key: (earlier[key], value) for key, value in now.items()}
         for key, (then, value) in told.items():
-            if then != value and key not in _FREE:
+            if then != value and key not in _FREE | {"align.sensitivity"}:
                 raise FedPFTError(
                     f"{self._place(cell, '.json')} was made with {key} = {then!r}, the "
                     f"spec says {value!r}; give another --out, or remove that file"
@@ -277,6 +277,9 @@ class _Failed:
     lines: list[str] = field(default_factory=list)
 
 
+# What recipes did before it was a choice; they, not its setting, are compared.
+_EARLIER = {"sensitivity": 0.0}
+
 # What a result has; those of older versions lack the recipe.
 _PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
 
@@ -294,6 +297,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
         "before": method.before,
         "during": method.during,
         "patience": method.patience,
+        "sensitivity": method.sensitivity,
         "refine": method.refine,
     }
 

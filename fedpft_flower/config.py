@@ -221,6 +221,10 @@ class AlignConfig:
     # After every `every`-th round: "none", "least-squares", or "distill"
     # (neuron-level). "" is the method's.
     during: str = ""
+    # Share of a public token's weight, in choosing neurons and in alignment, that is by
+    # how much the FM's logits depend on it (`sensitivity.py`): below 1; 0 for none, -1
+    # is the method's choice.
+    sensitivity: float = -1.0
     # Least squares: weight of the Jacobian, ridge (both as shares), and how many public
     # tokens to look at; 0 takes 40 for each kept neuron of a layer.
     jacobian_weight: float = 0.3
@@ -557,6 +561,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "sub-fm.layer-budget": (0, 1, True),
     "sub-fm.end-layers": (1, 1e6, True),
     "align.patience": (-1, 1e6, True),
+    "align.sensitivity": (-1, 0.999, True),
     "align.memory-mb": (0, 1e9, True),
     "align.jacobian-weight": (0, 1e6, True),
     "align.ridge": (1e-9, 1e6, True),

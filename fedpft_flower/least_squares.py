@@ -10,8 +10,8 @@ W_S are the FM's output columns of the kept neurons, J_a and J_a' the Jacobians 
 neurons (at the sub-FM's input) and of all the FM's neurons (at the FM's input), Q the
 covariance of the sub-FM's inputs, s the ratio of the energies of output and Jacobian at
 the present columns; with layer scale, V and c are what reaches the residual stream. E
-is the mean over tokens with the weights of `moments`; sums are float64, and so is the
-solution.
+is the mean over tokens with the weights of `moments`, or of `sensitivity`; sums are
+float64, and so is the solution.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +36,7 @@ from fedpft_flower.moments import (
 )
 from fedpft_flower.plan import Plan
 from fedpft_flower.selection import energy_ratio
+from fedpft_flower.sensitivity import Sensitivity
 
 # Every so many batches, one is held out of the sums to watch for overfit.
 HOLD_OUT_EVERY = 10
@@ -123,6 +124,7 @@ def refit(
     align: AlignConfig,
     report: Callable[[Fit], None],
     bias_only: bool = False,
+    sensitivity: Sensitivity | None = None,
 ) -> None:
     """Refit the output weights and biases of all compressed layers, first to last.
 
@@ -138,6 +140,7 @@ def refit(
         report: called after every layer.
         bias_only: leave the columns, so that only the means of the neurons that were
             cut move into the bias (FLAP, An et al. 2023, arXiv 2312.11983).
+        sensitivity: of the batches' tokens, at the stream of every layer of the FM.
 
     Raises:
         FedPFTError: there are too few public rows, or no bias to refit.
@@ -152,7 +155,7 @@ def refit(
     walks = Walk(fm, batches, changes=False), Walk(sub_fm, batches, changes=True)
     for layer in plan.compressed:
         (place,) = plan.places([layer])
-        learnt, held_out = quadratics(walks, (layer, place), align)
+        learnt, held_out = quadratics(walks, (layer, place), align, sensitivity)
         if bias_only and learnt.bias is None:
             raise FedPFTError(
                 "align.before = 'bias', but the FFNs of this FM have no output bias; "
@@ -217,7 +220,10 @@ class Walk:
 
 
 def quadratics(
-    walks: tuple[Walk, Walk], places: tuple[int, int], align: AlignConfig
+    walks: tuple[Walk, Walk],
+    places: tuple[int, int],
+    align: AlignConfig,
+    sensitivity: Sensitivity | None = None,
 ) -> tuple[Quadratic, Quadratic]:
     """Return the objective of a layer on most batches, and on those held out.
 
@@ -225,13 +231,17 @@ def quadratics(
         walks: through the FM and through the sub-FM.
         places: of the layer in the FM and in the sub-FM.
         align: `jacobian_weight` and `ridge`.
+        sensitivity: of the batches' tokens, at the stream of every layer of the FM.
     """
     fm_ffn, ffn = (walk.ffns[i] for walk, i in zip(walks, places, strict=True))
     learnt, held_out = Sums(), Sums()
     seen = (walk.observe(i) for walk, i in zip(walks, places, strict=True))
     for i, (teacher, student) in enumerate(zip(*seen, strict=True)):
         out = _is_held_out(i, walks[0].batches)
-        _add(held_out if out else learnt, teacher, student, ffn)
+        weights = teacher.weights
+        if sensitivity is not None:
+            weights = sensitivity.weights(i, places[0], weights)
+        _add(held_out if out else learnt, teacher, student, ffn, weights)
     fm_rows = [rows.detach() for rows in fm_ffn.up_rows()]
     columns = fm_ffn.output_columns()
     return (
@@ -246,10 +256,10 @@ def _is_held_out(place: int, batches: Sequence[Batch]) -> bool:
     return place % every == every - 1
 
 
-def _add(sums: Sums, teacher: Seen, student: Seen, ffn: FFN) -> None:
+def _add(sums: Sums, teacher: Seen, student: Seen, ffn: FFN, weights: Tensor) -> None:
     residual = student.stream - ffn.scaled(student.down)
     wanted = _stream(teacher, ffn.output_norm) - residual
-    sums.begin(teacher.weights)
+    sums.begin(weights)
     sums.add("a", student.activations)
     sums.add("aa", student.activations, student.activations)
     sums.add("t", wanted)

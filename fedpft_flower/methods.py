@@ -12,10 +12,11 @@ class Method:
     """Describe a method: what the clients get, and when it is aligned with the FM.
 
     `selection` says how neurons are scored, `before` and `during` how the sub-FM is
-    aligned, `patience` when that ends early, `refine` how long the adapter is adjusted
-    in the FM at the end; where they are given, the settings `sub-fm.selection`,
-    `align.before`, `align.during`, `align.patience` and `plug-in.steps` take their
-    place.
+    aligned, `patience` when that ends early, `sensitivity` how far tokens count by what
+    the logits make of them, `refine` how long the adapter is adjusted in the FM at the
+    end; where they are given, the settings `sub-fm.selection`, `align.before`,
+    `align.during`, `align.patience`, `align.sensitivity` and `plug-in.steps` take
+    their place.
     """
 
     paper: str
@@ -25,6 +26,8 @@ class Method:
     during: str = "none"
     # Of the layer-level distillation (`align.patience`).
     patience: int = 0
+    # Of choosing neurons and of all alignment (`align.sensitivity`).
+    sensitivity: float = 0.0
     # Steps of the plug-in's refinement after the last round.
     refine: int = 0
 
@@ -60,6 +63,7 @@ METHODS: dict[str, Method] = {
         selection="greedy",
         before="least-squares+distill",
         patience=3,
+        sensitivity=0.9,
         refine=200,
     ),
     # Whole layers dropped, adapters in the end layers; B: the rest distilled before.
@@ -88,10 +92,12 @@ def method_of(config: Config) -> Method:
     if row.plan is keep_salient:
         row = replace(row, selection=config.sub_fm.selection or row.selection)
     patience, steps = config.align.patience, config.plug_in.steps
+    share = config.align.sensitivity
     return replace(
         row,
         before=config.align.before or row.before,
         during=config.align.during or row.during,
         patience=row.patience if patience < 0 else patience,
+        sensitivity=row.sensitivity if share < 0 else share,
         refine=row.refine if steps < 0 else steps,
     )

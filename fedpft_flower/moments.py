@@ -10,7 +10,7 @@ token counts for all that follows; unweighted, the few tokens with a huge stream
 (attention sinks) outweigh all others.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -291,6 +291,7 @@ def neuron_moments(
     ffns: Sequence[FFN],
     batches: Iterable[Batch],
     grams: bool,
+    weights_of: Callable[[int, int, Tensor], Tensor] | None = None,
 ) -> Iterator[Moments]:
     """Yield the moments of these layers' neurons; sums are freed as they are used.
 
@@ -300,11 +301,15 @@ def neuron_moments(
         ffns: their FFNs.
         batches: public inputs.
         grams: whether to sum [N, N] products too.
+        weights_of: gives other weights [tokens], for the number of a batch, the number
+            of a layer among these, and the plain weights.
     """
     sums = [Sums() for _ in ffns]
-    for batch in batches:
-        for one, seen in zip(sums, observe(model, layers, ffns, batch), strict=True):
-            one.begin(seen.weights)
+    for i, batch in enumerate(batches):
+        observed = observe(model, layers, ffns, batch)
+        for place, (one, seen) in enumerate(zip(sums, observed, strict=True)):
+            plain = seen.weights
+            one.begin(weights_of(i, place, plain) if weights_of else plain)
             one.add("a", seen.activations)
             one.add("a^2", seen.activations.square())
             if grams:

@@ -16,6 +16,7 @@ from fedpft_flower.activity import Batch
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, FedPFTError, derive_seed
 from fedpft_flower.moments import Moments, neuron_moments
+from fedpft_flower.sensitivity import Sensitivity
 
 # Float64 sums that one pass over public batches may hold; larger models take several.
 MOST_BYTES = 2e9
@@ -216,6 +217,7 @@ def score(
     batches: Iterable[Batch],
     align: AlignConfig,
     seed: int,
+    sensitivity: Sensitivity | None = None,
 ) -> list[Tensor]:
     """Score the neurons of every layer by the named selection.
 
@@ -227,6 +229,7 @@ def score(
             every group of layers whose sums fit into memory together.
         align: `jacobian_weight` and `ridge`.
         seed: of random scores.
+        sensitivity: of the batches' tokens, at the stream of every layer.
 
     Returns:
         One tensor [N] a layer.
@@ -240,7 +243,7 @@ def score(
     scores = [torch.zeros(ffn.width) for ffn in ffns]
     open_ = [i for i, ffn in enumerate(ffns) if counts[i] < ffn.width]
     for group in _groups(open_, ffns, row):
-        found = _moments(model, group, batches, row)
+        found = _moments(model, group, batches, row, sensitivity)
         for layer, moments in zip(group, found, strict=True):
             scores[layer] = row.score(
                 Evidence(ffns[layer], moments, counts[layer], align, generator)
@@ -271,9 +274,16 @@ def _moments(
     group: Sequence[int],
     batches: Iterable[Batch],
     row: Selection,
+    sensitivity: Sensitivity | None,
 ) -> Iterable[Moments | None]:
     if row.needs == "nothing":
         return [None] * len(group)
     layers, ffns = layers_of(model), ffns_of(model)
     chosen = [layers[i] for i in group], [ffns[i] for i in group]
-    return neuron_moments(model, *chosen, batches, row.needs == "grams")
+
+    def weights_of(batch: int, place: int, plain: Tensor) -> Tensor:
+        assert sensitivity is not None
+        return sensitivity.weights(batch, group[place], plain)
+
+    weighed = None if sensitivity is None else weights_of
+    return neuron_moments(model, *chosen, batches, row.needs == "grams", weighed)

@@ -61,6 +61,7 @@ from fedpft_flower.planners import kept_counts, size_of
 from fedpft_flower.quantisation import check_frozen
 from fedpft_flower.refinement import refine
 from fedpft_flower.selection import score, selection_of
+from fedpft_flower.sensitivity import Sensitivity, measure, streams
 from fedpft_flower.sub_fm import (
     build_sub_fm,
     compressed_ffns,
@@ -134,6 +135,8 @@ class ProxyServer:
             )
         check_frozen(fm.model, config.train.frozen)
         self._public = self.encode_public(public) if public is not None else None
+        # Of choosing neurons and least squares, by the number of neurons kept.
+        self._calibrated: dict[int, tuple[list[Batch], Sensitivity | None]] = {}
         self._splits = {
             "validation": self.encode(task.validation, keep=True),
             "test": self.encode(task.test, keep=True),
@@ -175,10 +178,19 @@ class ProxyServer:
         counts = kept_counts(config.sub_fm, [ffn.width for ffn in ffns])
         name = self.method.selection
         batches: Iterable[Batch] = []
+        sensitivity: Sensitivity | None = None
         if selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
-            batches = _Shown(self._calibration(model, counts), "choosing neurons")
-        scores = score(model, name, counts, batches, config.align, config.seed)
+            open_ = [
+                count
+                for count, ffn in zip(counts, ffns, strict=True)
+                if count < ffn.width
+            ]
+            calibration, sensitivity = self._calibration(model, open_ or counts)
+            batches = _Shown(calibration, "choosing neurons")
+        scores = score(
+            model, name, counts, batches, config.align, config.seed, sensitivity
+        )
         sizes = list(map(size_of, layers_of(model), ffns))
         plan = self.method.plan(scores, sizes, config.sub_fm)
         self.selection_seconds = time.monotonic() - began
@@ -532,6 +544,7 @@ class ProxyServer:
             del self._judged[key]
         if "fm" in names:
             self._gradients = []
+            self._calibrated.clear()
 
     def _plug_in(self, adapter: Adapter) -> None:
         check_adapter(adapter, self.adapter)
@@ -612,7 +625,7 @@ class ProxyServer:
 
         self._forget("sub-fm")
         counts = [len(self.plan.kept[layer]) for layer in self.plan.compressed]
-        batches = self._calibration(base_model(self.fm), counts)
+        batches, sensitivity = self._calibration(base_model(self.fm), counts)
         refit(
             self.fm,
             self.sub_fm,
@@ -621,6 +634,7 @@ class ProxyServer:
             self.config.align,
             report,
             bias_only,
+            sensitivity,
         )
         return {
             "seconds": time.monotonic() - began,
@@ -629,10 +643,27 @@ class ProxyServer:
 
     def _calibration(
         self, model: PreTrainedModel, counts: Sequence[int]
-    ) -> list[Batch]:
-        """Return public batches of enough tokens to keep so many neurons of a layer."""
+    ) -> tuple[list[Batch], Sensitivity | None]:
+        """Return public batches of enough tokens to keep so many neurons of a layer.
+
+        With them comes how much the FM's logits depend on their tokens, where the
+        method asks; both stay until the FM's adapter changes.
+        """
+        most = max(counts)
+        if most not in self._calibrated:
+            model.eval()
+            batches = self._calibration_batches(model, most)
+            sites = streams(layers_of(model), ffns_of(model))
+            share, seed = self.method.sensitivity, self.config.seed
+            self._calibrated[most] = (
+                batches,
+                measure(model, sites, batches, share, seed),
+            )
+        return self._calibrated[most]
+
+    def _calibration_batches(self, model: PreTrainedModel, most: int) -> list[Batch]:
         assert self._public is not None
-        align, most = self.config.align, max(counts)
+        align = self.config.align
         wanted = align.calibration_tokens or CALIBRATION_TOKENS * most
         seed = derive_seed(self.config.seed, "calibration")
         batches, tokens = list[Batch](), 0
@@ -680,6 +711,8 @@ class ProxyServer:
             told,
             held_out,
             align.memory_mb * 1e6,
+            self.method.sensitivity,
+            seed,
         )
         return told.metrics() | {"ended-early": last.share < 1.0}
 
