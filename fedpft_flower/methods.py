@@ -63,7 +63,6 @@ METHODS: dict[str, Method] = {
         selection="greedy",
         before="least-squares+distill",
         patience=3,
-        sensitivity=0.9,
         refine=200,
     ),
     # Whole layers dropped, adapters in the end layers; B: the rest distilled before.

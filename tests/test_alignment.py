@@ -42,6 +42,24 @@ def test_state_loss_against_numpy_without_padding():
     assert float(found) == pytest.approx(np.mean(expected))
 
 
+def test_state_loss_weighs_tokens_in_both_means():
+    rng = np.random.default_rng(0)
+    teacher, student = rng.normal(size=(2, 3, 5, 4))
+    weights = rng.random((3, 5))
+    expected = np.mean(
+        [
+            sum(w * np.sum((x - y) ** 2) for w, x, y in zip(*layer, strict=True))
+            / sum(w * np.sum(x**2) for w, x, _ in zip(*layer, strict=True))
+            for layer in zip(weights, teacher, student, strict=True)
+        ]
+    )
+    tensors = [
+        torch.tensor(h, dtype=torch.float32) for h in (teacher, student, weights)
+    ]
+    found = state_loss(*map(list, tensors))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(("gates", "blocks"), [(1, 1), (2, 1), (1, 2)])
 def test_product_loss_against_numpy(gates, blocks):
     teacher = ffn(0, gates=gates, blocks=blocks)

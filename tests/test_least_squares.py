@@ -8,9 +8,10 @@ import torch
 
 from fedpft_flower.adapters import base_model
 from fedpft_flower.alignment import state_loss
-from fedpft_flower.architectures import ffns_of
+from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, FedPFTError
 from fedpft_flower.least_squares import Walk, quadratics, refit
+from fedpft_flower.sensitivity import measure, streams
 from tests.families import (
     CONFIGS,
     columns_of,
@@ -36,12 +37,26 @@ def objective_of(fm, sub, plan, layer, given, align):
     return quadratics(walks, (layer, place), align)
 
 
-def reference(fm, sub, plan, layer, given, align):
+def weights_of(fm, layer, given, measured):
+    """Return the weights of tokens, a tenth of them plain, with the sum 1."""
+    parts = []
+    for batch, s in zip(given, measured, strict=True):
+        plain = recorded(fm, layer, [batch])["weights"]
+        parts.append(
+            0.1 * len(plain) * plain + 0.9 * (s[layer] / s[layer].mean()).numpy()
+        )
+    weights = np.concatenate(parts).astype(np.float64)
+    return weights / weights.sum()
+
+
+def reference(fm, sub, plan, layer, given, align, measured=None):
     """Solve one layer's refit by an augmented least-squares problem, row by row."""
     place = plan.places([layer])[0]
     ffn, fm_ffn = ffns_of(base_model(sub))[place], ffns_of(base_model(fm))[layer]
     teacher, student = recorded(fm, layer, given), recorded(sub, place, given)
     a, h, w = student["a"], student["h"], teacher["weights"]
+    if measured is not None:
+        w = weights_of(fm, layer, given, measured)
     target = teacher["stream"] - (student["stream"] - student["f"])
     columns = columns_of(ffn)
     has_bias = ffn.down.bias is not None
@@ -74,14 +89,20 @@ def reference(fm, sub, plan, layer, given, align):
 
 
 @families
-def test_refit_against_numpy_layer_after_layer(family):
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_refit_against_numpy_layer_after_layer(family, share):
     fm, sub, plan = adapted(family)
     given = batches(family)
+    ffns, layers = ffns_of(base_model(fm)), layers_of(base_model(fm))
+    sensitivity = measure(base_model(fm), streams(layers, ffns), given, share, 0)
     learnt = [batch for i, batch in enumerate(given) if i % 10 != 9]
+    measured = sensitivity and [
+        s for i, s in enumerate(sensitivity.batches) if i % 10 != 9
+    ]
     fits = []
     _, twin, _ = adapted(family)
     for layer in plan.compressed:  # the twin becomes what the reference says
-        columns, bias = reference(fm, twin, plan, layer, learnt, ALIGN)
+        columns, bias = reference(fm, twin, plan, layer, learnt, ALIGN, measured)
         ffn = ffns_of(base_model(twin))[plan.places([layer])[0]]
         with torch.no_grad():
             raw = (columns.T / layer_scale(ffn)).T
@@ -90,7 +111,7 @@ def test_refit_against_numpy_layer_after_layer(family):
                 ffn.down.bias.copy_(torch.tensor(bias / layer_scale(ffn)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedpft_flower.least_squares.RIDGE_FACTORS", (1.0,))
-        refit(fm, sub, plan, given, ALIGN, fits.append)
+        refit(fm, sub, plan, given, ALIGN, fits.append, sensitivity=sensitivity)
     for one, other in zip(
         ffns_of(base_model(sub)), ffns_of(base_model(twin)), strict=True
     ):
