@@ -1,10 +1,11 @@
 """Measure what a better start of the sub-FM costs, and what it brings, side by side.
 
-python -m benchmarks.alignment [KEY=VALUE ...] [--seeds N ...]
+python -m benchmarks.alignment [KEY=VALUE ...] [--seeds N ...] [--only TEXT]
 
 Every recipe chooses neurons and aligns the same FM, in turns; seconds are those of
 choosing and aligning. Gradient error and cosine are the server's own measure, on public
-batches before training. Settings change the task and the kept fraction.
+batches before training. Settings change the task and the kept fraction; with --only
+the first recipe runs beside those whose name has the text.
 """
 
 import argparse
@@ -36,6 +37,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "greedy, least squares, distill 60": {"method": "fedpft-ls", "align.steps": 60},
     "greedy, least squares, distill 240": {"method": "fedpft-ls", "align.steps": 240},
+    "energy, least squares, by sensitivity": {
+        "method": "fedpft-ls",
+        "sub-fm.selection": "energy",
+        "align.before": "least-squares",
+        "align.sensitivity": 0.9,
+    },
+    "greedy, least squares, by sensitivity": {
+        "method": "fedpft-ls",
+        "align.before": "least-squares",
+        "align.sensitivity": 0.9,
+    },
+    "greedy, least squares, distill 60, by sensitivity": {
+        "method": "fedpft-ls",
+        "align.steps": 60,
+        "align.sensitivity": 0.9,
+    },
 }
 
 
@@ -44,13 +61,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", default="")
     options = parser.parse_args()
     quiet()
+    first, *others = RECIPES
+    chosen = [first, *(name for name in others if options.only in name)]
     base = read_config(None, options.settings).flat()
-    found: dict[str, list[Metrics]] = {name: [] for name in RECIPES}
+    found: dict[str, list[Metrics]] = {name: [] for name in chosen}
     for seed in options.seeds:
-        for name, changes in RECIPES.items():
-            config = Config.from_run_config({**base, **changes, "seed": seed})
+        for name in chosen:
+            config = Config.from_run_config({**base, **RECIPES[name], "seed": seed})
             metrics = load(config)[2].prepare()
             found[name].append(metrics)
             print(f"{name}, seed {seed}: {seconds(metrics):.1f} s", flush=True)
