@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import run_main, spread
 from fedpft_flower.app import load, quiet
 from fedpft_flower.commands import read_config
-from fedpft_flower.config import Config
+from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.server import Metrics
 
 # The first is what the others are compared with.
@@ -61,11 +61,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="recipes whose name has this text")
     options = parser.parse_args()
     quiet()
     first, *others = RECIPES
     chosen = [first, *(name for name in others if options.only in name)]
+    if len(chosen) == 1:
+        raise FedPFTError(f"no recipe has {options.only!r} in its name; see RECIPES")
     base = read_config(None, options.settings).flat()
     found: dict[str, list[Metrics]] = {name: [] for name in chosen}
     for seed in options.seeds:

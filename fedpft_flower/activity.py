@@ -70,6 +70,19 @@ def real_logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits if logits.dim() == 2 else real_tokens(logits, mask)
 
 
+def unit_cotangents(logits: Tensor, seed: int) -> Tensor:
+    """Return random vectors of length 1, the same for every model and device.
+
+    Args:
+        logits: [B, C] or [tokens, V], which they have the shape and device of.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(logits.shape, generator=generator).to(logits.device)
+    cotangents: Tensor = drawn / drawn.norm(dim=-1, keepdim=True)
+    return cotangents
+
+
 def activation_rms(
     model: nn.Module, ffns: Sequence[FFN], batches: Iterable[Batch]
 ) -> list[Tensor]:

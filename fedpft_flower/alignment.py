@@ -23,7 +23,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedpft_flower.activity import Batch, real_logits, real_tokens
+from fedpft_flower.activity import (
+    Batch,
+    real_logits,
+    real_tokens,
+    unit_cotangents,
+)
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import derive_seed
@@ -65,8 +70,8 @@ def state_loss(
     for i, (h_fm, h_sub) in enumerate(zip(teacher, student, strict=True)):
         wanted = h_fm.float()
         error, size = (wanted - h_sub).square(), wanted.square()
-        if weights is not None:
-            error, size = weights[i] @ error, weights[i] @ size
+        if weights is not None:  # no product of matrices: those may be in bfloat16
+            error, size = (weights[i][:, None] * part for part in (error, size))
         losses.append(error.mean() / size.mean())
     return torch.stack(losses).mean()
 
@@ -182,7 +187,8 @@ def distil(
         product_weight: alpha of the loss.
         report: called after every step.
         held_out: public inputs to watch for overfit, where the schedule has a patience.
-        memory: bytes for the teacher's hidden states, to compute them once a row.
+        memory: bytes for what the teacher has, to compute it once a row; its
+            sensitivity is then that of the first time.
         share: of the tokens' weights that is by `sensitivity`.
         seed: of what sensitivity is measured with.
 
@@ -202,7 +208,7 @@ def distil(
             teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
     # Without what is behind the layers: nobody asks for its logits.
     student = base_model(sub_fm).base_model
-    states_of, held_states_of = (
+    target_of, held_target_of = (
         Teacher(base_model(fm), teacher_layers, room, share, seed)
         for room in (memory, max(memory, HELD_OUT_BYTES))
     )
@@ -212,18 +218,20 @@ def distil(
 
     def loss_of(batch: Batch) -> tuple[Tensor, int]:
         mask = batch.get("attention_mask")
-        seen = held_states_of(batch) if id(batch) in held else states_of(batch)
+        target = held_target_of(batch) if id(batch) in held else target_of(batch)
         with outputs_of(student_layers) as outputs:
             student(**batch)
         found = [real_tokens(h, mask) for h in outputs]
-        loss = state_loss(seen.states, found, seen.weights)
+        loss = state_loss(target.states, found, target.weights)
         if student_ffns:
             with torch.autocast(loss.device.type, enabled=False):  # as the teacher's
                 products = [weight_products(ffn) for ffn in student_ffns]
             loss = loss + product_weight * product_loss(teacher_products, products)
         return loss, len(found[0])
 
-    name, lr = "alignment loss", schedule.lr
+    # By another name where a step costs more: what is fastest is kept by it.
+    name = "alignment loss by sensitivity" if share else "alignment loss"
+    lr = schedule.lr
     remedy = f"lower the learning rate {lr:g} (align.lr, align.during-lr)"
     with _learning([parameter for parameter, _ in trainable]):
         return descend(
@@ -240,7 +248,7 @@ def distil(
 
 
 @dataclass(frozen=True)
-class Seen:
+class Target:
     """Hold what the student follows on a batch."""
 
     states: Sequence[Tensor]  # [tokens, D] of each layer
@@ -248,7 +256,7 @@ class Seen:
 
 
 class Teacher:
-    """Give hidden states of the FM, computed once a row while memory allows."""
+    """Give what the FM has on a batch, computed once a row while memory allows."""
 
     def __init__(
         self,
@@ -269,36 +277,38 @@ class Teacher:
         """
         self._fm, self._layers = fm, layers
         self._keeps, self._free = memory > 0, memory
-        self._share, self._seed, self._measured = share, seed, 0
+        self._share, self._seed = share, seed
         # Of each row, by layer: states [tokens, D] and sensitivities [tokens], if any.
         self._rows: dict[bytes, tuple[Tensor, ...]] = {}
 
-    def __call__(self, batch: Batch) -> Seen:
-        """Return outputs [tokens, D] of the layers, without padding."""
-        keys = _row_keys(batch) if self._keeps else []
+    def __call__(self, batch: Batch) -> Target:
+        """Return the layers' outputs, and the weights of their tokens."""
+        keys = _row_keys(batch) if self._keeps or self._share else []
         if keys and all(key in self._rows for key in keys):
             rows = zip(*(self._rows[key] for key in keys), strict=True)
-            return self._seen(*(list(torch.cat(kind, dim=1)) for kind in rows))
-        parts = self._measure(batch)
-        if keys:
+            return self._target(*(list(torch.cat(kind, dim=1)) for kind in rows))
+        parts = self._measure(batch, keys)
+        if self._keeps:
             self._keep(keys, parts, batch.get("attention_mask"))
-        return self._seen(*parts)
+        return self._target(*parts)
 
-    def _measure(self, batch: Batch) -> list[list[Tensor]]:
+    def _measure(self, batch: Batch, keys: Sequence[bytes]) -> list[list[Tensor]]:
         if self._share:
-            seed = derive_seed(self._seed, "sensitivity", self._measured)
-            self._measured += 1
+            # By content: how often others were measured before makes no difference.
+            seed = derive_seed(self._seed, "sensitivity", b"".join(keys).hex())
             sites = [Site(layer) for layer in self._layers]
             return list(sensitivities(self._fm, sites, batch, seed))
         with torch.no_grad(), outputs_of(self._layers) as outputs:
             self._fm.base_model(**batch)  # nobody asks for its logits
         return [[real_tokens(h, batch.get("attention_mask")) for h in outputs]]
 
-    def _seen(self, states: Sequence[Tensor], measured: Sequence[Tensor] = ()) -> Seen:
+    def _target(
+        self, states: Sequence[Tensor], measured: Sequence[Tensor] = ()
+    ) -> Target:
         if not measured:
-            return Seen(states)
+            return Target(states)
         alike = torch.ones_like(measured[0])
-        return Seen(states, [weigh(alike, s, self._share) for s in measured])
+        return Target(states, [weigh(alike, s, self._share) for s in measured])
 
     def _keep(
         self,
@@ -376,9 +386,7 @@ def adapter_gradients(
     trained = [p for p in model.parameters() if p.requires_grad]
     for i, batch in enumerate(batches):
         logits = real_logits(model, batch)
-        generator = torch.Generator().manual_seed(derive_seed(seed, "cotangent", i))
-        cotangent = torch.randn(logits.shape, generator=generator).to(logits.device)
-        cotangent = cotangent / cotangent.norm(dim=-1, keepdim=True)
+        cotangent = unit_cotangents(logits, derive_seed(seed, "cotangent", i))
         gradients = torch.autograd.grad((logits * cotangent).sum(), trained)
         yield tuple(gradient.cpu() for gradient in gradients)
 

@@ -375,12 +375,13 @@ def stop(process: "subprocess.Popen[Any]") -> None:
     Flower gives a run a session of its own, which would go on training.
     """
     with undisturbed():
-        descendants = _descendants(process)
+        descendants = set[psutil.Process]()
         for number in (signal.SIGTERM, signal.SIGKILL):
+            descendants |= _descendants(process)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             for descendant in descendants:
-                with suppress(psutil.NoSuchProcess):
+                with suppress(psutil.Error):
                     descendant.send_signal(number)
             deadline = time.monotonic() + PATIENCE
             while process.poll() is None or any(map(_lives, descendants)):
@@ -389,19 +390,19 @@ def stop(process: "subprocess.Popen[Any]") -> None:
                 time.sleep(0.05)
 
 
-def _descendants(process: "subprocess.Popen[Any]") -> list[psutil.Process]:
+def _descendants(process: "subprocess.Popen[Any]") -> set[psutil.Process]:
     if process.poll() is not None:  # its number may be another's now
-        return []
+        return set()
     try:
-        return list(psutil.Process(process.pid).children(recursive=True))
-    except psutil.NoSuchProcess:
-        return []
+        return set(psutil.Process(process.pid).children(recursive=True))
+    except psutil.Error:
+        return set()
 
 
 def _lives(process: psutil.Process) -> bool:
     try:  # who should collect a dead one may never do so
         return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         return False
 
 

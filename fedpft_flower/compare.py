@@ -201,7 +201,7 @@ class Comparison:
         told: dict[str, tuple[Any, Any]] = {
             "nodes": (result["nodes"], self.spec.nodes),
             # What settings leave to the row of a method, which versions may change.
-            "recipe": (recipe | _EARLIER | (result["recipe"] or {}), recipe),
+            "recipe": (_EARLIER | (result["recipe"] or recipe), recipe),
         }
         told |= {key: (earlier[key], value) for key, value in now.items()}
         for key, (then, value) in told.items():

@@ -223,7 +223,8 @@ class AlignConfig:
     during: str = ""
     # Share of a public token's weight, in choosing neurons and in alignment, that is by
     # how much the FM's logits depend on it (`sensitivity.py`): below 1; 0 for none, -1
-    # is the method's choice.
+    # is the method's choice. It needs the logits of `batch-size` rows and their
+    # gradient, which is much where all tokens have a large vocabulary's.
     sensitivity: float = -1.0
     # Least squares: weight of the Jacobian, ridge (both as shares), and how many public
     # tokens to look at; 0 takes 40 for each kept neuron of a layer.
@@ -629,6 +630,9 @@ def _problems(config: Config) -> list[str]:
         if not any(flat[f"{name}.{limit}"] for limit in budget):
             keys = ", ".join(f"{name}.{limit}" for limit in budget)
             found.append(f"{keys} are all 0; give at least one a positive budget")
+    share = config.align.sensitivity
+    if -1 < share < 0:
+        found.append(f"align.sensitivity = {share:g}; give 0 to 0.999, or -1")
     steps = config.align.before.split("+")
     if config.align.before not in ("", "none") and not set(steps) <= set(ALIGNMENTS):
         found.append(

@@ -10,8 +10,8 @@ W_S are the FM's output columns of the kept neurons, J_a and J_a' the Jacobians 
 neurons (at the sub-FM's input) and of all the FM's neurons (at the FM's input), Q the
 covariance of the sub-FM's inputs, s the ratio of the energies of output and Jacobian at
 the present columns; with layer scale, V and c are what reaches the residual stream. E
-is the mean over tokens with the weights of `moments`, or of `sensitivity`; sums are
-float64, and so is the solution.
+is the mean over tokens with the weights of `moments`, or a mix of these and
+`sensitivity`; sums are float64, and so is the solution.
 """
 
 from collections.abc import Callable, Iterator, Sequence

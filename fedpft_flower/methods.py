@@ -12,9 +12,9 @@ class Method:
     """Describe a method: what the clients get, and when it is aligned with the FM.
 
     `selection` says how neurons are scored, `before` and `during` how the sub-FM is
-    aligned, `patience` when that ends early, `sensitivity` how far tokens count by what
-    the logits make of them, `refine` how long the adapter is adjusted in the FM at the
-    end; where they are given, the settings `sub-fm.selection`, `align.before`,
+    aligned, `patience` when that ends early, `sensitivity` how far tokens count by how
+    much the logits depend on them, `refine` how long the adapter is adjusted in the FM
+    at the end; where they are given, the settings `sub-fm.selection`, `align.before`,
     `align.during`, `align.patience`, `align.sensitivity` and `plug-in.steps` take
     their place.
     """

@@ -3,7 +3,7 @@
 Everything is streamed: memory depends on the sizes of the FFNs, never on the number of
 tokens. Sums are float64, padding is excluded.
 
-Every token weighs 1 / Var[x], the variance over the entries of its residual stream x
+A token weighs 1 / Var[x], the variance over the entries of its residual stream x
 behind the FFN in the FM. The norm that reads the stream (behind a post-LN FFN, before a
 pre-LN block) divides by its standard deviation, so this is how much an error of the
 token counts for all that follows; unweighted, the few tokens with a huge stream

@@ -8,8 +8,9 @@ the FM,
 tells how much a small error of x_t, the same in all directions, changes the logits. A
 classifier reads one token of its last layer: an error of the others there costs
 nothing, and unweighted they are nearly all that an alignment looks at. No labels are
-needed, and the weights stay right while the head trains, as far as the tokens that it
-reads stay the same.
+needed. The weights are those of the FM as it is: while an adapter trains, other tokens
+may come to matter. The more unequal they are, the fewer tokens an estimate really rests
+on.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpft_flower.activity import Batch, real_logits, real_tokens
+from fedpft_flower.activity import (
+    Batch,
+    real_logits,
+    real_tokens,
+    unit_cotangents,
+)
 from fedpft_flower.architectures import FFN
 from fedpft_flower.config import derive_seed
 
@@ -32,7 +38,7 @@ class Site:
 
 
 def streams(layers: Sequence[nn.Module], ffns: Sequence[FFN]) -> list[Site]:
-    """Return where each layer's residual stream is behind its FFN.
+    """Return where the errors of each layer's FFN are measured.
 
     That is what the norm behind the FFN reads; without one, the output of the layer.
     """
@@ -49,7 +55,7 @@ def sensitivities(
 
     Args:
         model: the FM with its head, in evaluation mode.
-        sites: the places.
+        sites: the places, in the order in which a forward pass reaches them.
         batch: its inputs; `attention_mask` [B, T] marks real tokens where present.
         seed: of the cotangents.
 
@@ -61,12 +67,9 @@ def sensitivities(
     try:
         with torch.enable_grad():
             logits = real_logits(model, batch)
-            generator = torch.Generator(logits.device).manual_seed(seed)
-            cotangents = torch.randn(
-                logits.shape, generator=generator, device=logits.device
-            )
-            cotangents = cotangents / cotangents.norm(dim=-1, keepdim=True)
-            gradients = torch.autograd.grad((logits * cotangents).sum(), found)
+            cotangents = unit_cotangents(logits, seed).to(logits.dtype)
+            with torch.autocast(logits.device.type, enabled=False):
+                gradients = torch.autograd.grad(logits, found, cotangents)
     finally:
         for handle in handles:
             handle.remove()
@@ -96,9 +99,10 @@ def _hook(site: Site, found: list[Tensor]) -> torch.utils.hooks.RemovableHandle:
 
 
 def weigh(plain: Tensor, sensitivity: Tensor, share: float) -> Tensor:
-    """Return weights of tokens: a share by sensitivity, the rest as they were.
+    """Return weights of a batch's tokens: a share by sensitivity, the rest plain.
 
     w = (1 - share) v / mean(v) + share s / mean(s), so that no token counts nothing.
+    With any share every batch weighs as much as it has tokens.
 
     Args:
         plain: v [tokens], the weights without it.

@@ -135,8 +135,8 @@ class ProxyServer:
             )
         check_frozen(fm.model, config.train.frozen)
         self._public = self.encode_public(public) if public is not None else None
-        # Of choosing neurons and least squares, by the number of neurons kept.
-        self._calibrated: dict[int, tuple[list[Batch], Sensitivity | None]] = {}
+        # Of calibration tokens, by the number of neurons they are for.
+        self._sensitive: dict[int, Sensitivity | None] = {}
         self._splits = {
             "validation": self.encode(task.validation, keep=True),
             "test": self.encode(task.test, keep=True),
@@ -181,12 +181,8 @@ class ProxyServer:
         sensitivity: Sensitivity | None = None
         if selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
-            open_ = [
-                count
-                for count, ffn in zip(counts, ffns, strict=True)
-                if count < ffn.width
-            ]
-            calibration, sensitivity = self._calibration(model, open_ or counts)
+            calibration = self._calibration(model, counts)
+            sensitivity = self._sensitivity(model, calibration, max(counts))
             batches = _Shown(calibration, "choosing neurons")
         scores = score(
             model, name, counts, batches, config.align, config.seed, sensitivity
@@ -544,7 +540,7 @@ class ProxyServer:
             del self._judged[key]
         if "fm" in names:
             self._gradients = []
-            self._calibrated.clear()
+            self._sensitive.clear()
 
     def _plug_in(self, adapter: Adapter) -> None:
         check_adapter(adapter, self.adapter)
@@ -625,7 +621,8 @@ class ProxyServer:
 
         self._forget("sub-fm")
         counts = [len(self.plan.kept[layer]) for layer in self.plan.compressed]
-        batches, sensitivity = self._calibration(base_model(self.fm), counts)
+        batches = self._calibration(base_model(self.fm), counts)
+        sensitivity = self._sensitivity(base_model(self.fm), batches, max(counts))
         refit(
             self.fm,
             self.sub_fm,
@@ -641,29 +638,26 @@ class ProxyServer:
             "layers": [asdict(fit) for fit in fits],
         }
 
-    def _calibration(
-        self, model: PreTrainedModel, counts: Sequence[int]
-    ) -> tuple[list[Batch], Sensitivity | None]:
-        """Return public batches of enough tokens to keep so many neurons of a layer.
+    def _sensitivity(
+        self, model: PreTrainedModel, batches: Sequence[Batch], most: int
+    ) -> Sensitivity | None:
+        """Measure the sensitivity of calibration tokens, where the method counts it.
 
-        With them comes how much the FM's logits depend on their tokens, where the
-        method asks; both stay until the FM's adapter changes.
+        It is measured once for so many neurons, until the FM's adapter changes.
         """
-        most = max(counts)
-        if most not in self._calibrated:
+        if most not in self._sensitive:
             model.eval()
-            batches = self._calibration_batches(model, most)
             sites = streams(layers_of(model), ffns_of(model))
             share, seed = self.method.sensitivity, self.config.seed
-            self._calibrated[most] = (
-                batches,
-                measure(model, sites, batches, share, seed),
-            )
-        return self._calibrated[most]
+            self._sensitive[most] = measure(model, sites, batches, share, seed)
+        return self._sensitive[most]
 
-    def _calibration_batches(self, model: PreTrainedModel, most: int) -> list[Batch]:
+    def _calibration(
+        self, model: PreTrainedModel, counts: Sequence[int]
+    ) -> list[Batch]:
+        """Return public batches of enough tokens to keep so many neurons of a layer."""
         assert self._public is not None
-        align = self.config.align
+        align, most = self.config.align, max(counts)
         wanted = align.calibration_tokens or CALIBRATION_TOKENS * most
         seed = derive_seed(self.config.seed, "calibration")
         batches, tokens = list[Batch](), 0

@@ -493,7 +493,7 @@ def test_hidden_states_are_computed_once_a_row_while_memory_allows(family, rows)
     kept = Teacher(fm, layers, rows * size)
     for batch in first:
         kept(batch)
-    handle = fm.register_forward_hook(lambda *_: runs.append(1))
+    handle = fm.base_model.register_forward_hook(lambda *_: runs.append(1))
     for batch in again:
         expected = plain(batch)
         runs.clear()
