@@ -205,7 +205,7 @@ class Comparison:
         }
         told |= {key: (earlier[key], value) for key, value in now.items()}
         for key, (then, value) in told.items():
-            if then != value and key not in _FREE | {"align.sensitivity"}:
+            if then != value and key not in _FREE:
                 raise FedPFTError(
                     f"{self._place(cell, '.json')} was made with {key} = {then!r}, the "
                     f"spec says {value!r}; give another --out, or remove that file"
@@ -277,15 +277,15 @@ class _Failed:
     lines: list[str] = field(default_factory=list)
 
 
-# What recipes did before it was a choice; they, not its setting, are compared.
+# What recipes did before it was a choice.
 _EARLIER = {"sensitivity": 0.0}
 
 # What a result has; those of older versions lack the recipe.
 _PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
 
 # Settings that may differ between a result and the spec: where things are put, and how
-# long to wait; but not what is read.
-_FREE = FREE_KEYS - {"fm.name", "data.path", "data.public-path"}
+# long to wait; but not what is read. Of sensitivity the recipes are compared.
+_FREE = FREE_KEYS - {"fm.name", "data.path", "data.public-path"} | {"align.sensitivity"}
 
 
 def recipe_of(config: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ token counts for all that follows; unweighted, the few tokens with a huge stream
 (attention sinks) outweigh all others.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from fedpft_flower.activity import Batch, real_tokens
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
+from fedpft_flower.sensitivity import Sensitivity
 
 # Keeps the weight of a token finite, as a norm's own epsilon does.
 LEAST_VARIANCE = 1e-6
@@ -291,7 +292,7 @@ def neuron_moments(
     ffns: Sequence[FFN],
     batches: Iterable[Batch],
     grams: bool,
-    weights_of: Callable[[int, int, Tensor], Tensor] | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Iterator[Moments]:
     """Yield the moments of these layers' neurons; sums are freed as they are used.
 
@@ -301,15 +302,16 @@ def neuron_moments(
         ffns: their FFNs.
         batches: public inputs.
         grams: whether to sum [N, N] products too.
-        weights_of: gives other weights [tokens], for the number of a batch, the number
-            of a layer among these, and the plain weights.
+        sensitivity: of the batches' tokens, at the stream of each of these layers.
     """
     sums = [Sums() for _ in ffns]
     for i, batch in enumerate(batches):
         observed = observe(model, layers, ffns, batch)
         for place, (one, seen) in enumerate(zip(sums, observed, strict=True)):
-            plain = seen.weights
-            one.begin(weights_of(i, place, plain) if weights_of else plain)
+            weights = seen.weights
+            if sensitivity is not None:
+                weights = sensitivity.weights(i, place, weights)
+            one.begin(weights)
             one.add("a", seen.activations)
             one.add("a^2", seen.activations.square())
             if grams:

@@ -280,10 +280,5 @@ def _moments(
         return [None] * len(group)
     layers, ffns = layers_of(model), ffns_of(model)
     chosen = [layers[i] for i in group], [ffns[i] for i in group]
-
-    def weights_of(batch: int, place: int, plain: Tensor) -> Tensor:
-        assert sensitivity is not None
-        return sensitivity.weights(batch, group[place], plain)
-
-    weighed = None if sensitivity is None else weights_of
-    return neuron_moments(model, *chosen, batches, row.needs == "grams", weighed)
+    theirs = None if sensitivity is None else sensitivity.of(group)
+    return neuron_moments(model, *chosen, batches, row.needs == "grams", theirs)

@@ -121,6 +121,11 @@ class Sensitivity:
     share: float
     batches: Sequence[Sequence[Tensor]]  # s [tokens] of each batch and layer
 
+    def of(self, layers: Sequence[int]) -> "Sensitivity":
+        """Return that of some layers alone, numbered anew."""
+        chosen = [[batch[layer] for layer in layers] for batch in self.batches]
+        return Sensitivity(self.share, chosen)
+
     def weights(self, batch: int, layer: int, plain: Tensor) -> Tensor:
         """Return the weights [tokens] of a batch's tokens at a layer (see `weigh`)."""
         return weigh(plain, self.batches[batch][layer], self.share)

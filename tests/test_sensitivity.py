@@ -148,7 +148,7 @@ def test_moments_take_the_weights(family):
             ffns_of(model),
             given,
             grams=False,
-            weights_of=sensitivity.weights,
+            sensitivity=sensitivity,
         )
     )
     for layer, found in enumerate(moments):
@@ -240,7 +240,7 @@ def test_tokens_count_alike_where_no_setting_says_otherwise():
 
 
 def test_a_share_below_zero_is_the_methods_choice_or_a_mistake():
-    with pytest.raises(FedPFTError, match="give 0 to"):
+    with pytest.raises(FedPFTError, match=r"give 0 to 0\.999, or -1"):
         Config.from_run_config({"align.sensitivity": -0.5})
 
 
