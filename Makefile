@@ -28,7 +28,7 @@ help: ## list the targets
 demo: .venv/installed ## install, then run the embedded example end to end
 	@$(BIN)/fedpft-run conf/demo.toml --nodes $(NODES) $(SET)
 
-test: .venv/installed ## every test, offline, on JOBS cores; what is skipped is printed at the end
+test: .venv/installed ## tests, offline, on JOBS cores, but slow ones (make drills) and those for a GPU
 	@$(BIN)/python -m pytest -n $(JOBS)
 
 deploy-demo: .venv/installed ## a deployment of real processes on this machine: TLS, keys, three sites

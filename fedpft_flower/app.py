@@ -18,7 +18,13 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
 from fedpft_flower import __version__
-from fedpft_flower.checkpoint import Checkpoint, Checkpoints, check_same, identity
+from fedpft_flower.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    check_partitions,
+    check_same,
+    identity,
+)
 from fedpft_flower.checks import check_run
 from fedpft_flower.client import peak_memory
 from fedpft_flower.config import MARK, Config, FedPFTError, names_in
@@ -92,6 +98,8 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
         counting, config.timeout_seconds, config.wait_seconds, task.labels, given
     )
     federation.meet(max(config.train.clients_per_round, config.train.min_nodes))
+    if saved is not None:
+        check_partitions(saved.state, federation.partitions)
     clients = server.check_clients(len(federation.nodes))
     inner = inner_strategy(config.strategy, config.strategy_args, clients)
     _tell_rows(federation, task, config)
@@ -337,6 +345,7 @@ class _Run:
         state = {
             **self._own,
             "plan": strategy.server.plan.to_json(),
+            "partitions": strategy.federation.partitions,
             "installs": strategy.federation.installs(),
             "ledger": strategy.federation.grid.ledger.state(),
             "exposure": strategy.federation.exposure.state(),

@@ -199,6 +199,24 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
+def check_partitions(saved: Mapping[str, Any], now: int) -> None:
+    """Refuse to continue a run whose rows were divided among more or fewer nodes.
+
+    Args:
+        saved: the state of a checkpoint.
+        now: into how many partitions the nodes divide the rows; 0 if none does.
+
+    Raises:
+        FedPFTError: the numbers differ.
+    """
+    before = saved.get("partitions", 0)
+    if before and now and before != now:
+        raise FedPFTError(
+            f"resume: {now} nodes share the rows, in that run it was {before}; start "
+            f"as many (fedpft-run: --nodes {before})"
+        )
+
+
 def identity(config: Mapping[str, Scalar], hashes: Mapping[str, str]) -> dict[str, Any]:
     """Return what must be the same for a run to be continued."""
     return {"format": FORMAT, "identity": {"config": dict(config), **hashes}}

@@ -3,11 +3,15 @@
 It wraps the train handler alone, inside the codec's mod, so it sees float32.
 """
 
+import logging
+
 from flwr.app import Context, Error, Message
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 
-from fedpft_flower.codec import REFUSED, ClientCall
+from fedpft_flower.codec import REFUSED, UNTOLD, ClientCall
+
+logger = logging.getLogger(__name__)
 
 
 def clipping_mod(message: Message, context: Context, call_next: ClientCall) -> Message:
@@ -25,7 +29,8 @@ def clipping_mod(message: Message, context: Context, call_next: ClientCall) -> M
     try:
         return fixedclipping_mod(message, context, lambda *_: trained)
     except ZeroDivisionError:  # Flower divides by the norm of the update
-        return _refusal(message, "training did not move the adapter; raise train.lr")
+        logger.error("training did not move the adapter; raise train.lr")
+        return _refusal(message, UNTOLD)  # whether it moved depends on the rows
 
 
 def _refusal(message: Message, reason: str) -> Message:

@@ -17,6 +17,8 @@ ClientCall = Callable[[Message, Context], Message]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REFUSED = 2  # Flower's error code for a ClientApp that raised; its reason says more
+# With differential privacy, where a reason may quote a row or tell of one.
+UNTOLD = "this node cannot take part; with privacy.mechanism only its own log says why"
 _SCALE = "@scale"  # behind the name of an int8 tensor: its scales
 
 

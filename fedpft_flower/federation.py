@@ -194,6 +194,11 @@ class Federation:
         """Return the size of a whole sub-FM: tensors, plan and processor, in bytes."""
         return sum(t.nbytes for t in self._tensors.values()) + len(self._text)
 
+    @property
+    def partitions(self) -> int:
+        """Return into how many partitions the nodes divide the run's rows, or 0."""
+        return max((node.partitions for node in self.nodes.values()), default=0)
+
     def meet(self, wanted: int) -> None:
         """Wait for nodes and let every new one introduce itself.
 
@@ -223,8 +228,7 @@ class Federation:
             enough = expected = max(1, wanted)
             if not self.training:
                 self._check(wanted)
-                shares = [node.partitions for node in self.nodes.values()]
-                expected = max(enough, *shares, 0)
+                expected = max(enough, self.partitions)
             if len(self.nodes) >= expected:
                 return
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""List the methods to compare: each is one row over the same four knobs."""
+"""List the methods to compare: each is one row over the same knobs."""
 
 from dataclasses import dataclass, replace
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from fedpft_flower.codec import (
     REFUSED,
+    UNTOLD,
     codec_of,
     decode_arrays,
     decode_weights,
@@ -66,8 +67,6 @@ TRAIN_METRICS: dict[str, float] = {
     "bf16": 1.0,
     "peak-memory": 1e15,
 }
-# With differential privacy; a reason may quote a row or a label.
-_UNTOLD = "this node cannot take part; with privacy.mechanism only its own log says why"
 RATES = "inactive-rates."  # prefix of activity statistics among the metrics
 
 Handler = Callable[[Message, Context], Message]
@@ -135,7 +134,7 @@ def one_line_errors(handler: Handler) -> Handler:
         reason = one_line(f"{site}: {reason}" if site else reason)
         logger.error("%s", reason)
         if context.run_config.get("privacy.mechanism", "none") != "none":
-            reason = one_line(f"{site}: {_UNTOLD}" if site else _UNTOLD)
+            reason = one_line(f"{site}: {UNTOLD}" if site else UNTOLD)
         return Message(Error(REFUSED, reason), reply_to=message)
 
     return handle

@@ -14,6 +14,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpft_flower import report
 from tests.families import CONFIGS, tiny_model
 
 torch.set_num_threads(1)  # the same sums in the same order everywhere
@@ -27,8 +28,13 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Keep the user's cache and run directories out of the tests."""
-    place = tmp_path_factory.mktemp("cache")
+    """Keep the user's cache and run directories out of the tests.
+
+    All processes that run tests share it, so that the embedded task is extracted once.
+    """
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    place.mkdir(exist_ok=True)
     os.environ["FEDPFT_CACHE"] = str(place)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
@@ -94,6 +100,8 @@ def full_disk():
 def settings(vit_directory, tmp_path, monkeypatch):
     """Return the flat configuration of a small federation on digits."""
     monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))  # an empty store
+    # Drawing takes as long as a round of so small a run.
+    monkeypatch.setattr(report, "draw_curves", lambda *a: a[-1].touch())
     return {
         "method": "fedpft",
         "rounds": 3,
@@ -101,8 +109,8 @@ def settings(vit_directory, tmp_path, monkeypatch):
         "fm.name": str(vit_directory),
         "data.task": "digits",
         "data.max-train-rows": 200,
-        "data.max-validation-rows": 60,
-        "data.max-test-rows": 60,
+        "data.max-validation-rows": 40,
+        "data.max-test-rows": 40,
         "partition.alpha": 5.0,
         "train.clients-per-round": 3,
         "train.local-steps": 3,
@@ -110,7 +118,7 @@ def settings(vit_directory, tmp_path, monkeypatch):
         "align.steps": 6,
         "align.every": 1,
         "align.during-steps": 4,
-        "data.public-rows": 64,
+        "data.public-rows": 40,
     }
 
 

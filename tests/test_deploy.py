@@ -1,6 +1,7 @@
 """What `deploy/` ships: scripts, a TLS deployment of real processes, the bundle."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -10,17 +11,23 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from benchmarks.tap import NodeTap
+from benchmarks.wire_bytes import KINDS, ledger_bytes, total
 from deploy import demo
 from deploy.processes import Deployment
 from fedpft_flower.commands import copy_app, free_port
 from fedpft_flower.config import FedPFTError, flatten
+from fedpft_flower.wire import TRAIN
 from tests.deployment import (
     SITES,
     adapter_of,
     expected_adapter,
     prepare,
+    rounds_of,
     run_directory,
+    start_site,
     wait_until,
 )
 
@@ -71,6 +78,51 @@ def test_a_deployment_with_tls_and_keys_gives_the_same_adapter(
         )
     found = adapter_of(run_directory(tmp_path))
     assert found == expected_adapter(local_grid, settings, tmp_path)
+
+
+REQUEST = 1500  # bytes of headers, tokens and object names that a request may have
+
+
+@pytest.mark.slow
+def test_what_crosses_the_connections_of_a_deployment(
+    tmp_path, vit_directory, local_grid
+):
+    """One SuperLink, two SuperNodes with rows and a store of their own, `flwr run`."""
+    settings = prepare(tmp_path, vit_directory)
+    expected = expected_adapter(local_grid, settings, tmp_path)
+    with Deployment(tmp_path) as deployment:
+        deployment.superlink()
+        taps = {site: NodeTap(deployment.port) for site in SITES}
+        for site, tap in taps.items():
+            start_site(deployment, site, at=f"127.0.0.1:{tap.port}")
+        deployment.submit("run", settings)
+        status = deployment.status("run", 900)
+        assert status == "finished:completed", deployment.log("superlink")
+        assert "[fedpft] results:" in deployment.log("run")
+        captured = total(tap.counts() for tap in taps.values())
+    results = run_directory(tmp_path)
+    rounds = rounds_of(results)
+    assert len(rounds) == 3
+    assert all(len(r["per-client"]) == 2 and not r["failures"] for r in rounds[1:])
+    # Two machines, two stores: both got the sub-FM, then its changes.
+    install = rounds[1]["bytes"]["down-install"]
+    assert install["sent"] == install["logical"]
+    assert rounds[2]["bytes"]["down-delta"]["sent"] < install["sent"]
+    assert json.loads((results / "manifest.json").read_text())["nodes"] == {
+        site: len(rows) for site, rows in SITES.items()
+    }
+    for site in SITES:
+        copies = list((deployment.store(site) / "sub-fms").glob("?" * 64))
+        assert len(copies) == 2
+    assert adapter_of(results) == expected
+    # The ledger's bytes crossed the connections, and little more with each request.
+    for (way, name), size in ledger_bytes(rounds).items():
+        count = captured[KINDS[name][0]]
+        crossed = count.down if way == "down" else count.up
+        assert size <= crossed <= size + REQUEST * count.requests
+    # An array is two objects, and each is asked for once on its way there and back.
+    tensors = len(load_file(results / "adapter" / "adapter_model.safetensors"))
+    assert captured[TRAIN].requests <= 4 * (4 * tensors + 20)
 
 
 def test_nodes_come_in_by_the_door_and_nobody_else(tmp_path):

@@ -27,8 +27,8 @@ families = pytest.mark.parametrize("family", sorted(CONFIGS))
 ALIGN = AlignConfig()
 
 
-def batches(family, count=20):
-    return [tiny_batch(family, seed=seed, rows=8) for seed in range(count)]
+def batches(family, count=10):
+    return [tiny_batch(family, seed=seed, rows=16) for seed in range(count)]
 
 
 def objective_of(fm, sub, plan, layer, given, align):

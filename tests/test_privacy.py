@@ -34,8 +34,7 @@ CLIENTS = 3
 
 
 @pytest.fixture
-def private(settings, monkeypatch):
-    monkeypatch.setattr(report, "draw_curves", lambda *a: a[-1].touch())
+def private(settings):
     return settings | {
         "method": "fedpft-n",
         "weighting": "uniform",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def short(settings, monkeypatch):
-    monkeypatch.setattr(report, "draw_curves", lambda *a: a[-1].touch())
+def short(settings):
     return settings | {
-        "data.max-validation-rows": 60,
         "data.max-test-rows": 20,
         "train.local-steps": 2,
         "align.steps": 3,
@@ -156,11 +155,18 @@ def test_kill_9_loses_nothing(local_grid, short, tmp_path, flush):
     assert outcome(short) == expected
 
 
+FINISHED = []  # the directory of a run of two rounds, which is made once
+
+
 @pytest.fixture
-def finished(local_grid, short):
+def finished(local_grid, short, tmp_path_factory):
     """Return the settings that continue a run of two rounds."""
     short |= {"rounds": 2, "method": "fedpft-b"}
-    run(local_grid, short)
+    if not FINISHED:
+        made = {**short, "out-dir": str(tmp_path_factory.mktemp("finished"))}
+        run(local_grid, made)
+        FINISHED.append(directory(made))
+    shutil.copytree(FINISHED[0], directory(short))
     return {**short, "resume": str(directory(short))}
 
 
@@ -182,6 +188,11 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
         run(local_grid, finished | change)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_divided_among_other_nodes_are_refused(local_grid, finished):
+    with pytest.raises(FedPFTError, match=r"7 nodes share .* it was 5.*--nodes 5"):
+        run(local_grid, finished, nodes=NODES + 2)
 
 
 def test_another_fm_is_refused(local_grid, finished, tmp_path):

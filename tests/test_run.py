@@ -1,52 +1,34 @@
-"""The real thing: `flwr run` under Ray, real processes, and the real MiniLM."""
+"""The real thing: `fedpft-run`, that is `flwr run` under Ray, and the real MiniLM."""
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
-from benchmarks.tap import NodeTap
-from benchmarks.wire_bytes import KINDS, ledger_bytes, total
-from deploy.processes import Deployment
 from fedpft_flower.commands import Share
-from fedpft_flower.wire import TRAIN
-from tests.deployment import (
-    SITES,
-    adapter_of,
-    apps_of,
-    checkpoints,
-    deploy,
-    expected_adapter,
-    prepare,
-    rounds_of,
-    run_directory,
-    start_site,
-    wait_until,
-)
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 SHORT = [
     "rounds=2",
-    "data.max-train-rows=160",
-    "data.max-validation-rows=60",
-    "data.max-test-rows=60",
+    "data.max-train-rows=80",
+    "data.max-validation-rows=20",
+    "data.max-test-rows=20",
     "data.max-length=32",
-    "data.public-rows=200",
+    "data.public-rows=100",
     "sub-fm.keep-fraction=0.0625",
     "align.steps=4",
     "align.every=1",
     "align.during-steps=2",
     "plug-in.steps=2",
+    "train.clients-per-round=2",
+    "train.local-steps=2",
 ]
 
 
@@ -239,66 +221,3 @@ def test_what_a_process_starts_in_another_session_ends_with_it(monkeypatch):
     # Whoever adopted it may collect it later.
     adopted = psutil.pid_exists(child) and psutil.Process(child)
     assert not adopted or adopted.status() == psutil.STATUS_ZOMBIE
-
-
-# ------------------------------------------------------------------------ deployment
-
-
-REQUEST = 1500  # bytes of headers, tokens and object names that a request may have
-
-
-def test_a_deployment_with_real_processes(tmp_path, vit_directory, local_grid):
-    """One SuperLink, two SuperNodes with rows and a store of their own, `flwr run`."""
-    settings = prepare(tmp_path, vit_directory)
-    expected = expected_adapter(local_grid, settings, tmp_path)
-    with Deployment(tmp_path) as deployment:
-        deployment.superlink()
-        taps = {site: NodeTap(deployment.port) for site in SITES}
-        for site, tap in taps.items():
-            start_site(deployment, site, at=f"127.0.0.1:{tap.port}")
-        deployment.submit("run", settings)
-        status = deployment.status("run", 900)
-        assert status == "finished:completed", deployment.log("superlink")
-        assert "[fedpft] results:" in deployment.log("run")
-        captured = total(tap.counts() for tap in taps.values())
-    results = run_directory(tmp_path)
-    rounds = rounds_of(results)
-    assert len(rounds) == 3
-    assert all(len(r["per-client"]) == 2 and not r["failures"] for r in rounds[1:])
-    # Two machines, two stores: both got the sub-FM, then its changes.
-    install = rounds[1]["bytes"]["down-install"]
-    assert install["sent"] == install["logical"]
-    assert rounds[2]["bytes"]["down-delta"]["sent"] < install["sent"]
-    assert json.loads((results / "manifest.json").read_text())["nodes"] == {
-        site: len(rows) for site, rows in SITES.items()
-    }
-    for site in SITES:
-        copies = list((deployment.store(site) / "sub-fms").glob("?" * 64))
-        assert len(copies) == 2
-    assert adapter_of(results) == expected
-    # The ledger's bytes crossed the connections, and little more with each request.
-    for (way, name), size in ledger_bytes(rounds).items():
-        count = captured[KINDS[name][0]]
-        crossed = count.down if way == "down" else count.up
-        assert size <= crossed <= size + REQUEST * count.requests
-    # An array is two objects, and each is asked for once on its way there and back.
-    tensors = len(load_file(results / "adapter" / "adapter_model.safetensors"))
-    assert captured[TRAIN].requests <= 4 * (4 * tensors + 20)
-
-
-def test_a_deployment_whose_server_is_killed_is_resumed_to_the_same_end(
-    tmp_path, vit_directory, local_grid
-):
-    settings = prepare(tmp_path, vit_directory) | {"rounds": 1}
-    expected = expected_adapter(local_grid, settings, tmp_path)
-    with deploy(tmp_path) as deployment:
-        deployment.submit("run", settings)
-        wait_until(lambda: checkpoints(tmp_path), 300, "a checkpoint")
-        time.sleep(random.uniform(0, 5))  # while nodes install or train
-        (server,) = apps_of(deployment, "superlink", "flwr-serverapp")
-        server.kill()
-        again = {"resume": str(run_directory(tmp_path))}
-        deployment.submit("resumed", settings | again)
-        assert deployment.status("resumed", 900) == "finished:completed"
-        assert "resumed after round 0" in deployment.log("resumed")
-    assert adapter_of(run_directory(tmp_path)) == expected
