@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +37,7 @@ from fedpft_flower.adapters import Adapter, export_adapter
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config
 from fedpft_flower.evaluation import evaluate
-from fedpft_flower.report import RunDirectory
+from fedpft_flower.report import LOG, RunDirectory
 from fedpft_flower.server import Metrics
 from fedpft_flower.tasks import load_task, task_of
 
@@ -54,6 +55,13 @@ class Side:
     start_up: float
     rounds: list[Metrics]
     adapter: Adapter
+    # Of them, until the ServerApp speaks: its log says when, a plain loop has none.
+    until_app: float = math.nan
+
+    @property
+    def before(self) -> float:
+        """Return the seconds of all that comes before the alignment."""
+        return self.start_up - self.prepare
 
     @property
     def prepare(self) -> float:
@@ -182,11 +190,20 @@ def read_side(out: Path, began: float) -> Side:
     rounds = [json.loads(line) for line in metrics.read_text().splitlines()]
     # It was last written when the last round ended.
     trained = sum(entry["seconds"] for entry in rounds[1:])
+    log = metrics.with_name(LOG)
     return Side(
         start_up=metrics.stat().st_mtime - trained - began,
         rounds=rounds,
         adapter=load_file(metrics.parent / "adapter" / "adapter_model.safetensors"),
+        until_app=first_line(log) - began if log.exists() else math.nan,
     )
+
+
+def first_line(log: Path) -> float:
+    """Return when the first line of a run's log was written, in seconds."""
+    with log.open(encoding="utf-8") as lines:
+        day, time_of_day = lines.readline().split()[:2]
+    return datetime.strptime(f"{day} {time_of_day}", "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
 
 # --------------------------------------------------------------------------- the report
@@ -223,7 +240,9 @@ def table(repetitions: Sequence[tuple[Side, Side]], threads: int) -> str:
         "round with alignment": lambda side: side.aligned,
         "start-up until round 1": lambda side: side.start_up,
         "- align, first evaluation": lambda side: side.prepare,
-        "- all before: start, load": lambda side: side.start_up - side.prepare,
+        "- all before": lambda side: side.before,
+        "- - processes, imports": lambda side: side.until_app,
+        "- - data, FM, neurons, nodes": lambda side: side.before - side.until_app,
     }
     lines = [
         f"| seconds | plain loop (threads: {threads}) | Flower | Flower adds | ratio |",

@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 import torch
@@ -62,6 +63,15 @@ def test_the_overhead_table_shows_median_and_range_of_paired_repetitions():
     assert steady[2:] == ["4.0 (3.0 to 5.0)", "2.0 (1.0 to 3.0)", "2.00 (1.50 to 2.50)"]
     assert lines[3].endswith("| - | - | - | - |")  # no round aligned
     assert "| 10.0 (10.0 to 10.0) | 3.00" in lines[4]
+
+
+def test_a_logs_first_line_tells_when_the_app_began(tmp_path):
+    log = tmp_path / "run.log"
+    log.write_text(
+        "2026-01-02 03:04:05,250 run directory: /x\n2026-01-02 03:04:09,000\n"
+    )
+    began = datetime(2026, 1, 2, 3, 4, 5).timestamp()  # local time, as logging has it
+    assert overhead.first_line(log) == began + 0.25
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from fedpft_flower import commands, report, strategy
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.checks import check_run
 from fedpft_flower.client import forget_sub_fm
+from fedpft_flower.codec import UNTOLD
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.privacy import NO_MEAN, Privacy, check_private
 from fedpft_flower.server import ProxyServer
@@ -309,6 +310,15 @@ def test_replies_that_clipping_cannot_take(local_grid, private, mechanism, fault
     assert all(said in reason for reason in rounds[1]["failures"].values())
     if not said:
         assert rounds[1]["privacy"]["releases"] == 1
+
+
+def test_that_training_moved_nothing_stays_at_the_node(local_grid, private, caplog):
+    private |= {"privacy.mechanism": "client", "rounds": 1, "train.lr": 1e-30}
+    run(local_grid, private)
+    _, rounds, _, _ = results(private)
+    assert len(rounds[1]["failures"]) == CLIENTS
+    assert all(UNTOLD in reason for reason in rounds[1]["failures"].values())
+    assert "training did not move the adapter; raise train.lr" in caplog.messages
 
 
 @pytest.mark.parametrize("mechanism", ["server", "client"])
