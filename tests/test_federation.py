@@ -500,6 +500,9 @@ def test_other_libraries_at_a_node_are_told_and_recorded(
     assert told in log_of(settings)
 
 
+PATHS = ("data.path", "data.public-path")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -511,16 +514,18 @@ def test_other_libraries_at_a_node_are_told_and_recorded(
         ({"lora.head": "poolest"}, "no module 'poolest'"),
         ({"train.clients-per-round": 9}, "clients-per-round = 9"),
         ({"fm.name": "/no/such/place"}, "fm.name = '/no/such/place'"),
-        ({"data.task": "docstrings"}, "takes image inputs"),
+        ({"data.task": "text"}, "takes image inputs"),
         ({"data.max-train-rows": 3}, "empty partition"),
         ({"data.task": "image"}, "needs data.path"),
     ],
 )
 def test_bad_input_ends_in_one_line_before_any_training(
-    local_grid, settings, change, said
+    local_grid, settings, change, said, tmp_path
 ):
-    if change.get("data.task") == "docstrings":
-        change["data.public-rows"] = 10
+    if change.get("data.task") == "text":
+        rows = [f"film {i},{i % 2}" for i in range(40)]
+        (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+        change = change | dict.fromkeys(PATHS, str(tmp_path / "rows.csv"))
     with pytest.raises(FedPFTError) as caught:
         run(local_grid, {**settings, **change})
     assert said in str(caught.value)
