@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 from contextlib import contextmanager
 
@@ -16,9 +17,9 @@ LONG = "x" * 20_000
 
 
 def examples(count):
-    """Return settings of so many examples, the same in every run."""
+    """Return settings of so many examples, or FUZZ times so many; always the same."""
     return settings(
-        max_examples=count,
+        max_examples=count * int(os.environ.get("FUZZ", "1")),
         deadline=None,  # `bounded` ends what hangs; the machine may be slow
         derandomize=True,
         database=None,

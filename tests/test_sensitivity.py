@@ -209,7 +209,7 @@ def test_distillation_by_sensitivity_lowers_the_weighted_loss(family):
             yield batch
 
     trainable = layer_level(compressed(sub, plan))
-    schedule = Schedule(0.004, 20)
+    schedule = Schedule(0.002, 20)
     distil(
         fm,
         sub,

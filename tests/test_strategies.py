@@ -55,7 +55,6 @@ def short(settings):
     gc.freeze()
     yield settings | {
         "method": "fedpft-n",
-        "data.max-validation-rows": 100,
         "data.max-test-rows": 20,
         "train.clients-per-round": NODES,
         "train.local-steps": 4,
