@@ -29,7 +29,7 @@ demo: .venv/installed ## install, then run the embedded example end to end
 	@$(BIN)/fedpft-run conf/demo.toml --nodes $(NODES) $(SET)
 
 test: .venv/installed ## tests, offline, on JOBS cores, but slow ones (make drills) and those for a GPU
-	@$(BIN)/python -m pytest -n $(JOBS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 deploy-demo: .venv/installed ## a deployment of real processes on this machine: TLS, keys, three sites
 	@$(BIN)/python -m deploy.demo $(SET)

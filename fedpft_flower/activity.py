@@ -52,6 +52,12 @@ def watch(
             handle.remove()
 
 
+def hidden_states(output: Any) -> Tensor:
+    """Return the hidden states [B, T, D] among what a layer returned."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
 def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """Return the vectors [tokens, D] of the tokens that are not padding.
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from fedpft_flower.activity import (
     Batch,
+    hidden_states,
     real_logits,
     real_tokens,
     unit_cotangents,
@@ -361,7 +362,7 @@ def outputs_of(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def hook(module: nn.Module, inputs: object, output: object) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+        found.append(hidden_states(output))
 
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from fedpft_flower.activity import Batch, real_tokens
+from fedpft_flower.activity import Batch, hidden_states, real_tokens
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.sensitivity import Sensitivity
 
@@ -115,7 +115,7 @@ class _Watched:
 
     def _leave(self, module: nn.Module, inputs: object, output: Any) -> None:
         self._returned = output
-        self._raw["output"] = output[0] if isinstance(output, tuple) else output
+        self._raw["output"] = hidden_states(output)
 
 
 def _numbers(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fedpft_flower.activity import (
     Batch,
+    hidden_states,
     real_logits,
     real_tokens,
     unit_cotangents,
@@ -91,7 +92,7 @@ def _hook(site: Site, found: list[Tensor]) -> torch.utils.hooks.RemovableHandle:
         note(inputs[0])
 
     def left(module: nn.Module, inputs: object, output: object) -> None:
-        note(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
+        note(hidden_states(output))
 
     if site.is_input:
         return site.module.register_forward_pre_hook(entered)

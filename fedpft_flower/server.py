@@ -181,8 +181,7 @@ class ProxyServer:
         sensitivity: Sensitivity | None = None
         if selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
-            calibration = self._calibration(model, counts)
-            sensitivity = self._sensitivity(model, calibration, max(counts))
+            calibration, sensitivity = self._calibration(model, max(counts))
             batches = _Shown(calibration, "choosing neurons")
         scores = score(
             model, name, counts, batches, config.align, config.seed, sensitivity
@@ -620,9 +619,8 @@ class ProxyServer:
             )
 
         self._forget("sub-fm")
-        counts = [len(self.plan.kept[layer]) for layer in self.plan.compressed]
-        batches = self._calibration(base_model(self.fm), counts)
-        sensitivity = self._sensitivity(base_model(self.fm), batches, max(counts))
+        most = max(len(self.plan.kept[layer]) for layer in self.plan.compressed)
+        batches, sensitivity = self._calibration(base_model(self.fm), most)
         refit(
             self.fm,
             self.sub_fm,
@@ -638,26 +636,26 @@ class ProxyServer:
             "layers": [asdict(fit) for fit in fits],
         }
 
-    def _sensitivity(
-        self, model: PreTrainedModel, batches: Sequence[Batch], most: int
-    ) -> Sensitivity | None:
-        """Measure the sensitivity of calibration tokens, where the method counts it.
+    def _calibration(
+        self, model: PreTrainedModel, most: int
+    ) -> tuple[list[Batch], Sensitivity | None]:
+        """Return public batches to keep so many neurons of a layer, and their weights.
 
-        It is measured once for so many neurons, until the FM's adapter changes.
+        The latter only where the method counts sensitivity; measured once for so many
+        neurons, until the FM's adapter changes.
         """
+        batches = self._calibration_batches(model, most)
         if most not in self._sensitive:
             model.eval()
             sites = streams(layers_of(model), ffns_of(model))
             share, seed = self.method.sensitivity, self.config.seed
             self._sensitive[most] = measure(model, sites, batches, share, seed)
-        return self._sensitive[most]
+        return batches, self._sensitive[most]
 
-    def _calibration(
-        self, model: PreTrainedModel, counts: Sequence[int]
-    ) -> list[Batch]:
-        """Return public batches of enough tokens to keep so many neurons of a layer."""
+    def _calibration_batches(self, model: PreTrainedModel, most: int) -> list[Batch]:
+        """Return batches of enough public tokens to keep so many neurons of a layer."""
         assert self._public is not None
-        align, most = self.config.align, max(counts)
+        align = self.config.align
         wanted = align.calibration_tokens or CALIBRATION_TOKENS * most
         seed = derive_seed(self.config.seed, "calibration")
         batches, tokens = list[Batch](), 0
