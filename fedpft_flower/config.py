@@ -623,6 +623,8 @@ def _problems(config: Config) -> list[str]:
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
             found.append(f"{key} = {flat[key]!r}; choose one of {', '.join(choices)}")
+    if not config.fm.name.strip():
+        found.append("fm.name is empty; give a directory, a hub name, or 'minilm'")
     for name, budget in (
         ("align", ("steps", "tokens", "seconds")),
         ("align", ("during-steps", "during-tokens", "during-seconds")),

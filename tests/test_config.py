@@ -68,6 +68,7 @@ def test_flat_and_nested_round_trip():
         ("partition.kind", "iidd", "choose one of iid, dirichlet"),
         ("train.lrr", 1.0, "unknown configuration key 'train.lrr'; did you mean"),
         ("train.batch-size", 0, "train.batch-size"),
+        ("fm.name", "", "fm.name is empty; give a directory, a hub name, or 'minilm'"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(key, value, said):
