@@ -329,15 +329,17 @@ def test_plug_in_renumbers_the_layers_of_an_emulator(family, tmp_path):
 
 
 @families
-def test_emulator_distillation_changes_only_the_emulator(family):
+def test_emulator_distillation_changes_only_the_emulator_and_helps(family):
     fm, sub, plan = emulated(family)
     plug_in(fm, get_adapter(sub), plan)
     assert plan.aligned == plan.emulator == (2,)
     assert [plan.teacher(layer) for layer in plan.layers] == [1, 3, 4]
-    before = snapshot(sub)
+    before, batches = snapshot(sub), [tiny_batch(family, seed=s) for s in range(3)]
+    error = gradient_error(fm, sub, batches, seed=0)
     middle = layers_of(base_model(sub))[1]
-    seen = align(fm, sub, plan, emulator_level([middle]), family)
+    seen = align(fm, sub, plan, emulator_level([middle]), family, steps=60)
     assert seen[-1].loss < 0.9 * seen[0].loss
+    assert gradient_error(fm, sub, batches, seed=0).relative < error.relative
     after = snapshot(sub)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     inside = {id(p) for p in middle.parameters()}

@@ -379,7 +379,7 @@ def installs(draw, site):
 def test_an_install_is_kept_or_refused(site):
     tally = {"kept": 0, "refused": 0, "trained": 0}
 
-    @examples(180)
+    @examples(360)
     @given(installs(site))
     @example(with_file(site, "../evil.json"))
     @example(with_file(site, "../../../evil.json"))
@@ -409,8 +409,8 @@ def test_an_install_is_kept_or_refused(site):
             site.clear()
 
     check()
-    assert min(tally["refused"], tally["kept"]) >= 15, tally
-    assert tally["trained"] >= 2, tally
+    assert min(tally["refused"], tally["kept"]) >= 40, tally
+    assert tally["trained"] >= 5, tally
     site.check_works()
 
 

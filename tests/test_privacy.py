@@ -540,6 +540,8 @@ def test_a_resumed_run_counts_every_release(
     [
         (11, 3),  # round 1 has noise and is neither counted nor used
         (12, 4),  # counted
+        (17, 4),  # used; its checkpoint is not there yet
+        (18, 3),  # the checkpoint is there
     ],
 )
 def test_kill_9_never_counts_too_few(local_grid, private, flush, releases):
