@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import run_main
 from fedpft_flower.activity import real_logits
-from fedpft_flower.app import load, quiet
+from fedpft_flower.app import load_rows, load_server, quiet
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.encoding import shuffled_batches
@@ -77,9 +77,10 @@ def measure(run: FinishedRun) -> list[Point]:
         FedPFTError: the run kept no checkpoint, or has no public rows.
     """
     config = run.config
-    task, public, server = load(config, Plan.from_json(run.manifest["plan"]))
+    task, public = load_rows(config)
     if public is None:
         raise FedPFTError(f"{run.path} used no public rows; give a run that did")
+    server = load_server(config, task, public, Plan.from_json(run.manifest["plan"]))
     best = run.summary["best-round"] if config.select == "best" else None
     server.restore(Checkpoints(run.path, config.checkpoint.keep).load(best).tensors)
     server.fm.eval()

@@ -22,7 +22,7 @@ import csv
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -44,6 +44,7 @@ from fedpft_flower.activity import Batch
 from fedpft_flower.adapters import base_model
 from fedpft_flower.app import load, quiet
 from fedpft_flower.architectures import architecture_of, ffns_of
+from fedpft_flower.codec import decode_weights, encode_weights
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.devices import device_here, place
@@ -134,7 +135,9 @@ def heal(config: Config, marks: Sequence[int], lr: float) -> Iterator[Point]:
             "public corpus; choose a task of texts and set data.public-path"
         )
     server.prepare()
-    package, fm = server.package(), base_model(server.fm)
+    fm, package = base_model(server.fm), server.package()
+    installed = decode_weights(encode_weights(package.weights, config.wire.frozen))
+    package = replace(package, weights=installed)
     tokenizer = tokenizer_of(package)
     rows = encode_public(public, tokenizer, "text", config.data, "classify")
     held, own = hold_out(rows, max(1, len(rows) // 10), derive_seed(config.seed, "own"))

@@ -21,6 +21,17 @@ from fedpft_flower.server import Metrics, average_rates
 from fedpft_flower.sub_fm import compressed_ffns
 from fedpft_flower.training import train_adapter
 
+# Settings with the values that this loop is for.
+_ONLY = {
+    "strategy": "FedAvg",
+    "privacy.mechanism": "none",
+    "wire.adapter": "fp32",
+    "wire.frozen": "fp32",
+    "train.frozen": "fp32",
+    "early-stop": 0,
+    "select": "last",
+}
+
 
 class PlainLoop:
     """Train all clients in turn, on the server's own sub-FM, which spares a copy."""
@@ -29,19 +40,17 @@ class PlainLoop:
         """Load task and FM for so many clients.
 
         Raises:
-            FedPFTError: another strategy than FedAvg is asked for, or no training rows.
+            FedPFTError: a setting asks for what this loop does not do, or there are no
+                training rows.
         """
         quiet()
-        if config.strategy != "FedAvg":
-            raise FedPFTError(
-                f"strategy = {config.strategy!r}: the plain loop only averages; give "
-                "strategy=FedAvg"
-            )
-        if config.privacy.on:
-            raise FedPFTError(
-                f"privacy.mechanism = {config.privacy.mechanism!r}: the plain loop "
-                "adds no noise; give privacy.mechanism=none"
-            )
+        settings = config.flat()
+        for key, value in _ONLY.items():
+            if settings[key] != value:
+                raise FedPFTError(
+                    f"{key} = {settings[key]!r}: the plain loop only averages what it "
+                    f"trained in float32, to the last round; give {key}={value}"
+                )
         self.config = config
         self.task, _, self.server = load(config)
         if self.task.train is None:
@@ -97,7 +106,7 @@ class PlainLoop:
         server = self.server
         ffns = compressed_ffns(base_model(server.sub_fm), server.plan)
         batches = shuffled_batches(rows, self.config.train.batch_size, seed=0)
-        return inactive_rates(server.sub_fm, ffns, batches, server.limits)
+        return inactive_rates(base_model(server.sub_fm), ffns, batches, server.limits)
 
 
 def average_adapters(adapters: Sequence[Adapter], weights: Sequence[int]) -> Adapter:

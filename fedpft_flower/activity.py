@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fedpft_flower.architectures import FFN
 
@@ -19,12 +20,12 @@ Watcher = Callable[[int, Tensor], None]
 
 @torch.no_grad()
 def watch(
-    model: nn.Module, ffns: Sequence[FFN], batches: Iterable[Batch], see: Watcher
+    model: PreTrainedModel, ffns: Sequence[FFN], batches: Iterable[Batch], see: Watcher
 ) -> None:
-    """Run batches through a model and show the activations of every FFN.
+    """Run batches through a model's body and show the activations of every FFN.
 
     Args:
-        model: the model, evaluated without dropout.
+        model: the model, evaluated without dropout; its head does not run.
         ffns: the FFNs of its layers.
         batches: inputs; `attention_mask` [B, T] marks real tokens where present.
         see: receives activations [tokens, N] without padding.
@@ -45,7 +46,8 @@ def watch(
     try:
         for batch in batches:
             mask = batch.get("attention_mask")
-            model(**batch)
+            inputs = {name: part for name, part in batch.items() if name != "labels"}
+            model.base_model(**inputs)
     finally:
         model.train(was_training)
         for handle in handles:
@@ -90,7 +92,7 @@ def unit_cotangents(logits: Tensor, seed: int) -> Tensor:
 
 
 def activation_rms(
-    model: nn.Module, ffns: Sequence[FFN], batches: Iterable[Batch]
+    model: PreTrainedModel, ffns: Sequence[FFN], batches: Iterable[Batch]
 ) -> list[Tensor]:
     """Return the root mean square [N] of every neuron's activation, layer by layer."""
     squares = [torch.zeros(ffn.width, dtype=torch.float64) for ffn in ffns]
@@ -108,7 +110,7 @@ def activation_rms(
 
 
 def inactive_rates(
-    model: nn.Module,
+    model: PreTrainedModel,
     ffns: Sequence[FFN],
     batches: Iterable[Batch],
     limits: Sequence[Tensor],

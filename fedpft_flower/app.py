@@ -18,6 +18,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 
 from fedpft_flower import __version__
+from fedpft_flower.adapters import get_adapter
 from fedpft_flower.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -26,9 +27,8 @@ from fedpft_flower.checkpoint import (
     identity,
 )
 from fedpft_flower.checks import check_run
-from fedpft_flower.client import peak_memory
 from fedpft_flower.config import MARK, Config, FedPFTError, names_in
-from fedpft_flower.devices import release
+from fedpft_flower.devices import peak_memory, release
 from fedpft_flower.encoding import content_hash
 from fedpft_flower.evaluation import is_better
 from fedpft_flower.federation import Federation, RoundError
@@ -40,7 +40,7 @@ from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
 from fedpft_flower.report import LOG, RunDirectory, aligned_error
 from fedpft_flower.server import Metrics, ProxyServer
-from fedpft_flower.software import versions
+from fedpft_flower.software import source_hash, versions
 from fedpft_flower.strategies import inner_strategy, memory_of, remember
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
@@ -81,9 +81,16 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     checkpoints = Checkpoints(directory.path, config.checkpoint.keep)
     saved = checkpoints.load() if config.resume else None
     plan = Plan.from_json(saved.state["plan"]) if saved is not None else None
-    task, public, server = load(config, plan)
+    task, public = load_rows(config)
+    given = saved.state["installs"] if saved is not None else {}
+    federation = Federation(
+        counting, config.timeout_seconds, config.wait_seconds, task.labels, given
+    )
+    federation.invite()  # nodes start and read their rows while the FM loads
+    server = load_server(config, task, public, plan)
     splits = {
-        "train": task.train,
+        # What a hash or a count of clients' rows tells, no noise covers.
+        "train": None if config.privacy.on else task.train,
         "validation": task.validation,
         "test": task.test,
         **task.more_tests,
@@ -93,11 +100,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     own = identity(config.flat(), {**hashes, "fedpft-flower": __version__})
     if saved is not None:
         check_same(saved.state, own)
-    given = saved.state["installs"] if saved is not None else {}
-    federation = Federation(
-        counting, config.timeout_seconds, config.wait_seconds, task.labels, given
-    )
-    federation.meet(max(config.train.clients_per_round, config.train.min_nodes))
+    federation.meet(config.train.nodes_awaited)
     if saved is not None:
         check_partitions(saved.state, federation.partitions)
     clients = server.check_clients(len(federation.nodes))
@@ -159,20 +162,26 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     logger.info("results: %s", directory.path)
 
 
-def load(
-    config: Config, plan: Plan | None = None
-) -> tuple[TaskData, Dataset | None, ProxyServer]:
+def load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
     """Load the task, the public corpus where there is one, and the server with its FM.
-
-    A run that goes on gives its plan.
 
     Raises:
         FedPFTError: the configuration, the data or the FM do not fit each other.
     """
+    task, public = load_rows(config)
+    return task, public, load_server(config, task, public)
+
+
+def load_rows(config: Config) -> tuple[TaskData, Dataset | None]:
+    """Load the task's rows, and public rows where there are any.
+
+    Raises:
+        FedPFTError: they cannot be read, or do not fit the configuration.
+    """
     logger.info("loading task %s", config.data.task)
     task = load_task(config.data, config.seed)
-    row, needs_public = task_of(config.data.task), method_of(config).needs_public
-    has_public = bool(config.data.public_path or row.public)
+    needs_public = method_of(config).needs_public
+    has_public = bool(config.data.public_path or task_of(config.data.task).public)
     needed = needs_public or has_public
     public = load_public(config.data, config.seed) if needed else None
     for split, rows in (
@@ -183,18 +192,35 @@ def load(
     ):
         if rows is not None:
             check_images(rows, split)
+    return task, public
+
+
+def load_server(
+    config: Config, task: TaskData, public: Dataset | None, plan: Plan | None = None
+) -> ProxyServer:
+    """Load the FM and make the server of it.
+
+    Args:
+        config: the run's.
+        task: what the FM is to learn.
+        public: the public corpus.
+        plan: that of a run that goes on.
+
+    Raises:
+        FedPFTError: the FM cannot be loaded, or does not fit.
+    """
     logger.info("loading FM %s", config.fm.name)
-    head = names_in(config.lora.head)
+    row = task_of(config.data.task)
     fm = load_fm(
         config.fm.name,
         task.labels,
         row.modality,
         config.seed,
-        head,
+        names_in(config.lora.head),
         row.objective,
         config.fm.dtype,
     )
-    return task, public, ProxyServer(config, fm, task, public, plan)
+    return ProxyServer(config, fm, task, public, plan)
 
 
 def _tell_privacy(privacy: Privacy, config: Config) -> None:
@@ -384,7 +410,7 @@ def _summary(run: _Run, plain: Metrics, after: Metrics, ledger: Ledger) -> Metri
     rounds, strategy = run.directory.rounds, run.strategy
     taken = max(1, sum(len(entry.get("clients", ())) for entry in rounds))
     both = [ledger.total(way) for way in ("down", "up")]
-    install = ledger.of_kind("install")
+    install = ledger.kinds("down").get("install", 0)
     return {
         "method": run.config.method,
         "rounds": strategy.done,
@@ -435,6 +461,7 @@ def _manifest(
 ) -> Metrics:
     return {
         "versions": dict(versions()),
+        "source": source_hash(),
         "machine": {
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
@@ -465,6 +492,8 @@ def _manifest(
         "plan": server.plan.to_json(),
         "sub-fm-sha256": federation.sub_fm,
         "adapter-sha256": tensors_hash(server.adapter),
+        # Of what lies in adapter/: in the FM, after its refinement.
+        "plugged-in-sha256": tensors_hash(get_adapter(server.fm)),
     }
 
 

@@ -4,6 +4,7 @@ To add a family: one row in `ARCHITECTURES` and one tiny config in
 `tests/families.py`; the conformance suite then runs over it (docs/families.md).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -409,6 +410,11 @@ def new_model(
         return model
     built: PreTrainedModel = model_class_of(row, objective)(config)
     return built
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Tell whether a parameter belongs to one of the modules, by their names."""
+    return name.startswith(tuple(f"{module}." for module in modules))
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from fedpft_flower.architectures import Architecture, model_class_of
-from fedpft_flower.config import Objective
+from fedpft_flower.architectures import (
+    AUTO_PROCESSORS,
+    Architecture,
+    model_class_of,
+)
+from fedpft_flower.config import Objective, names_in
 from fedpft_flower.evaluation import METRICS, metric_of
+from fedpft_flower.methods import METHODS
 from fedpft_flower.page import (
     count_nodes,
     data_name,
@@ -28,6 +33,18 @@ _PIPELINES = {
 
 
 @dataclass(frozen=True)
+class Licence:
+    """Name a licence as a model card's front matter does."""
+
+    identifier: str  # the hub's, or "other"
+    name: str | None = None
+    link: str | None = None
+
+
+_UNKNOWN = Licence("other", "unknown")
+
+
+@dataclass(frozen=True)
 class Origin:
     """Say what is known of the FM that an export is made of."""
 
@@ -35,7 +52,7 @@ class Origin:
     on_hub: bool
     architecture: Architecture
     dtype: str  # of the merged weights
-    licence: str | None  # as its own card names it
+    licence: Licence | None  # as its own card names it
     licence_files: tuple[str, ...] = ()  # names of the files beside this card
 
 
@@ -64,7 +81,7 @@ def _title(run: FinishedRun, origin: Origin) -> str:
 
 
 def _front_matter(run: FinishedRun, origin: Origin) -> ModelCardData:
-    task = task_of(run.config.data.task)
+    task, licence = task_of(run.config.data.task), origin.licence or _UNKNOWN
     pipeline = _PIPELINES[task.modality, task.objective]
     data, after = data_name(run.config.flat()), run.summary["test-after"]
     results = [
@@ -79,8 +96,9 @@ def _front_matter(run: FinishedRun, origin: Origin) -> ModelCardData:
         for name in _metric_names(run)
     ]
     return ModelCardData(
-        license=origin.licence or "other",
-        license_name=None if origin.licence else "unknown",
+        license=licence.identifier,
+        license_name=licence.name,
+        license_link=licence.link,
         base_model=origin.name,
         library_name="transformers",
         pipeline_tag=pipeline,
@@ -116,7 +134,7 @@ def _loading(run: FinishedRun, origin: Origin) -> str:
     config, task = run.config, task_of(run.config.data.task)
     model = model_class_of(origin.architecture, task.objective).__name__
     image = task.modality == "image"
-    processor = "AutoImageProcessor" if image else "AutoTokenizer"
+    processor = AUTO_PROCESSORS[task.modality].__name__
     told = "" if origin.on_hub else "  # or where it is"
     labels = run.manifest["labels"]
     lines = [
@@ -145,7 +163,7 @@ def _loading(run: FinishedRun, origin: Origin) -> str:
     if not image:
         most = config.data.max_length
         lines.append(f"It was trained on at most {most} tokens of a text.")
-    if task.objective == "generate" and len(config.data.text_columns.split(",")) > 1:
+    if task.objective == "generate" and len(names_in(config.data.text_columns)) > 1:
         template = config.data.prompt_template
         shown = (
             "by the tokenizer's chat template"
@@ -167,7 +185,7 @@ def _training(run: FinishedRun) -> str:
         "model's weights were never sent"
     )
     rows = [
-        ("method", config.method),
+        ("method", f"{config.method} ({METHODS[config.method].paper})"),
         ("clients had", kept),
         ("aggregation", config.strategy),
         ("rounds", run.summary["rounds"]),
@@ -213,12 +231,9 @@ def _metrics(run: FinishedRun) -> str:
 
 
 def _protection(run: FinishedRun) -> str:
-    parts = ["## Protection sheet"]
-    if sheet := run.summary.get("protection"):
-        rows = [(row["name"], row["value"], row["note"]) for row in sheet["rows"]]
-        parts.append(_table(["what", "value", "note"], rows))
-    else:
-        parts.append("This run has no protection sheet.")
+    sheet = run.summary["protection"]["rows"]
+    rows = [(row["name"], row["value"], row["note"]) for row in sheet]
+    parts = ["## Protection sheet", _table(["what", "value", "note"], rows)]
     if privacy := run.summary.get("privacy"):
         told = ", ".join(f"{name} {value}" for name, value in privacy.items())
         parts.append(f"Differential privacy: {_plain(told)}.")
@@ -248,10 +263,13 @@ def _limits(run: FinishedRun, origin: Origin) -> str:
 def _licence(origin: Origin) -> str:
     files = ", ".join(f"`{name}`" for name in origin.licence_files)
     beside = f" Its files: {files}." if files else ""
+    licence = origin.licence
+    link = f" ({_plain(licence.link)})" if licence and licence.link else ""
     told = (
-        f"The licence of `{origin.name}` is `{origin.licence}`, as its own model card "
+        f"The licence of `{origin.name}` is "
+        f"`{_plain(licence.name or licence.identifier)}`{link}, as its own model card "
         "says; it covers `merged/`, which contains that model."
-        if origin.licence
+        if licence
         else f"The licence of `{origin.name}` is not known here: check it before you "
         "pass anything on; `merged/` contains that model."
     )

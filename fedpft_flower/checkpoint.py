@@ -17,7 +17,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedpft_flower.config import FedPFTError, Scalar, flat_defaults
+from fedpft_flower.config import (
+    READ_PATHS,
+    WRITTEN_PATHS,
+    FedPFTError,
+    Scalar,
+    flat_defaults,
+)
 
 _SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
 
@@ -27,15 +33,15 @@ FORMAT = 3  # of the files; rises when older ones can no longer be read
 # are, how long to wait, and what a step may cost. What stands in places is compared by
 # content.
 FREE_KEYS = {
-    "resume",
-    "out-dir",
+    *READ_PATHS,
+    *WRITTEN_PATHS,
     "server-threads",
     "timeout-seconds",
     "wait-seconds",
     "checkpoint.keep",
-    "fm.name",
-    "data.path",
-    "data.public-path",
+    "plug-in.batch-size",
+    "plug-in.lr",
+    "plug-in.steps",
     "train.min-nodes",
     "train.max-retries",
     "train.micro-batch-size",
@@ -116,8 +122,8 @@ class Checkpoints:
                 problems.append(f"{place.name} ({error})")
         found = f"; damaged: {', '.join(problems)}" if problems else ""
         raise FedPFTError(
-            f"{self._root} has no checkpoint to resume from{found}; name the run "
-            "directory of a run that ended its round 0"
+            f"resume: {self._root} has no checkpoint to resume from{found}; name the "
+            "run directory of a run that ended its round 0"
         )
 
     def note_spent(self, spent: Mapping[str, Any]) -> None:
@@ -152,7 +158,7 @@ class Checkpoints:
             return dict(json.loads(text))
         except (OSError, TypeError, ValueError) as error:
             raise FedPFTError(
-                f"cannot read how much privacy was spent ({error}); start anew"
+                f"resume: cannot read how much privacy was spent ({error}); start anew"
             ) from error
 
     def _place(self, current: int) -> Path:
@@ -166,8 +172,8 @@ class Checkpoints:
 def _check_format(state: Mapping[str, Any]) -> None:
     if state.get("format") != FORMAT:
         raise FedPFTError(
-            f"the checkpoint has format {state.get('format')}, this version reads "
-            f"{FORMAT}; resume with the version that wrote it"
+            f"resume: the checkpoint has format {state.get('format')}, this version "
+            f"reads {FORMAT}; resume with the version that wrote it"
         )
 
 

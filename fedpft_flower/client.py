@@ -5,8 +5,6 @@ process, in simulation one process serves many virtual clients: what is cached h
 keyed by content alone.
 """
 
-import resource
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +18,10 @@ from fedpft_flower.architectures import (
     AUTO_PROCESSORS,
     Architecture,
     architecture_of,
+    is_within,
 )
 from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
-from fedpft_flower.devices import device_here, place, release
+from fedpft_flower.devices import device_here, peak_memory, place, release
 from fedpft_flower.encoding import Rows, encode, shuffled_batches
 from fedpft_flower.node import Identity, identify, local_rows, own_training
 from fedpft_flower.package import Package
@@ -108,12 +107,6 @@ def train(message: Message, context: Context) -> Message:
     return reply(message, {ARRAYS: adapter, METRICS: MetricRecord(metrics)})
 
 
-def peak_memory() -> int:
-    """Return this process's largest resident memory so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def build_from_package(
     package: Package, lora: LoraConfig, seed: int, frozen: str = "fp32"
 ) -> PeftModel:
@@ -141,7 +134,7 @@ def build_from_package(
     head = {
         name: torch.zeros(tensor.shape, dtype=torch.float32)
         for name, tensor in skeleton.state_dict().items()
-        if any(name.startswith(f"{module}.") for module in package.head)
+        if is_within(name, package.head)
     }
     load_weights(skeleton, {**package.weights, **head})
     device = device_here()
@@ -196,6 +189,8 @@ def _rows(config: Config, sub_fm: SubFM, node: Identity) -> Rows:
 
 
 def _measure(sub_fm: SubFM, rows: Rows, config: Config) -> list[torch.Tensor]:
-    ffns = compressed_ffns(base_model(sub_fm.model), sub_fm.package.plan)
-    batches = shuffled_batches(rows, config.train.batch_size, seed=0)
-    return inactive_rates(sub_fm.model, ffns, batches, sub_fm.package.activity_limits)
+    model, package = base_model(sub_fm.model), sub_fm.package
+    size = config.train.micro_batch_size or config.train.batch_size
+    batches = shuffled_batches(rows, size, seed=0)
+    ffns = compressed_ffns(model, package.plan)
+    return inactive_rates(model, ffns, batches, package.activity_limits)

@@ -27,6 +27,8 @@ import tomli_w
 
 from fedpft_flower.config import (
     MARK,
+    READ_PATHS,
+    WRITTEN_PATHS,
     Config,
     FedPFTError,
     existing_path,
@@ -166,11 +168,11 @@ def run_experiment(
         raise FedPFTError(f"--app {app} is not this Flower app; give its checkout")
     if nodes < 1:
         raise FedPFTError(f"--nodes {nodes}; give at least 1")
-    wanted = config.train.clients_per_round
+    wanted = config.train.nodes_awaited
     if wanted > nodes:
         raise FedPFTError(
-            f"train.clients-per-round = {wanted}, but there are {nodes} nodes; lower "
-            "it or raise --nodes"
+            f"train.clients-per-round or train.min-nodes = {wanted}, but there are "
+            f"{nodes} nodes; lower it or raise --nodes"
         )
     with tempfile.TemporaryDirectory(prefix="fedpft-run-") as place:
         home = Path(place)
@@ -216,11 +218,11 @@ def resolve(settings: Mapping[str, Any]) -> Config:
     """
     flat = dict(settings)
     # Relative paths mean the shell's directory here, not some server process's.
-    for key in ("fm.name", "data.path", "data.public-path"):
+    for key in READ_PATHS:
         value = flat.get(key)
         if isinstance(value, str) and value and (place := existing_path(value)):
             flat[key] = str(place.absolute())
-    for key in ("out-dir", "resume"):
+    for key in WRITTEN_PATHS:
         value = flat.get(key)
         if isinstance(value, str) and value:
             flat[key] = os.path.abspath(os.path.expanduser(value))  # noqa: PTH100, PTH111

@@ -20,14 +20,21 @@ from fedpft_flower.commands import (
     share_of,
     share_options,
 )
-from fedpft_flower.config import MARK, Config, FedPFTError, flat_defaults, flatten
+from fedpft_flower.config import (
+    MARK,
+    READ_PATHS,
+    Config,
+    FedPFTError,
+    flat_defaults,
+    flatten,
+)
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
-from fedpft_flower.evaluation import is_better, metric_of
+from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
-from fedpft_flower.report import put
+from fedpft_flower.report import lock, put
 from fedpft_flower.spec import Cell, Spec
 from fedpft_flower.status import duration
-from fedpft_flower.tables import Result, validation_score, write_tables
+from fedpft_flower.tables import Result, best_of, row_of, write_tables
 
 # How often a cell's own progress is shown.
 PROGRESS_SECONDS = 30.0
@@ -100,25 +107,20 @@ class Comparison:
         grid = self.spec.lrs(cell.task, cell.partition, cell.method)
         if len(grid) == 1:
             return grid[0]
-        best, best_score = None, 0.0
-        metric = metric_of(self.spec.config(cell).data)
-        for lr in grid:
-            first = replace(cell, lr=lr, seed=self.spec.seeds[0])
-            result = self._read(first)
-            if result is None and self._reason(first) is None:
-                return None
-            if result is None:
-                continue  # it diverged, say: another rate is better
-            score = validation_score(result, metric)
-            if best is None or is_better(metric, score, best_score):
-                best, best_score = lr, score
-        return best
+        first = replace(cell, seed=self.spec.seeds[0])
+        tried = [self._result(replace(first, lr=lr)) for lr in grid]
+        # One that failed has diverged, say: another rate is better.
+        finished = [result for result in tried if result.found is not None]
+        if not finished or any(result.state == "unrun" for result in tried):
+            return None
+        return best_of(finished).cell.lr
 
     def results(self) -> list[Result]:
         """Return every cell whose rate is known with what is there of it."""
-        return [
-            Result(cell, self._read(cell), self._reason(cell)) for cell in self.cells()
-        ]
+        return [self._result(cell) for cell in self.cells()]
+
+    def _result(self, cell: Cell) -> Result:
+        return Result(cell, self._read(cell), self._reason(cell))
 
     @property
     def is_complete(self) -> bool:
@@ -126,9 +128,26 @@ class Comparison:
         return all(result.found is not None for result in self.results())
 
     def run(self, only: str = "") -> None:
-        """Run every cell without a result whose name has this text."""
+        """Run every cell without a result whose name has this text.
+
+        Raises:
+            FedPFTError: no cell has it, or another process runs cells here.
+        """
         if not any(only in cell.name for cell in self.spec.all_cells):
             raise FedPFTError(f"--only {only!r} is in no cell's name; see results.csv")
+        try:
+            (self.out / "runs").mkdir(exist_ok=True)
+            alone = lock(self.out / "runs" / ".lock")
+        except BlockingIOError as error:
+            raise FedPFTError(
+                f"{self.out} is in use by another comparison; wait for it or stop it"
+            ) from error
+        except OSError as error:
+            raise FedPFTError(f"cannot write {self.out} ({error})") from error
+        with alone:
+            self._run_all(only)
+
+    def _run_all(self, only: str) -> None:
         for cell in self.cells():  # what failed earlier may be mended
             if only in cell.name:
                 self._place(cell, ".failed.json").unlink(missing_ok=True)
@@ -155,9 +174,14 @@ class Comparison:
         # A stopped run goes on only with as many nodes.
         runs = self.out / "runs" / f"{cell.name}-n{self.spec.nodes}"
         flat = config.flat() | {"out-dir": str(runs), "checkpoint.keep": 1}
-        found = self._attempt(flat | {"resume": _unfinished(runs, flat)})
-        if isinstance(found, _Failed) and found.reason.startswith("resume: "):
-            found = self._attempt(flat)  # what is left there is of no use
+        left = _left(runs, flat)
+        if left is not None and (left / "summary.json").exists():
+            found: Path | _Failed = left
+        else:
+            found = self._attempt(flat | {"resume": str(left or "")})
+        useless = isinstance(found, _Failed) and found.reason.startswith("resume: ")
+        if useless and not config.privacy.on:  # releases that were made stay counted
+            found = self._attempt(flat)
         if isinstance(found, _Failed):
             self._write(cell, ".failed.json", {"cell": asdict(cell), **asdict(found)})
             return f"failed: {found.reason}"
@@ -201,7 +225,7 @@ class Comparison:
         told: dict[str, tuple[Any, Any]] = {
             "nodes": (result["nodes"], self.spec.nodes),
             # What settings leave to the row of a method, which versions may change.
-            "recipe": (_EARLIER | (result["recipe"] or recipe), recipe),
+            "recipe": ({**recipe, **_EARLIER, **(result["recipe"] or {})}, recipe),
         }
         told |= {key: (earlier[key], value) for key, value in now.items()}
         for key, (then, value) in told.items():
@@ -212,21 +236,16 @@ class Comparison:
                 )
 
     def _check_read(self) -> None:
-        """Refuse results of one task and seed that read other rows, or another FM."""
-        seen: dict[tuple[Any, ...], tuple[Path, Any]] = {}
+        """Refuse results that settings make alike, and that read other rows or FMs."""
+        seen: dict[tuple[Any, ...], tuple[Path, str]] = {}
         for cell in self.spec.all_cells:
             if (result := self._read(cell)) is None:
                 continue
-            manifest, config = result["manifest"], result["config"]
-            read = {"FM": manifest.get("fm-sha256")} | {
-                f"{name} rows": split["sha256"]
-                for name, split in manifest.get("splits", {}).items()
-            }
-            alike = (cell.task, cell.partition, cell.seed, config["fm.name"])
             place = self._place(cell, ".json")
-            for what, content in read.items():
-                earlier, other = seen.setdefault((what, *alike), (place, content))
-                if content is not None and other not in (None, content):
+            for (what, *alike), content in _read_by(cell, result).items():
+                key = (what, *alike)
+                earlier, other = seen.setdefault(key, (place, content))
+                if content != other:
                     raise FedPFTError(
                         f"{earlier} and {place} were made with unlike {what}; give "
                         "another --out, or remove those of the old ones"
@@ -239,8 +258,13 @@ class Comparison:
                 found = json.loads(place.read_text(encoding="utf-8"))
                 self._known[cell] = {key: found[key] for key in _PARTS}
                 self._known[cell]["recipe"] = found.get("recipe")
-                validation_score(found, metric_of(self.spec.config(cell).data))
-            except (OSError, ValueError, LookupError, TypeError) as error:
+                row_of(Result(cell, found, None))  # what tables take is there
+                _read_by(cell, found)
+            except (
+                *(OSError, ValueError, LookupError, TypeError, AttributeError),
+                FedPFTError,
+            ) as error:
+                self._known.pop(cell, None)
                 raise FedPFTError(
                     f"{place} is not a cell's result ({error!r}); remove it"
                 ) from error
@@ -277,7 +301,7 @@ class _Failed:
     lines: list[str] = field(default_factory=list)
 
 
-# What recipes did before it was a choice.
+# What recipes did before there was a choice.
 _EARLIER = {"sensitivity": 0.0}
 
 # What a result has; those of older versions lack the recipe.
@@ -285,7 +309,7 @@ _PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
 
 # Settings that may differ between a result and the spec: where things are put, and how
 # long to wait; but not what is read. Of sensitivity the recipes are compared.
-_FREE = FREE_KEYS - {"fm.name", "data.path", "data.public-path"} | {"align.sensitivity"}
+_FREE = FREE_KEYS - {*READ_PATHS} | {"align.sensitivity"}
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -300,6 +324,22 @@ def recipe_of(config: Config) -> dict[str, Any]:
         "sensitivity": method.sensitivity,
         "refine": method.refine,
     }
+
+
+def _read_by(cell: Cell, result: Mapping[str, Any]) -> dict[tuple[Any, ...], str]:
+    """Return the hash of what a cell has read, by what it is and what decides on it.
+
+    Gaps pair the test rows of one task and seed, whatever else methods set.
+    """
+    manifest, config = result["manifest"], result["config"]
+    data = [(key, value) for key, value in config.items() if key.startswith("data.")]
+    found: dict[tuple[Any, ...], Any] = {
+        ("FM", config["fm.name"], config.get("fm.dtype")): manifest.get("fm-sha256")
+    }
+    for name, split in manifest.get("splits", {}).items():
+        decides = (cell.task,) if name == "test" else data
+        found[f"{name} rows", cell.seed, *decides] = split["sha256"]
+    return {key: content for key, content in found.items() if content is not None}
 
 
 def _collect(directory: Path) -> dict[str, Any]:
@@ -319,20 +359,28 @@ def _collect(directory: Path) -> dict[str, Any]:
     }
 
 
-def _unfinished(runs: Path, flat: Mapping[str, Any]) -> str:
-    """Return the run directory that a stopped run of this configuration left, or ""."""
-    for directory in sorted(runs.glob("*/checkpoints"), reverse=True):
+def _left(runs: Path, flat: Mapping[str, Any]) -> Path | None:
+    """Return the newest directory of a run of this configuration without a result.
+
+    It was stopped, or ended and was not kept as a result, which removes checkpoints.
+    """
+    for directory in sorted(
+        runs.glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True
+    ):
         place = directory.parent
-        if (place / "summary.json").exists() or not any(directory.glob("round-*")):
+        if not any(directory.glob("round-*")):
             continue
         try:
             told = tomllib.loads((place / "config.toml").read_text())
         except (OSError, ValueError):
             continue
+        # One that ended is taken as it is: it must have read in the same places.
+        ended = (place / "summary.json").exists()
+        free = FREE_KEYS - {*READ_PATHS} if ended else FREE_KEYS
         left = flat_defaults() | flatten(told)
-        if all(left.get(k) == v for k, v in flat.items() if k not in FREE_KEYS):
-            return str(place)
-    return ""
+        if all(left.get(k) == v for k, v in flat.items() if k not in free):
+            return place
+    return None
 
 
 class _Shown:

@@ -21,6 +21,10 @@ Modality = Literal["text", "image"]
 Objective = Literal["classify", "generate"]
 Scalar = bool | int | float | str
 
+# Settings that may name places: what is read there, and where results are.
+READ_PATHS = ("fm.name", "data.path", "data.public-path")
+WRITTEN_PATHS = ("out-dir", "resume")
+
 # Lines for people start with this in a run's stream; `fedpft-run` shows only these.
 MARK = "[fedpft] "
 
@@ -170,6 +174,11 @@ class TrainConfig:
     # In which numbers clients compute products while they train: "fp32", "bf16", or
     # "auto", what is fastest on each node's machine (`compute.py`).
     precision: str = "fp32"
+
+    @property
+    def nodes_awaited(self) -> int:
+        """Return for how many nodes a run waits, at least, before its first round."""
+        return max(self.clients_per_round, self.min_nodes)
 
 
 @dataclass(frozen=True)

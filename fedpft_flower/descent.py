@@ -83,9 +83,10 @@ def descend(
         loss_of: the loss.
         schedule: how fast and how long.
         report: called after every step.
-        name: of the loss, to people.
+        name: of the loss, to people; what is found to be fastest is kept under it.
         remedy: what they can do when it is not finite.
-        held_out: inputs that nothing is learnt from, where there is a patience.
+        held_out: inputs that this descent does not learn from, where there is a
+            patience.
 
     Returns:
         The last step's progress.

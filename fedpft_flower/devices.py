@@ -1,5 +1,7 @@
 """Put models on the accelerator that there is, and let their inputs follow."""
 
+import resource
+import sys
 from typing import Any
 
 import torch
@@ -27,6 +29,12 @@ def has_bf16(device: torch.device) -> bool:
     tell = getattr(torch.cpu, "get_capabilities", None)  # older PyTorch has it not
     found: dict[str, Any] = tell() if tell else {}
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def peak_memory() -> int:
+    """Return this process's largest resident memory so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def release() -> None:

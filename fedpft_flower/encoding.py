@@ -500,11 +500,20 @@ def _open_ended(
 def _fingerprint(tokenizer: Any) -> str:
     """Return the hash of all that decides how a tokenizer encodes: its files."""
     digest = hashlib.sha256()
-    with TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        for path in sorted(Path(directory).iterdir()):
-            digest.update(path.name.encode() + path.read_bytes())
+    for name, body in processor_files(tokenizer).items():
+        digest.update(name.encode() + body)
     return digest.hexdigest()
+
+
+def processor_files(processor: Any) -> dict[str, bytes]:
+    """Return the files of a tokenizer or image processor, by their names.
+
+    A fast tokenizer writes how it last cut and padded into them.
+    """
+    with TemporaryDirectory() as directory:
+        processor.save_pretrained(directory)
+        paths = sorted(Path(directory).iterdir())
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def _keep(features: Tokens, place: Path) -> None:

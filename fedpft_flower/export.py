@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fedpft_flower.adapters import attach_adapter, export_adapter, load_adapter
 from fedpft_flower.app import quiet
-from fedpft_flower.card import Origin, render_card
+from fedpft_flower.card import Licence, Origin, render_card
 from fedpft_flower.config import FedPFTError, existing_path, names_in
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.foundation import (
@@ -35,8 +35,8 @@ from fedpft_flower.sub_fm import frozen_weights
 from fedpft_flower.tasks import task_of
 from fedpft_flower.wire import tensors_hash
 
-# Files of an FM's directory that say what others may do with it.
-_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+# How the names of files begin that say what others may do with an FM.
+_LICENCES = ("license", "licence", "notice", "copying", "use_policy")
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -80,10 +80,18 @@ def export(
         config = replace(config, fm=replace(config.fm, name=_typed(fm_name)))
         finished = replace(finished, config=config)
     tell(f"loading FM {last_part(config.fm.name)}")
-    fm = _load(finished)
-    dtype, model = fm.model.dtype, _with_adapter(finished, fm)
-    origin = _origin(config.fm.name, fm, dtype)
-    card = render_card(finished, origin)
+    try:
+        fm = _load(finished)
+        dtype, model = fm.model.dtype, _with_adapter(finished, fm)
+        licences = _licence_files(config.fm.name)
+        origin = _origin(config.fm.name, fm, dtype, licences)
+        card = render_card(finished, origin)
+    except (LookupError, TypeError) as error:
+        raise FedPFTError(
+            f"the files of {place} lack what an export shows ({error!r}); was the run "
+            "made by this version?"
+        ) from error
+    model.config.dtype = dtype  # a float16 FM was computed with as float32
 
     def write(draft: Path) -> None:
         draft.mkdir()
@@ -94,7 +102,7 @@ def export(
         merged.config.dtype = dtype
         merged.save_pretrained(draft / "merged")
         fm.processor.save_pretrained(draft / "merged")
-        for path in _licence_files(config.fm.name):
+        for path in licences:
             shutil.copyfile(path, draft / path.name)
         (draft / "README.md").write_text(card, encoding="utf-8")
 
@@ -133,6 +141,10 @@ def _load(run: FinishedRun) -> FoundationModel:
             f"the FM {last_part(config.fm.name)!r} has SHA-256 {found[:16]}..., the "
             f"run had {run.manifest['fm-sha256'][:16]}...; give the run's FM by --fm"
         )
+    if task.objective == "generate":
+        # Rows to train on are padded on the right; who generates wants the FM's own.
+        own = fm.processor.init_kwargs.get("padding_side", fm.processor.padding_side)
+        fm.processor.padding_side = own
     return fm
 
 
@@ -145,11 +157,17 @@ def _with_adapter(run: FinishedRun, fm: FoundationModel) -> PeftModel:
     config = run.config
     model = attach_adapter(fm.model, config.lora, fm.head, config.seed, plan.adapters)
     try:
-        load_adapter(model, load_file(weights))
+        adapter = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise FedPFTError(
             f"cannot read {weights} ({error}); give a run directory that is whole"
         ) from error
+    if tensors_hash(adapter) != run.manifest["plugged-in-sha256"]:
+        raise FedPFTError(
+            f"{weights} is not the adapter that the run ended with (its SHA-256 is "
+            "another); give a run directory that is whole"
+        )
+    load_adapter(model, adapter)
     return model.eval()
 
 
@@ -164,7 +182,9 @@ def _write_adapter(
     fm.processor.save_pretrained(place)
 
 
-def _origin(name: str, fm: FoundationModel, dtype: torch.dtype) -> Origin:
+def _origin(
+    name: str, fm: FoundationModel, dtype: torch.dtype, licences: Sequence[Path]
+) -> Origin:
     local = existing_path(source_of_fm(name)) is not None
     return Origin(
         name=BUNDLED_HUB_NAME if name == BUNDLED_NAME else last_part(name),
@@ -172,26 +192,45 @@ def _origin(name: str, fm: FoundationModel, dtype: torch.dtype) -> Origin:
         architecture=fm.architecture,
         dtype=str(dtype).removeprefix("torch."),
         licence=_licence(name),
-        licence_files=tuple(path.name for path in _licence_files(name)),
+        licence_files=tuple(path.name for path in licences),
     )
 
 
-def _licence(name: str) -> str | None:
+def _licence(name: str) -> Licence | None:
     """Return the licence that the FM's own card names, or None."""
     source = source_of_fm(name)
     local = existing_path(source)
     try:
-        card = ModelCard.load(local / "README.md" if local else source)
+        card = ModelCard.load(
+            local / "README.md" if local else source, ignore_metadata_errors=True
+        )
     except Exception:  # no card, no network, or YAML of any kind
         return None
-    licence = card.data.get("license_name") or card.data.get("license")
-    return licence if isinstance(licence, str) and licence != "other" else None
+    told = [card.data.get(key) for key in ("license", "license_name", "license_link")]
+    identifier, called, link = (x if isinstance(x, str) and x else None for x in told)
+    if called is None and identifier in (None, "other"):
+        return None
+    return Licence(identifier or "other", called, link)
 
 
 def _licence_files(name: str) -> list[Path]:
-    local = existing_path(source_of_fm(name))
-    found = [path for kind in _LICENCES for path in (local.glob(kind) if local else ())]
-    return sorted(path for path in found if path.is_file())
+    """Return the FM's files that say what others may do with it, sorted."""
+    source = source_of_fm(name)
+    place = existing_path(source)
+    if place is None:
+        spelt = (
+            form(n) for n in _LICENCES for form in (str.lower, str.upper, str.title)
+        )
+        wanted = [f"{name}*" for name in spelt]
+        try:
+            place = Path(snapshot_download(source, allow_patterns=wanted))
+        except Exception:  # no network, and none of its files here
+            return []
+    return sorted(
+        path
+        for path in place.iterdir()
+        if path.is_file() and path.name.lower().startswith(_LICENCES)
+    )
 
 
 def _tell(line: str) -> None:

@@ -162,6 +162,8 @@ class Federation:
         # Before training a node that cannot take part ends the run; later, such a node
         # is left out instead.
         self.training = False
+        # Node -> id of a greeting whose reply was not taken yet.
+        self._greeted: dict[int, str] = {}
         # Nodes left out this time: what they are called, and why.
         self.refused: dict[int, tuple[str, str]] = {}
         # Old ids of nodes that came back under new ones; Flower lists them for a while.
@@ -198,6 +200,10 @@ class Federation:
     def partitions(self) -> int:
         """Return into how many partitions the nodes divide the run's rows, or 0."""
         return max((node.partitions for node in self.nodes.values()), default=0)
+
+    def invite(self) -> None:
+        """Greet the nodes that are online, and let `meet` take their replies."""
+        self._greeted = self._send_hello(sorted(self.grid.get_node_ids()))
 
     def meet(self, wanted: int) -> None:
         """Wait for nodes and let every new one introduce itself.
@@ -397,15 +403,14 @@ class Federation:
                 )
             if wanted > node.partitions and len(sharing) == len(self.nodes):
                 raise FedPFTError(
-                    f"train.clients-per-round = {wanted}, but there are "
-                    f"{node.partitions} nodes; lower it or add nodes"
+                    "train.clients-per-round or train.min-nodes = "
+                    f"{wanted}, but there are {node.partitions} nodes; lower it or add "
+                    "nodes"
                 )
 
     def _greet(self, nodes: list[int], earlier: Set[int]) -> None:
         mine, ours = source_hash(), versions()
-        # A node that is online and never answers must not hold up the others for long.
-        timeout = min(self._timeout, max(self._wait, GREETING_SECONDS))
-        for reply in self._hello(nodes, timeout):
+        for reply in self._hello(nodes):
             node = self.grid.node_of(reply)
             if reply.has_error() and reply.error.code != REFUSED:
                 # It went offline, or its process died: it may come back.
@@ -419,7 +424,7 @@ class Federation:
             except FedPFTError as error:
                 self._leave_out(node, str(error))
                 continue
-            if not self._has_room(known.key, node, earlier, timeout):
+            if not self._has_room(known.key, node, earlier):
                 continue
             known.installed = self._given.get(known.key, "")
             self.nodes[node] = known
@@ -433,23 +438,39 @@ class Federation:
                     known.key,
                 )
 
-    def _hello(self, nodes: Sequence[int], timeout: float) -> list[Message]:
-        """Greet nodes and return what comes back in time."""
+    @property
+    def _patience(self) -> float:
+        """Return the seconds that a greeting waits for its reply.
+
+        A node that is online and never answers must not hold up the others for long;
+        of one that is gone Flower says so within about a minute.
+        """
+        return min(self._timeout, max(self._wait, GREETING_SECONDS))
+
+    def _hello(self, nodes: Sequence[int]) -> list[Message]:
+        """Greet nodes, but for those invited, and return what comes back in time."""
+        invited, self._greeted = self._greeted, {}
+        asked = {n: invited[n] for n in nodes if n in invited}
+        asked |= self._send_hello([n for n in nodes if n not in asked])
+        return self.grid.receive(asked.values(), timeout=self._patience)
+
+    def _send_hello(self, nodes: Sequence[int]) -> dict[int, str]:
+        """Greet nodes and return the ids of the messages, by node."""
         labels = ConfigRecord({"labels": json.dumps(list(self._labels))})
         messages = [
             Message(RecordDict({CONFIG: labels}), dst_node_id=n, message_type=HELLO)
             for n in nodes
         ]
-        return list(self.grid.send_and_receive(messages, timeout=timeout))
+        asked = self.grid.send(messages, timeout=self._patience)
+        # A simulation gives no id for a node that has just gone.
+        return dict(zip(nodes, asked, strict=False))
 
     def _forget_offline(self, online: set[int]) -> None:
         """Drop who is gone, but remember what it was given."""
         self._given = self.installs()
         self.nodes = {n: node for n, node in self.nodes.items() if n in online}
 
-    def _has_room(
-        self, key: str, newcomer: int, earlier: Set[int], timeout: float
-    ) -> bool:
+    def _has_room(self, key: str, newcomer: int, earlier: Set[int]) -> bool:
         """Tell whether a newcomer may have its name, maybe in its old self's place.
 
         Two that introduce themselves together before training are no node and its old
@@ -459,13 +480,11 @@ class Federation:
             key: the name.
             newcomer: the node that gives it.
             earlier: the nodes that were known before this greeting.
-            timeout: how long to wait for the node that has the name; of one that is
-                gone Flower says so within about a minute.
         """
         for old in [n for n, node in self.nodes.items() if node.key == key]:
             if not self.training and old not in earlier:
                 continue
-            if self._answers(old, timeout):
+            if self._answers(old):
                 why = (
                     f"its site or partition-id makes it {key}, and node {old}, which "
                     "is still there, has that name; give it another one"
@@ -478,11 +497,11 @@ class Federation:
             self._given[key] = self.nodes.pop(old).installed
         return True
 
-    def _answers(self, node: int, timeout: float) -> bool:
+    def _answers(self, node: int) -> bool:
         """Tell whether a node still answers a greeting, if only to refuse it."""
         return any(
             not reply.has_error() or reply.error.code == REFUSED
-            for reply in self._hello([node], timeout)
+            for reply in self._hello([node])
         )
 
 

@@ -15,6 +15,7 @@ from fedpft_flower.architectures import (
     AUTO_PROCESSORS,
     Architecture,
     architecture_of,
+    is_within,
     model_class_of,
     model_types,
 )
@@ -254,7 +255,7 @@ def _check_untied(model: PreTrainedModel, head: Sequence[str]) -> None:
     """Refuse a head that is also another part of the model."""
     for pair in model.all_tied_weights_keys.items():
         for module in head:
-            if any(key.startswith(f"{module}.") for key in pair):
+            if any(is_within(key, [module]) for key in pair):
                 raise FedPFTError(
                     f"lora.head: {module!r} of {model.config.model_type} is tied to "
                     "another part of the model and cannot train alone; leave it out"
@@ -292,7 +293,7 @@ def _check_complete(
     name: str,
 ) -> None:
     """Refuse a config.json that does not describe the weights beside it."""
-    wrong = [k for k in other_shape if not k.startswith(tuple(f"{m}." for m in head))]
+    wrong = [key for key in other_shape if not is_within(key, head)]
     wrong += [
         key
         for key in unexpected
@@ -314,11 +315,7 @@ def _with_lacking(
 ) -> tuple[str, ...]:
     """Return the head with the modules of every parameter that the checkpoint lacks."""
     extra = sorted(
-        {
-            key.rpartition(".")[0]
-            for key in lacking
-            if not any(key.startswith(f"{module}.") for module in modules)
-        }
+        {key.rpartition(".")[0] for key in lacking if not is_within(key, modules)}
     )
     inside = f"{model.base_model_prefix}.{row.layers}."
     broken = [module for module in extra if not module or module.startswith(inside)]

@@ -6,7 +6,8 @@ inputs, and the target t that would make the residual stream behind it the FM's:
     minimise over V, c:  E||V a + c - t||^2
                          + beta s E||V J_a - W J_a'||^2_Q + lambda ||V - W_S||^2
 
-W_S are the FM's output columns of the kept neurons, J_a and J_a' the Jacobians of kept
+W_S are the present output columns of the kept neurons: the FM's, until a refit or a
+distillation changes them. J_a and J_a' the Jacobians of kept
 neurons (at the sub-FM's input) and of all the FM's neurons (at the FM's input), Q the
 covariance of the sub-FM's inputs, s the ratio of the energies of output and Jacobian at
 the present columns; with layer scale, V and c are what reaches the residual stream. E
@@ -29,7 +30,6 @@ from fedpft_flower.config import AlignConfig, FedPFTError
 from fedpft_flower.moments import (
     Seen,
     Sums,
-    covariance,
     observe,
     output_of,
     skipped,
@@ -40,7 +40,7 @@ from fedpft_flower.sensitivity import Sensitivity
 
 # Every so many batches, one is held out of the sums to watch for overfit.
 HOLD_OUT_EVERY = 10
-# The ridge is raised by these factors while that lowers the held-out error.
+# The ridge is multiplied by the one of these factors that has the least held-out error.
 RIDGE_FACTORS = (1.0, 10.0, 100.0, 1000.0)
 
 
@@ -72,13 +72,6 @@ class Quadratic:
             shift = 2 * (columns @ self.mean - self.target)
             found = found + (bias * (bias + shift)).sum()
         return found
-
-    def value(self, columns: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the objective, up to the Jacobian term's constant."""
-        slopes = ((columns @ self.jacobian) * columns).sum()
-        slopes = slopes - 2 * (columns * self.jacobian_cross).sum()
-        distance = (columns - self.columns).square().sum()
-        return self.error(columns, bias) + slopes + self.ridge * distance
 
     def solve(self) -> tuple[Tensor, Tensor | None]:
         """Return the V [D, K] and c [D] that minimise the objective."""
@@ -167,9 +160,9 @@ def refit(
         else:
             factors = RIDGE_FACTORS
             solutions = [learnt.with_ridge(factor).solve() for factor in factors]
+        present = learnt.columns, learnt.bias
         errors = [float(held_out.error(*solution)) for solution in solutions]
         best = min(range(len(errors)), key=errors.__getitem__)
-        present = learnt.columns, learnt.bias
         walks[1].ffns[place].write_output(*solutions[best])
         report(
             Fit(
@@ -235,13 +228,13 @@ def quadratics(
     """
     fm_ffn, ffn = (walk.ffns[i] for walk, i in zip(walks, places, strict=True))
     learnt, held_out = Sums(), Sums()
+    kept_back = _held_out(walks[0].batches)
     seen = (walk.observe(i) for walk, i in zip(walks, places, strict=True))
     for i, (teacher, student) in enumerate(zip(*seen, strict=True)):
-        out = _is_held_out(i, walks[0].batches)
         weights = teacher.weights
         if sensitivity is not None:
             weights = sensitivity.weights(i, places[0], weights)
-        _add(held_out if out else learnt, teacher, student, ffn, weights)
+        _add(held_out if i in kept_back else learnt, teacher, student, ffn, weights)
     fm_rows = [rows.detach() for rows in fm_ffn.up_rows()]
     columns = fm_ffn.output_columns()
     return (
@@ -250,10 +243,12 @@ def quadratics(
     )
 
 
-def _is_held_out(place: int, batches: Sequence[Batch]) -> bool:
-    # Of fewer batches the last one, so that something always watches.
-    every = min(HOLD_OUT_EVERY, len(batches))
-    return place % every == every - 1
+def _held_out(batches: Sequence[Batch]) -> set[int]:
+    """Return which batches are held out: every tenth, of fewer the smallest."""
+    if len(batches) >= HOLD_OUT_EVERY:
+        return set(range(HOLD_OUT_EVERY - 1, len(batches), HOLD_OUT_EVERY))
+    rows = [max(map(len, batch.values())) for batch in batches]
+    return {max(range(len(rows)), key=lambda i: (-rows[i], i))}
 
 
 def _add(sums: Sums, teacher: Seen, student: Seen, ffn: FFN, weights: Tensor) -> None:
@@ -274,8 +269,9 @@ def _add(sums: Sums, teacher: Seen, student: Seen, ffn: FFN, weights: Tensor) ->
 def _stream(teacher: Seen, norm: nn.Module | None) -> Tensor:
     """Return the residual stream from which the sub-FM would give the FM's output.
 
-    It is the FM's own, unless distillation changed the norm behind it: then the one of
-    the same mean and scale that the present norm maps to the FM's output.
+    It is the FM's own, unless distillation changed the LayerNorm behind it: then the
+    one of the same mean and scale that the present norm maps to the FM's output. (Of
+    an RMSNorm behind an FFN, as Gemma 2 has, a change is not made up for.)
     """
     if not isinstance(norm, nn.LayerNorm):
         return teacher.stream
@@ -295,11 +291,11 @@ def _objective(
 ) -> Quadratic:
     columns = ffn.output_columns()
     rows = [block.detach() for block in ffn.up_rows()]
-    metric = covariance(sums, "hh", "h", "h")
+    metric = sums.covariance("h")
     jacobian = sums.jacobian(rows, rows, metric, "gg")
     cross = sums.jacobian(fm_rows, rows, metric, "GG")
     gram, bias = sums.mean("aa"), ffn.output_bias()
-    centred = covariance(sums, "aa", "a", "a") if bias is not None else gram
+    centred = sums.covariance("a") if bias is not None else gram
     scale = align.jacobian_weight * energy_ratio(columns, centred, jacobian)
     return Quadratic(
         tokens=sums.tokens,

@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {
     ),
     # Neurons chosen by what they do on public data, and a closed-form start.
     "fedpft-ls": Method(
-        "docs/results.md",
+        f"after {_FEDPFT}; docs/results.md of FedPFT-Flower",
         keep_salient,
         selection="greedy",
         before="least-squares+distill",

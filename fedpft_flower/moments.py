@@ -10,6 +10,7 @@ token counts for all that follows; unweighted, the few tokens with a huge stream
 (attention sinks) outweigh all others.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from fedpft_flower.activity import Batch, hidden_states, real_tokens
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
+from fedpft_flower.config import FedPFTError
 from fedpft_flower.sensitivity import Sensitivity
 
 # Keeps the weight of a token finite, as a norm's own epsilon does.
@@ -212,10 +214,19 @@ class Sums:
         self._sums: dict[str, Tensor] = {}
 
     def begin(self, weights: Tensor) -> None:
-        """Begin a batch of tokens with these weights [tokens]."""
+        """Begin a batch of tokens with these weights [tokens].
+
+        Raises:
+            FedPFTError: they are not finite.
+        """
         self._weights = weights
         self.tokens += len(weights)
         self._total += float(weights.double().sum())
+        if not math.isfinite(self._total):
+            raise FedPFTError(
+                "the FM's hidden states are not finite on public rows; look at these "
+                "rows, or load the FM with fm.dtype = 'float32'"
+            )
 
     def add(self, name: str, left: Tensor, right: Tensor | None = None) -> None:
         """Add the weighted sum over the batch's tokens of x, or of x y^T.
@@ -261,25 +272,27 @@ class Sums:
             metric: Q [D, D].
             name: of the sums that `add_slopes` made.
         """
-        parts = [
-            (w_left.double() @ metric @ w_right.double().T)
-            * self.mean(f"{name}/{i}/{j}")
-            for i, w_left in enumerate(left)
-            for j, w_right in enumerate(right)
-        ]
-        return torch.stack(parts).sum(dim=0)
+        total = torch.zeros(len(left[0]), len(right[0])).to(metric)
+        for i, w_left in enumerate(left):
+            for j, w_right in enumerate(right):
+                product = w_left.double() @ metric @ w_right.double().T
+                total += product * self.mean(f"{name}/{i}/{j}")
+        return total
 
+    def covariance(self, name: str) -> Tensor:
+        """Return E[x x^T] - E[x] E[x]^T, from the sum of x and that of its products.
 
-def covariance(sums: Sums, product: str, left: str, right: str) -> Tensor:
-    """Return E[x y^T] - E[x] E[y]^T from the sums of these names."""
-    return sums.mean(product) - torch.outer(sums.mean(left), sums.mean(right))
+        Args:
+            name: of the sum of x; that of products has it twice ("h", "hh").
+        """
+        mean = self.mean(name)
+        return self.mean(2 * name) - torch.outer(mean, mean)
 
 
 @dataclass(frozen=True)
 class Moments:
     """Hold weighted moments of one FFN's activations a over public tokens, float64."""
 
-    tokens: int
     mean: Tensor  # E[a] [N]
     square: Tensor  # E[a^2] [N]
     gram: Tensor | None = None  # E[a a^T] [N, N]
@@ -326,8 +339,8 @@ def neuron_moments(
 def _moments(sums: Sums, ffn: FFN, grams: bool) -> Moments:
     mean, square = sums.mean("a"), sums.mean("a^2")
     if not grams:
-        return Moments(sums.tokens, mean, square)
+        return Moments(mean, square)
     rows = [block.detach() for block in ffn.up_rows()]
-    metric = covariance(sums, "hh", "h", "h")
+    metric = sums.covariance("h")
     jacobian = sums.jacobian(rows, rows, metric, "gg")
-    return Moments(sums.tokens, mean, square, sums.mean("aa"), jacobian)
+    return Moments(mean, square, sums.mean("aa"), jacobian)

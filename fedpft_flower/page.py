@@ -12,15 +12,18 @@ from typing import Any
 
 from fedpft_flower.charts import STYLE as CHART_STYLE
 from fedpft_flower.charts import Series, bars, lines, strip
-from fedpft_flower.config import Config, Scalar
+from fedpft_flower.config import (
+    READ_PATHS,
+    WRITTEN_PATHS,
+    Config,
+    Scalar,
+    existing_path,
+)
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.markup import Markup, element
 from fedpft_flower.plan import Plan
 
 Metrics = Mapping[str, Any]
-
-# Settings that may be paths of the server's machine.
-PATHS = ("fm.name", "data.path", "data.public-path", "out-dir", "resume")
 
 _DESCRIPTION = {
     "train": "training rows in one place (virtual clients share them)",
@@ -154,14 +157,15 @@ def render_page(
 def shown_settings(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return settings to show others: of paths of this machine, the last part only."""
     return {
-        key: last_part(str(value)) if key in PATHS else value
+        key: last_part(str(value)) if key in (*READ_PATHS, *WRITTEN_PATHS) else value
         for key, value in config.items()
     }
 
 
 def last_part(name: str) -> str:
     """Return the last part of a path; a hub name stays as it is."""
-    return PurePath(name).name if name.startswith(("/", "~", ".")) else name
+    is_path = name.startswith(("/", "~", ".")) or bool(name and existing_path(name))
+    return PurePath(name).name if is_path else name
 
 
 def count_nodes(nodes: Mapping[str, int | None]) -> str:
@@ -250,7 +254,8 @@ def _what(
         for name, key in (
             ("FM", "fm-sha256"),
             ("sub-FM", "sub-fm-sha256"),
-            ("adapter", "adapter-sha256"),
+            ("averaged adapter", "adapter-sha256"),
+            ("adapter in the FM", "plugged-in-sha256"),
         )
     ]
     splits = [
@@ -464,8 +469,7 @@ def _sum_up(
                 node.losses += [one["train_loss"]] if "train_loss" in one else []
                 node.seconds += one.get("seconds", 0.0)
             else:
-                reason = one["outcome"].removeprefix(f"{name}: ")
-                node.failures.append(f"round {entry['round']}: {reason}")
+                node.failures.append(f"round {entry['round']}: {one['outcome']}")
     return nodes
 
 

@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def is_whole(self) -> bool:
-        """Tell whether the sub-FM is the FM itself."""
+        """Tell whether every neuron of every layer is kept."""
         return self.layers == tuple(range(len(self.widths))) and not self.compressed
 
     def to_json(self) -> str:

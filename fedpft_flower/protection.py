@@ -174,8 +174,8 @@ def _gap_rows(
     yield _row(
         f"theft gap ({metric}, test)",
         _minus(after, metric, figures["theft-gap"]) + around,
-        "by how much the FM with the adapter is better than the sub-FM with it, which "
-        "a client can keep",
+        "by how much the FM with the adapter is better than the sub-FM with it; a "
+        "client can keep the sub-FM, and the adapter of its last round",
     )
     for when, found in figures["public"].items():
         yield _row(
@@ -190,14 +190,16 @@ def _client_rows(figures: Figures) -> Iterable[dict[str, str]]:
     sent = figures["bytes-up"]
     listed = ", ".join(f"{kind} {size / 1e6:.3f} MB" for kind, size in sent.items())
     spent = figures["privacy"]
+    uncounted = "; not counted is what came in a round that was cut short and resumed"
     yield _row(
         "clients sent, all rounds",
         listed or "nothing",
-        "adapters hold what was learnt from the rows; control is names, and that they "
-        "trained"
+        "adapters hold what was learnt from the rows; control is names, versions of "
+        "libraries, which sub-FMs are held, and that they trained" + uncounted
         if spent
         else "adapters hold what was learnt from the rows; statistics are how often "
-        "neurons were inactive; control is names, counts, losses",
+        "neurons were inactive; control is names, versions of libraries, which sub-FMs "
+        "are held, counts, losses, seconds and memory" + uncounted,
     )
     yield _row(
         "differential privacy",
@@ -205,7 +207,7 @@ def _client_rows(figures: Figures) -> Iterable[dict[str, str]]:
         if "epsilon" in spent
         else "none",
         "of a client's updates, against who sees what the server gives out; the server "
-        "itself sees them without noise"
+        "itself sees them without noise; other runs on the same rows add to it"
         if "epsilon" in spent
         else "nothing bounds what adapters tell of single rows",
     )

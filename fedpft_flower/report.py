@@ -56,7 +56,7 @@ class RunDirectory:
         self._rounds: list[Metrics] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path / ".lock")
+            self._lock = lock(self.path / ".lock")
         except BlockingIOError as error:
             raise FedPFTError(
                 f"{self.path} is in use by another run; wait for it or stop it"
@@ -92,9 +92,11 @@ class RunDirectory:
             lines = place.read_text(encoding="utf-8").splitlines()
             self._rounds = [json.loads(line) for line in lines[: current + 1]]
         except (OSError, ValueError) as error:
-            raise FedPFTError(f"cannot read {place}: {error}") from error
+            raise FedPFTError(f"resume: cannot read {place}: {error}") from error
         if [entry["round"] for entry in self._rounds] != list(range(current + 1)):
-            raise FedPFTError(f"{place} lacks rounds before {current}; start anew")
+            raise FedPFTError(
+                f"resume: {place} lacks rounds before {current}; start anew"
+            )
 
     def finish(
         self,
@@ -212,7 +214,7 @@ def put(place: Path, write: Callable[[Path], Any]) -> None:
         _remove(draft)
 
 
-def _lock(path: Path) -> IO[bytes]:
+def lock(path: Path) -> IO[bytes]:
     """Lock a file for as long as it stays open; a killed process lets go of it."""
     file = path.open("ab")
     try:

@@ -1,7 +1,7 @@
 """Score the neurons of an FM: the larger the score, the sooner a neuron is kept.
 
-Scoring, choosing (`plan.py`) and cutting (`sub_fm.py`) are three things: a score is a
-tensor, a choice is a `Plan`, a cut is a model.
+Scoring, choosing (`planners.py`) and cutting (`sub_fm.py`) are three things: a score is
+a tensor, a choice is a `Plan`, a cut is a model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,8 @@ from fedpft_flower.config import AlignConfig, FedPFTError, derive_seed
 from fedpft_flower.moments import Moments, neuron_moments
 from fedpft_flower.sensitivity import Sensitivity
 
-# Float64 sums that one pass over public batches may hold; larger models take several.
+# Bytes of float64 sums that one pass over public batches may hold; larger models take
+# several. One layer alone may have more: of a gated one five matrices of N x N.
 MOST_BYTES = 2e9
 
 
@@ -112,7 +113,7 @@ def greedy(evidence: Evidence) -> Tensor:
 
 
 def output_metric(evidence: Evidence) -> Tensor:
-    """Return M = C + beta s K + lambda mean(diag C) I, [N, N].
+    """Return M = M' + lambda mean(diag M') I with M' = C + beta s K, [N, N].
 
     s = tr(W C W^T) / tr(W K W^T) makes beta (`align.jacobian-weight`) a share; lambda
     is `align.ridge`. C is the covariance, or E[a a^T] where `down` has no bias that

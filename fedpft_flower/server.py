@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from fedpft_flower.adapters import (
     plug_in,
 )
 from fedpft_flower.alignment import (
+    GradientError,
     adapter_gradients,
     compare_gradients,
     distil,
@@ -47,6 +46,7 @@ from fedpft_flower.encoding import (
     encode_public,
     endless_batches,
     hold_out,
+    processor_files,
     shuffled_batches,
 )
 from fedpft_flower.evaluation import judge, metric_of
@@ -121,6 +121,8 @@ class ProxyServer:
         """
         self.config, self.method = config, method_of(config)
         self._processor = fm.processor
+        # Before it is used: whether rows were encoded earlier must not change them.
+        self._processor_files = processor_files(fm.processor)
         self._head = fm.head
         self._modality, self._objective = fm.architecture.modality, fm.objective
         # What a run is judged by.
@@ -175,13 +177,15 @@ class ProxyServer:
         """Score the FM's neurons and plan the sub-FM."""
         config, ffns = self.config, ffns_of(model)
         began = time.monotonic()
-        counts = kept_counts(config.sub_fm, [ffn.width for ffn in ffns])
+        widths = [ffn.width for ffn in ffns]
+        counts = kept_counts(config.sub_fm, widths)
+        chosen = [c for c, width in zip(counts, widths, strict=True) if c < width]
         name = self.method.selection
         batches: Iterable[Batch] = []
         sensitivity: Sensitivity | None = None
-        if selection_of(name).needs != "nothing":
+        if chosen and selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
-            calibration, sensitivity = self._calibration(model, max(counts))
+            calibration, sensitivity = self._calibration(model, max(chosen))
             batches = _Shown(calibration, "choosing neurons")
         scores = score(
             model, name, counts, batches, config.align, config.seed, sensitivity
@@ -193,6 +197,13 @@ class ProxyServer:
 
     def _check_plan(self) -> None:
         steps, plan = self.method.steps_before, self.plan
+        dropped = len(plan.layers) < len(plan.widths)
+        # Of some GPT-2: the sub-FM would count its layers anew.
+        if dropped and self._model_config.get("scale_attn_by_inverse_layer_idx"):
+            raise FedPFTError(
+                f"method = {self.config.method!r} drops layers, and the attention of "
+                "this FM depends on their numbers; choose a method that keeps all"
+            )
         refits = {"bias", "least-squares"} & {*steps, self.method.during}
         if refits and plan.aligned and not plan.compressed:
             raise FedPFTError(
@@ -230,20 +241,13 @@ class ProxyServer:
 
     def package(self) -> Package:
         """Return what a client needs of the sub-FM as it is now."""
-        with TemporaryDirectory() as directory:
-            self._processor.save_pretrained(directory)
-            files = {
-                path.name: path.read_bytes()
-                for path in sorted(Path(directory).iterdir())
-                if path.is_file()
-            }
         return Package(
             model_config=self._model_config,
             plan=self.plan,
             head=self._head,
             weights=self._snapshot(),
             activity_limits=self.limits,
-            processor_files=files,
+            processor_files=self._processor_files,
             objective=self._objective,
         )
 
@@ -388,7 +392,7 @@ class ProxyServer:
         """
         metrics: Metrics = {"selection-seconds": self.selection_seconds}
         if self._public is not None:
-            metrics["gradient-before"] = self._gradient_error()
+            metrics["gradient-before"] = self.gradient_error()
         steps = self.method.steps_before if self.plan.aligned else []
         for step in steps:
             if step == "distill":
@@ -399,7 +403,7 @@ class ProxyServer:
             else:
                 metrics[step] = self._refit(bias_only=step == "bias")
         if steps:
-            metrics["gradient-after"] = self._gradient_error()
+            metrics["gradient-after"] = self.gradient_error()
         self._measure_limits()
         return metrics
 
@@ -422,9 +426,9 @@ class ProxyServer:
         self._plug_in(adapter)
         if not self._realigns_after(current):
             return {}
-        metrics: Metrics = {"gradient-before": self._gradient_error()}
+        metrics: Metrics = {"gradient-before": self.gradient_error()}
         metrics |= self._realign(current, rates)
-        metrics["gradient-after"] = self._gradient_error()
+        metrics["gradient-after"] = self.gradient_error()
         self._measure_limits()
         return metrics
 
@@ -437,8 +441,9 @@ class ProxyServer:
 
         Returns:
             What it used, first and last loss, the FM's loss and metric before and after
-            on the validation split, and whether the refined adapter was kept;
-            nothing where the method does not refine, or the sub-FM is the FM.
+            on the validation split, and whether the refined adapter was kept; of one
+            that failed the error instead; nothing where the method does not refine, or
+            every neuron is kept.
         """
         plug, steps = self.config.plug_in, self.method.refine
         if not steps or self.plan.is_whole:
@@ -447,13 +452,17 @@ class ProxyServer:
         seed = derive_seed(self.config.seed, "refine")
         batches = endless_batches(self._public, plug.batch_size, seed)
         told, (before, _) = _Told("refine"), self._judge("fm", "validation")
-        refine(self.fm, self.sub_fm, batches, self._schedule(plug.lr, steps), told)
+        try:
+            refine(self.fm, self.sub_fm, batches, self._schedule(plug.lr, steps), told)
+        except FedPFTError as error:  # the trained adapter is worth keeping
+            logger.warning("refine: %s; the adapter stays as it was", error)
+            self._unrefine()
+            return {"kept": False, "error": str(error)}
         self._forget("fm")
         after, _ = self._judge("fm", "validation")
         kept = after["loss"] < before["loss"]
         if not kept:
-            plug_in(self.fm, self.adapter, self.plan)
-            self._forget("fm")
+            self._unrefine()
         logger.info(
             "refine: on validation loss %.3f -> %.3f, %s %.3f -> %.3f, %s",
             before["loss"],
@@ -471,6 +480,10 @@ class ProxyServer:
             "validation-after": after[self.metric],
             "kept": kept,
         }
+
+    def _unrefine(self) -> None:
+        plug_in(self.fm, self.adapter, self.plan)
+        self._forget("fm")
 
     def evaluate(self, split: str) -> Metrics:
         """Evaluate the adapter in the FM and in the sub-FM.
@@ -514,12 +527,21 @@ class ProxyServer:
         """Return the gradient error of the sub-FM at the current adapter.
 
         Returns:
-            Relative L2 and cosine, and their spread; nothing without a public corpus,
-            or where the sub-FM is the FM.
+            Relative L2 and cosine, and their spread; nothing without a public corpus.
         """
-        if self._public is None or self.plan.is_whole:
+        if self._public is None:
             return {}
-        return self._gradient_error()
+        if self._is_fm:  # equal models have equal gradients
+            return asdict(GradientError(0.0, 0.0, 1.0, 0.0))
+        seed = self.config.seed
+        order = derive_seed(seed, "gradient")
+        size = GRADIENT_ROWS[self._objective]
+        rows = shuffled_batches(self._public, size, order)
+        batches = list(islice(rows, GRADIENT_BATCHES))
+        if not self._gradients:
+            self._gradients = list(adapter_gradients(self.fm, batches, seed))
+        found = adapter_gradients(self.sub_fm, batches, seed)
+        return asdict(compare_gradients(self._gradients, found))
 
     # ----------------------------------------------------------------------- its parts
 
@@ -584,9 +606,8 @@ class ProxyServer:
             return {"least-squares": self._refit()}
         align, ffns = self.config.align, self._compressed()
         if align.activity == "public":
-            rates = inactive_rates(
-                self.sub_fm, ffns, self._activity_batches(), self.limits
-            )
+            body, batches = base_model(self.sub_fm), self._activity_batches()
+            rates = inactive_rates(body, ffns, batches, self.limits)
         if rates is None or [len(r) for r in rates] != [ffn.width for ffn in ffns]:
             raise FedPFTError(
                 f"round {current}: no client measured activity; set align.activity = "
@@ -713,7 +734,8 @@ class ProxyServer:
         self.version += 1
         if not (self.method.during == "distill" and self.plan.compressed):
             return
-        rms = activation_rms(self.sub_fm, self._compressed(), self._activity_batches())
+        body, batches = base_model(self.sub_fm), self._activity_batches()
+        rms = activation_rms(body, self._compressed(), batches)
         self.limits = [self.config.align.inactive_threshold * r for r in rms]
 
     def _activity_batches(self) -> Any:
@@ -721,18 +743,6 @@ class ProxyServer:
         seed = derive_seed(self.config.seed, "activity")
         size = self.config.align.batch_size
         return islice(shuffled_batches(self._public, size, seed), ACTIVITY_BATCHES)
-
-    def _gradient_error(self) -> dict[str, float]:
-        assert self._public is not None
-        seed = self.config.seed
-        order = derive_seed(seed, "gradient")
-        size = GRADIENT_ROWS[self._objective]
-        rows = shuffled_batches(self._public, size, order)
-        batches = list(islice(rows, GRADIENT_BATCHES))
-        if not self._gradients:
-            self._gradients = list(adapter_gradients(self.fm, batches, seed))
-        found = adapter_gradients(self.sub_fm, batches, seed)
-        return asdict(compare_gradients(self._gradients, found))
 
 
 def average_rates(

@@ -40,14 +40,12 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_flower.commands import resolve
-from fedpft_flower.config import Config, FedPFTError, existing_path, flatten
+from fedpft_flower.config import READ_PATHS, Config, FedPFTError, existing_path, flatten
 from fedpft_flower.methods import METHODS, method_of
 from fedpft_flower.planners import keep_all
 
 _VARIABLE = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-# Settings that name places of this machine.
-_PLACES = ("fm.name", "data.path", "data.public-path")
 _KEYS = {
     "nodes": int,
     "seeds": list,
@@ -134,6 +132,11 @@ class Spec:
             for lr in self.lrs(task, partition, method)
         ]
 
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """Return every task with every partition, as tables and plots have them."""
+        return [(task, part) for task in self.tasks for part in self.partitions]
+
     def groups(self) -> Iterator[tuple[str, str, str, float]]:
         """Yield task, partition, method and kept fraction, as they stand in tables."""
         seen = dict.fromkeys(
@@ -178,7 +181,7 @@ class Spec:
         """Return settings in which variables stand for the places that they name."""
         flat = config.flat() | {"out-dir": Config().out_dir}
         longest_first = sorted(self._variables.items(), key=lambda v: -len(v[1]))
-        for key in _PLACES:
+        for key in READ_PATHS:
             for name, value in longest_first:
                 if str(flat[key]) == value or str(flat[key]).startswith(f"{value}/"):
                     flat[key] = f"{{{name}}}{str(flat[key]).removeprefix(value)}"
@@ -281,6 +284,9 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
                 f"method {method!r} is neither a table [method.{method}] nor one of "
                 f"{', '.join(METHODS)}"
             )
+    for method in own:
+        if method not in table["methods"]:
+            yield f"[method.{method}] is none of methods; add it there, or remove it"
     for kind in ("task", "partition", "method"):
         for name, settings in table.get(kind, {}).items():
             if not _NAME.fullmatch(name):

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedpft_flower.config import Config, FedPFTError, flatten, one_line
 from fedpft_flower.endings import one_line_end
 from fedpft_flower.evaluation import metric_of
+from fedpft_flower.page import last_part
 from fedpft_flower.report import LOG
 from fedpft_flower.server import Metrics
 
@@ -69,7 +70,9 @@ class Status:
         if self.locked is None:
             return f"not finished; last written {duration(self.age)} ago"
         if self.locked:
-            return f"running; last written {duration(self.age)} ago"
+            over = self.rounds and self.rounds[-1]["round"] == self.config.rounds
+            doing = "ending: refinement, test, results" if over else "running"
+            return f"{doing}; last written {duration(self.age)} ago"
         return f"stopped {duration(self.age)} ago; go on with resume={self.path}"
 
     @property
@@ -78,9 +81,10 @@ class Status:
         seconds: list[float] = [
             entry["seconds"] for entry in self.rounds if entry["round"]
         ]
-        if self.finished or not seconds:
+        left = self.config.rounds - len(seconds)
+        if self.finished or not seconds or not left:
             return None
-        return statistics.median(seconds) * (self.config.rounds - len(seconds))
+        return statistics.median(seconds) * left
 
     def nodes(self) -> dict[str, tuple[int, int, str]]:
         """Return for every node: its last round, rounds it took, how the last went."""
@@ -88,16 +92,15 @@ class Status:
         for entry in self.rounds:
             for name, one in entry.get("per-client", {}).items():
                 took = found.get(name, (0, 0, ""))[1] + (one["outcome"] == "ok")
-                outcome = one["outcome"].removeprefix(f"{name}: ")
-                found[name] = entry["round"], took, outcome
+                found[name] = entry["round"], took, one["outcome"]
         return found
 
     def errors(self) -> list[str]:
         """Return the failures of all rounds, the newest last."""
         return [
-            f"round {entry['round']}: {reason}"
+            f"round {entry['round']}: {name}: {reason}"
             for entry in self.rounds
-            for reason in entry.get("failures", {}).values()
+            for name, reason in entry.get("failures", {}).items()
         ]
 
 
@@ -109,7 +112,7 @@ def render(status: Status) -> str:
     rows = [
         ("run", str(status.path)),
         ("state", status.state),
-        ("method", f"{config.method}, FM {Path(config.fm.name).name}"),
+        ("method", f"{config.method}, FM {last_part(config.fm.name)}"),
         ("round", "preparing" if last is None else f"{last} of {config.rounds}"),
     ]
     if status.seconds_left is not None:
@@ -158,14 +161,21 @@ def _lines(place: Path) -> list[str]:
 
 
 def _is_locked(place: Path) -> bool | None:
-    """Tell whether a file is locked, from the system's list: nobody is disturbed."""
+    """Tell whether a file is locked, from the system's list: nobody is disturbed.
+
+    Some file systems are listed under another device than their files say, so a lock
+    on an equal number there may be one on this file, or not.
+    """
     listed = Path("/proc/locks")
     if not place.exists() or not listed.exists():
         return None
     told = place.stat()
     device = f"{os.major(told.st_dev):02x}:{os.minor(told.st_dev):02x}"
-    file = f"{device}:{told.st_ino}"
-    return any(line.split()[5:6] == [file] for line in listed.read_text().splitlines())
+    locks = [line.split()[5:6] for line in listed.read_text().splitlines()]
+    if [f"{device}:{told.st_ino}"] in locks:
+        return True
+    unsure = any(lock and lock[0].endswith(f":{told.st_ino}") for lock in locks)
+    return None if unsure else False
 
 
 def _newest(root: Path) -> Path:

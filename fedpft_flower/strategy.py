@@ -157,7 +157,9 @@ class FedPFT(Strategy):
         record = self.rounds[server_round]
         federation.grid.ledger.round = server_round
         train = server.config.train
-        federation.meet(train.min_replies if federation.training else self._wanted())
+        federation.meet(
+            train.min_replies if federation.training else train.nodes_awaited
+        )
         chosen = self._choose(server_round)
         federation.offer(server)
         chosen = federation.install(chosen)
@@ -181,17 +183,13 @@ class FedPFT(Strategy):
         if not chosen:
             raise RoundError(
                 f"round {server_round}: no chosen node holds the sub-FM; "
-                f"{'; '.join(f'{name}: {why}' for name, why in left_out.items())}"
+                f"{'; '.join(_named(left_out))}"
             )
         view = ChosenNodes(federation.grid, chosen)
         averaging = self.privacy or self.inner
         messages = averaging.configure_train(server_round, arrays, request, view)
         self._sent = list(messages)
         return self._sent
-
-    def _wanted(self) -> int:
-        train = self.server.config.train
-        return max(train.clients_per_round, train.min_nodes)
 
     def _choose(self, current: int) -> list[int]:
         """Return the nodes to ask: at a new try those that failed, or stand-ins."""
@@ -292,7 +290,7 @@ class FedPFT(Strategy):
             problem = f"{lacking} usable replies"
         else:
             return
-        raise RoundError(f"round {current}: {'; '.join([problem, *bad.values()])}")
+        raise RoundError(f"round {current}: {'; '.join([problem, *_named(bad)])}")
 
     def _describe(self, current: int) -> None:
         """Note what every client of a round did, and what it cost."""
@@ -351,7 +349,7 @@ class FedPFT(Strategy):
             reason = self._problem(reply)
             if reason:
                 logger.warning("%s is left out: %s", name, reason)
-                bad[name] = one_line(f"{name}: {reason}")
+                bad[name] = one_line(reason)
             else:
                 good.append(reply)
         answered = {federation.sender(r) for r in replies}
@@ -359,7 +357,7 @@ class FedPFT(Strategy):
             name = federation.name(message.metadata.dst_node_id)
             if name not in answered:
                 logger.warning("%s did not reply in time", name)
-                bad[name] = f"{name}: no reply in time"
+                bad[name] = "no reply in time"
         return good, bad
 
     def _problem(self, reply: Message) -> str:
@@ -396,6 +394,10 @@ class FedPFT(Strategy):
         moved = self.server.check_update(adapter)
         if self.privacy is not None:
             self.privacy.check_moved(moved, self.server.adapter)
+
+
+def _named(reasons: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in reasons.items()]
 
 
 def _note(

@@ -18,6 +18,7 @@ from fedpft_flower.architectures import (
     family_of,
     ffn_of,
     ffns_of,
+    is_within,
     layer_prefix,
     layers_of,
     matrix_of,
@@ -170,7 +171,7 @@ def frozen_weights(model: PreTrainedModel, head: tuple[str, ...]) -> dict[str, T
     return {
         name: tensor.detach()
         for name, tensor in _own_state(model).items()
-        if not any(name.startswith(f"{module}.") for module in head)
+        if not is_within(name, head)
     }
 
 

@@ -46,20 +46,33 @@ class Result:
     def metric(self) -> str:
         """Return the metric of a finished cell."""
         assert self.found is not None
-        settings = {**Config().flat(), **self.found["config"]}
-        return metric_of(Config.from_run_config(settings).data)
+        return metric_of(Config.from_run_config(self.found["config"]).data)
 
-    def test(self, model: str) -> float:
+    @property
+    def more_tests(self) -> dict[str, dict[str, float]]:
+        """Return the metrics of further test splits, by their names."""
+        assert self.found is not None
+        return dict(self.found["summary"].get("more-tests", {}))
+
+    @property
+    def validation(self) -> float:
+        """Return the validation metric of a finished cell."""
+        assert self.found is not None
+        return validation_score(self.found, self.metric)
+
+    def test(self, model: str, split: str = "") -> float:
         """Return a test metric of a finished cell.
 
         Args:
             model: "plain" (the FM with the averaged adapter), "fm" (the same after its
                 refinement), "sub-fm".
+            split: a further test split, which knows no "plain"; "" is the usual one.
         """
         assert self.found is not None
         when = "test-plain" if model == "plain" else "test-after"
+        scores = self.more_tests[split] if split else self.found["summary"][when]
         name = "sub-fm" if model == "sub-fm" else "fm"
-        return float(self.found["summary"][when][f"{name}-{self.metric}"])
+        return float(scores[f"{name}-{self.metric}"])
 
 
 def validation_score(found: Mapping[str, Any], metric: str) -> float:
@@ -81,6 +94,15 @@ def validation_score(found: Mapping[str, Any], metric: str) -> float:
     return float(scores[summary["best-round"] if best else max(scores)])
 
 
+def best_of(results: Sequence[Result]) -> Result:
+    """Return the finished cell that validates best, the first of equals."""
+    best, *others = results
+    for other in others:
+        if is_better(best.metric, other.validation, best.validation):
+            best = other
+    return best
+
+
 def write_tables(spec: Spec, results: Sequence[Result], out: Path) -> Path:
     """Write `results.csv`, `table.md` and plots.
 
@@ -91,7 +113,7 @@ def write_tables(spec: Spec, results: Sequence[Result], out: Path) -> Path:
         FedPFTError: the disk refuses.
     """
     try:
-        put(out / "results.csv", lambda place: _write_csv(results, place))
+        put(out / "results.csv", lambda place: _write_csv(spec, results, place))
         text = markdown(spec, results)
         put(out / "table.md", lambda place: place.write_text(text, encoding="utf-8"))
         _draw(spec, results, out)
@@ -125,14 +147,14 @@ def row_of(result: Result) -> dict[str, Any]:
         "nodes": found["nodes"],
         "rounds": summary.get("rounds"),
         "metric": result.metric,
-        "validation": validation_score(found, result.metric),
+        "validation": result.validation,
         "test-before": summary.get("test-before", {}).get(f"fm-{result.metric}"),
         "test-plugged-in": result.test("plain"),
         "test-fm": result.test("fm"),
         "test-sub-fm": result.test("sub-fm"),
         **{
             f"{name}-{model}": scores[f"{model}-{result.metric}"]
-            for name, scores in summary.get("more-tests", {}).items()
+            for name, scores in result.more_tests.items()
             for model in ("fm", "sub-fm")
         },
         "gradient-error": start.get("relative"),
@@ -148,12 +170,12 @@ def row_of(result: Result) -> dict[str, Any]:
                 "bytes-down",
                 "bytes-up",
                 "server-seconds",
-                "seconds",
                 "peak-memory-server",
                 "peak-memory-client",
                 "failures",
             )
         },
+        "round-seconds": summary.get("seconds"),
         **{
             key: summary.get("protection", {}).get(key)
             for key in ("sent-verbatim", "re-fitted", "theft-gap")
@@ -164,8 +186,9 @@ def row_of(result: Result) -> dict[str, Any]:
     }
 
 
-def _write_csv(results: Sequence[Result], place: Path) -> None:
-    shown = {result.cell for group in _by_group(results).values() for result in group}
+def _write_csv(spec: Spec, results: Sequence[Result], place: Path) -> None:
+    groups = _by_group(spec, results)
+    shown = {result.cell for group in groups.values() for result in group}
     rows = [row_of(result) | {"shown": result.cell in shown} for result in results]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with place.open("w", newline="", encoding="utf-8") as file:
@@ -192,13 +215,12 @@ def gradient_errors(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def markdown(spec: Spec, results: Sequence[Result]) -> str:
     """Return all tables: accuracies in the paper's form, costs, differences."""
-    by_group = _by_group(results)
+    by_group = _by_group(spec, results)
     text = [f"# {spec.place.stem}", "", _about(spec, results), ""]
     text += ["## Test results of the FM", "", *_paper_table(spec, by_group), ""]
-    for task in spec.tasks:
-        for partition in spec.partitions:
-            rows = _long_table(spec, by_group, task, partition)
-            text += [f"## {_title(spec, task, partition)}", "", *rows, ""]
+    for task, partition in spec.columns:
+        rows = _long_table(spec, by_group, task, partition)
+        text += [f"## {_title(spec, task, partition)}", "", *rows, ""]
     if spec.pairs:
         text += ["## Differences", "", *_differences(spec, by_group), ""]
     for state in ("failed", "unrun"):
@@ -219,13 +241,17 @@ def _title(spec: Spec, task: str, partition: str) -> str:
     cell = Cell(task, partition, method, kept, lr, seed)
     metric = metric_of(spec.config(cell).data)
     better = "" if is_better(metric, 1, 0) else ", less is better"
-    return f"{', '.join(filter(None, (task, partition)))} ({metric}{better})"
+    return f"{_named(task, partition)} ({metric}{better})"
+
+
+def _named(task: str, partition: str) -> str:
+    return ", ".join(filter(None, (task, partition)))
 
 
 Group = tuple[str, str, str, float]
 
 
-def _by_group(results: Sequence[Result]) -> dict[Group, list[Result]]:
+def _by_group(spec: Spec, results: Sequence[Result]) -> dict[Group, list[Result]]:
     """Return the finished cells by task, partition, method and kept fraction.
 
     Of a grid of rates, those of the rate that all seeds share: the best one.
@@ -237,19 +263,10 @@ def _by_group(results: Sequence[Result]) -> dict[Group, list[Result]]:
             key = (cell.task, cell.partition, cell.method, cell.kept)
             groups.setdefault(key, []).append(result)
     for key, found in groups.items():
-        metric = found[0].metric
-        first = [r for r in found if r.cell.seed == found[0].cell.seed]
-        best = first[0]
-        for other in first[1:]:
-            if is_better(metric, _validation(other), _validation(best)):
-                best = other
-        groups[key] = [r for r in found if r.cell.lr == best.cell.lr]
+        first = [r for r in found if r.cell.seed == spec.seeds[0]]
+        lr = best_of(first or found).cell.lr
+        groups[key] = [r for r in found if r.cell.lr == lr]
     return groups
-
-
-def _validation(result: Result) -> float:
-    assert result.found is not None
-    return validation_score(result.found, result.metric)
 
 
 def _about(spec: Spec, results: Sequence[Result]) -> str:
@@ -260,31 +277,59 @@ def _about(spec: Spec, results: Sequence[Result]) -> str:
         if state in states
     )
     return (
-        f"{spec.nodes} nodes, seeds {', '.join(map(str, spec.seeds))}; cells: {told}. "
+        f"{spec.nodes} nodes, seeds {', '.join(map(str, spec.seeds))}; cells: {told}"
+        f"{_sources(results)}. "
         "Values are means over seeds, behind them the sample standard deviation. Gaps "
         f"are distances from {spec.reference} with the same seeds, with the 95 % "
         "interval of a paired bootstrap over seeds and test rows where the metric is a "
         "mean over rows; with one seed, over test rows alone. With few seeds such an "
         "interval is narrower than what other seeds would give (where seeds matter "
         "more than rows, it holds the truth in about half of all cases for two seeds, "
-        "three quarters for three), so the gap of every seed stands beside it."
+        "three quarters for three), so the gap of every seed stands beside it. The "
+        "gradient error is over a method's own adapters: of fewer layers where layers "
+        "are dropped, so it does not compare with that of others."
     )
 
 
+def _sources(results: Sequence[Result]) -> str:
+    """Say how many versions of the code made the cells, where it was not one."""
+    made = {r.found["manifest"].get("source") for r in results if r.found is not None}
+    told = f"; made by {len(made)} versions of the code" if len(made) > 1 else ""
+    return told + (", some not recorded" if told and None in made else "")
+
+
 def _paper_table(spec: Spec, groups: dict[Group, list[Result]]) -> list[str]:
-    columns = [(t, p) for t in spec.tasks for p in spec.partitions]
-    named = [_title(spec, t, p) for t, p in columns]
+    columns = [
+        (task, partition, split)
+        for task, partition in spec.columns
+        for split in ("", *_more_tests(groups, task, partition))
+    ]
+    named = [
+        ", ".join(filter(None, (split, _title(spec, task, partition))))
+        for task, partition, split in columns
+    ]
     rows = dict.fromkeys((method, kept) for _, _, method, kept in spec.groups())
     lines = _header("method", "kept", *named)
     for method, kept in rows:
         cells = []
-        for task, partition in columns:
+        for task, partition, split in columns:
             found = groups.get((task, partition, method, kept), [])
-            cell = _spread([result.test("fm") for result in found])
-            lacks = 0 < len(found) < len(spec.seeds)
-            cells.append(f"{cell} [{_seeds(len(found))}]" if lacks else cell)
+            known = [r for r in found if split in ("", *r.more_tests)]
+            values = [result.test("fm", split) for result in known]
+            cells.append(_marked(_spread(values), len(values), len(spec.seeds)))
         lines.append(_line(method, f"{kept:g}", *cells))
     return lines
+
+
+def _more_tests(groups: dict[Group, list[Result]], task: str, part: str) -> list[str]:
+    """Return the names of the further test splits of a task."""
+    found = [rs for key, rs in groups.items() if key[:2] == (task, part)]
+    return sorted({name for rs in found for r in rs for name in r.more_tests})
+
+
+def _marked(text: str, count: int, wanted: int) -> str:
+    """Say of how many seeds a value is, where it is not of all."""
+    return f"{text} [{_seeds(count)}]" if 0 < count < wanted else text
 
 
 def _long_table(
@@ -310,25 +355,29 @@ def _long_table(
                     _spread([result.test(model) for result in found])
                     for model in ("fm", "plain", "sub-fm")
                 ),
-                *_gap(found, _alike(groups, (of, share, spec.reference, kept)), spec),
-                _spread(_known(rows, "parameters-sub-fm"), 1e-6, 1, " M"),
-                _spread(_known(rows, "share-withheld"), 100, 1, " %"),
-                _spread(_known(rows, "bytes-install-per-client"), 1e-6, 1),
-                _spread(_known(rows, "bytes-per-client-and-round"), 1e-6, 2),
-                _spread(_known(rows, "server-seconds"), 1, 0),
-                _spread(_known(rows, "gradient-error")),
-                _spread(_known(rows, "gradient-cosine")),
+                *_gap(
+                    found, _alike(spec, groups, (of, share, spec.reference, kept)), spec
+                ),
+                _column(rows, "parameters-sub-fm", 1e-6, 1, " M"),
+                _column(rows, "share-withheld", 100, 1, " %"),
+                _column(rows, "bytes-install-per-client", 1e-6, 1),
+                _column(rows, "bytes-per-client-and-round", 1e-6, 2),
+                _column(rows, "server-seconds", 1, 0),
+                _column(rows, "gradient-error"),
+                _column(rows, "gradient-cosine"),
             )
         )
     return lines
 
 
-def _alike(groups: dict[Group, list[Result]], wanted: Group) -> list[Result]:
-    """Return a method's cells of this kept fraction, or of the only one it has."""
-    if wanted in groups:
-        return groups[wanted]
-    only = [found for key, found in groups.items() if key[:3] == wanted[:3]]
-    return only[0] if len(only) == 1 else []
+def _alike(
+    spec: Spec, groups: dict[Group, list[Result]], wanted: Group
+) -> list[Result]:
+    """Return a method's cells of this kept fraction, or of the only one of the spec."""
+    task, partition, method, kept = wanted
+    fractions = spec.kept(task, partition, method)
+    only = fractions[0] if len(fractions) == 1 else kept
+    return groups.get((task, partition, method, only), [])
 
 
 def _differences(spec: Spec, groups: dict[Group, list[Result]]) -> list[str]:
@@ -336,18 +385,21 @@ def _differences(spec: Spec, groups: dict[Group, list[Result]]) -> list[str]:
         *("task", "kept", "one", "other", "seeds", "one minus other", "by seed")
     )
     for one, other in spec.pairs:
-        for task in spec.tasks:
-            for part in spec.partitions:
-                title = f"{task}, {part}" if part else task
-                for kept, found, others in _both(groups, task, part, one, other):
-                    count = str(len(_paired(found, others)))
-                    gap = _gap(found, others, spec)
-                    lines.append(_line(title, kept, one, other, count, *gap))
+        for task, part in spec.columns:
+            for kept, found, others in _both(spec, groups, task, part, one, other):
+                count = str(len(_paired(found, others)))
+                gap = _gap(found, others, spec)
+                lines.append(_line(_named(task, part), kept, one, other, count, *gap))
     return lines
 
 
 def _both(
-    groups: dict[Group, list[Result]], task: str, part: str, one: str, other: str
+    spec: Spec,
+    groups: dict[Group, list[Result]],
+    task: str,
+    part: str,
+    one: str,
+    other: str,
 ) -> list[tuple[str, list[Result], list[Result]]]:
     """Return for each comparison the kept fraction, the one's cells, the other's."""
     fractions = sorted(
@@ -355,8 +407,8 @@ def _both(
     )
     found: dict[tuple[int, int], tuple[str, list[Result], list[Result]]] = {}
     for kept in fractions:
-        ones = _alike(groups, (task, part, one, kept))
-        others = _alike(groups, (task, part, other, kept))
+        ones = _alike(spec, groups, (task, part, one, kept))
+        others = _alike(spec, groups, (task, part, other, kept))
         if ones and others:
             found.setdefault((id(ones), id(others)), (f"{kept:g}", ones, others))
     return list(found.values()) or [("-", [], [])]
@@ -417,8 +469,16 @@ def interval(values: NDArray[np.float64], draws: int = 4000) -> tuple[float, flo
     return float(low), float(high)
 
 
-def _known(rows: Sequence[dict[str, Any]], column: str) -> list[float]:
-    return [row[column] for row in rows if row.get(column) is not None]
+def _column(
+    rows: Sequence[dict[str, Any]],
+    column: str,
+    scale: float = 1.0,
+    digits: int = 3,
+    unit: str = "",
+) -> str:
+    """Return a column of `results.csv`, and of how many seeds it is known."""
+    known = [row[column] for row in rows if row.get(column) is not None]
+    return _marked(_spread(known, scale, digits, unit), len(known), len(rows))
 
 
 def _spread(
@@ -428,7 +488,7 @@ def _spread(
     if not values:
         return "-"
     mean = f"{scale * statistics.mean(values):.{digits}f}{unit}"
-    if len(values) < 2 or digits == 0 or (scale != 1.0 and len(set(values)) == 1):
+    if len(values) < 2 or (scale != 1.0 and len(set(values)) == 1):
         return mean  # of sizes, which seeds share
     return f"{mean} ({scale * statistics.stdev(values):.{digits}f})"
 
@@ -447,7 +507,7 @@ Point = tuple[float, float]
 
 
 def _draw(spec: Spec, results: Sequence[Result], out: Path) -> None:
-    groups = _by_group(results)
+    groups = _by_group(spec, results)
     if not groups:
         return
     score = "the FM's {metric}, averaged adapter (validation)"
@@ -508,10 +568,9 @@ def _panels(
 
     Where seeds ended after unlike numbers of rounds, up to the first end.
     """
-    columns = [(t, p) for t in spec.tasks for p in spec.partitions]
-    figure, panels = _grid(len(columns))
-    for panel, (task, partition) in zip(panels, columns, strict=True):
-        panel.set(title=", ".join(filter(None, (task, partition))), xlabel=across)
+    figure, panels = _grid(len(spec.columns))
+    for panel, (task, partition) in zip(panels, spec.columns, strict=True):
+        panel.set(title=_named(task, partition), xlabel=across)
         panel.set_ylabel(up.format(metric=_metric(groups, task, partition)))
         panel.grid(alpha=0.3)
         for (of, share, method, kept), found in groups.items():
@@ -543,10 +602,9 @@ def _metric(groups: dict[Group, list[Result]], task: str, partition: str) -> str
 
 def _by_kept(spec: Spec, groups: dict[Group, list[Result]], place: Path) -> None:
     """Draw the test metric against the kept fraction; whole FMs are level lines."""
-    columns = [(t, p) for t in spec.tasks for p in spec.partitions]
-    figure, panels = _grid(len(columns))
-    for panel, (task, partition) in zip(panels, columns, strict=True):
-        panel.set(title=", ".join(filter(None, (task, partition))))
+    figure, panels = _grid(len(spec.columns))
+    for panel, (task, partition) in zip(panels, spec.columns, strict=True):
+        panel.set(title=_named(task, partition))
         panel.set(xlabel="kept fraction of the neurons")
         panel.set_ylabel(f"the FM's {_metric(groups, task, partition)} (test)")
         panel.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """Translate between domain objects and Flower records, and count what is sent.
 
-The only module that knows record keys. Nothing is ever unpickled: arrays travel as raw
+Names of records and kinds of messages stand here; the keys of a request or a reply
+stand with who writes and who reads it. Nothing is ever unpickled: arrays travel as raw
 bytes with dtype and shape, structure as JSON text.
 """
 
@@ -480,10 +481,6 @@ class Ledger:
             if way == direction and current in (None, of)
         )
 
-    def of_kind(self, wanted: str) -> int:
-        """Return all bytes of a kind in the whole run, both directions."""
-        return sum(s for (_, _, kind), s in self.logical.items() if kind == wanted)
-
     def kinds(self, direction: str) -> dict[str, int]:
         """Return the bytes of a direction in the whole run, by kind."""
         sizes: dict[str, int] = defaultdict(int)
@@ -634,32 +631,44 @@ class CountingGrid(Grid):
                 why = one_line(str(error))
                 logger.info("an adapter that is not %s: %s", codec, why)
 
-    def send_and_receive(
+    def send(
         self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send messages and return the replies that come before the timeout.
+    ) -> list[str]:
+        """Send messages that live until a timeout in seconds, and return their ids.
 
-        Messages live as long: who is late need not begin any more.
+        Who is late need not begin any more.
         """
         messages = list(messages)
         for message in messages:
             if timeout is not None:
                 message.metadata.ttl = min(message.metadata.ttl, timeout)
-        waiting = set(self.push_messages(messages))
+        return list(self.push_messages(messages))
+
+    def receive(
+        self, asked: Iterable[str], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Return the replies to messages, by their ids, that come before a timeout."""
+        waiting = set(asked)
         replies: list[Message] = []
         deadline = None if timeout is None else time.monotonic() + timeout
         while waiting:
             for reply in self.pull_messages(list(waiting)):
-                asked = reply.metadata.reply_to_message_id
-                if asked not in waiting:
+                answered = reply.metadata.reply_to_message_id
+                if answered not in waiting:
                     logger.warning("a second reply, or one to nothing, is left out")
                     continue
-                waiting.discard(asked)
+                waiting.discard(answered)
                 replies.append(reply)
             if not waiting or (deadline and time.monotonic() > deadline):
                 break
             time.sleep(self.POLL_SECONDS)
         return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages and return the replies that come before the timeout."""
+        return self.receive(self.send(messages, timeout=timeout), timeout=timeout)
 
 
 class ChosenNodes(CountingGrid):

@@ -2,17 +2,21 @@
 
 import csv
 import json
+import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fedpft_flower import compare, tables
 from fedpft_flower.commands import Failure
 from fedpft_flower.compare import Comparison
-from fedpft_flower.config import MARK, FedPFTError
+from fedpft_flower.config import MARK, Config, FedPFTError, PrivacyConfig
+from fedpft_flower.report import lock
 from fedpft_flower.spec import Cell, Spec
 from fedpft_flower.tables import interval
 from tests.test_federation import run
@@ -264,14 +268,17 @@ def test_results_that_only_look_alike_are_refused(
     assert said in error and str(place) in error
 
 
+@pytest.mark.parametrize("older", [False, True])
 def test_results_from_before_sensitivity_know_that_they_had_none(
-    spec_file, engine, tmp_path, capsys
+    spec_file, engine, tmp_path, capsys, older
 ):
     out, only = tmp_path / "out", ("--only", "aligned-k0.5-lr0.001-s0")
     compared(spec_file, out, *only)
     (place,) = out.glob("cells/*.json")
     found = json.loads(place.read_text())
     del found["recipe"]["sensitivity"], found["config"]["align.sensitivity"]
+    if older:
+        del found["recipe"]  # so did results before that
     place.write_text(json.dumps(found))
     compared(spec_file, out, *only)
     assert len(engine) == 1  # it is still the same
@@ -293,22 +300,124 @@ def test_a_stopped_cell_does_not_go_on_with_other_nodes(spec_file, engine, tmp_p
     assert places == {"n3", "n4"}
 
 
+def test_a_run_that_ended_and_was_not_kept_is_not_run_again(
+    spec_file, engine, tmp_path, monkeypatch
+):
+    out, only = tmp_path / "out", ("--only", "aligned-k0.5-lr0.001-s0")
+    real = Comparison._write
+
+    def full(self, cell, suffix, content):
+        raise FedPFTError("cannot write")
+
+    monkeypatch.setattr(Comparison, "_write", full)
+    assert compared(spec_file, out, *only) == 2
+    monkeypatch.setattr(Comparison, "_write", real)
+    compared(spec_file, out, *only)
+    assert len(engine) == 1 and len(list(out.glob("cells/*.json"))) == 1
+    # What was kept as a result, and removed by hand, would be run again.
+    (runs,) = out.glob("runs/digits*")
+    assert compare._left(runs, engine[0].flat()) is None
+
+
+def test_a_run_that_cannot_be_resumed_starts_anew_but_for_what_it_released(
+    spec_file, engine, tmp_path, monkeypatch
+):
+    spec, useless = Spec(spec_file), "resume: fedpft-flower is '2', the checkpoint..."
+    cell = spec.all_cells[0]
+    asked = []
+
+    def refuses(self, flat):
+        asked.append(flat)
+        return compare._Failed(useless)
+
+    monkeypatch.setattr(Comparison, "_attempt", refuses)
+    comparison = Comparison(spec, tmp_path / "out")
+    assert comparison._run(cell) == f"failed: {useless}"
+    assert len(asked) == 2
+    private = replace(
+        spec.config(cell),
+        privacy=PrivacyConfig(mechanism="server"),
+        weighting="uniform",
+    )
+    monkeypatch.setattr(Spec, "config", lambda self, cell: private)
+    comparison._run(cell)
+    assert len(asked) == 3
+
+
+def test_two_comparisons_do_not_run_in_one_directory(
+    spec_file, engine, tmp_path, capsys
+):
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    with lock(tmp_path / "out" / "runs" / ".lock"):
+        assert compared(spec_file, tmp_path / "out") == 2
+    (error,) = errors(capsys)
+    assert "in use by another comparison" in error and not engine
+
+
+def test_a_method_may_read_less_and_another_fm_is_refused(
+    spec_file, engine, tmp_path, capsys, monkeypatch, request
+):
+    text = SPEC.replace("seeds = [0, 1]", "seeds = [0, 1]\nreference = 'fedpft-n'")
+    spec_file.write_text(f"{text}data.max-train-rows = 60\n")
+    out = tmp_path / "out"
+    compared(spec_file, out, "--only", "k0.5-lr0.001-s0")
+    assert compared(spec_file, out, "--tables") == 1  # others are unrun, all is sound
+    other = tmp_path / "other"
+    shutil.copytree(request.getfixturevalue("vit_directory"), other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({k: 2 * v for k, v in tensors.items()}, other / "model.safetensors")
+    monkeypatch.setenv("FM_OF_TEST", str(other))
+    compared(spec_file, out, "--only", "fedpft-n-k0.5-lr0.001-s1")
+    capsys.readouterr()
+    assert compared(spec_file, out, "--tables") == 2
+    (error,) = errors(capsys)
+    assert "were made with unlike FM" in error
+
+
+def test_further_test_splits_have_columns_of_their_own():
+    def result(seed, hard):
+        scores = {"fm-accuracy": 0.5, "sub-fm-accuracy": 0.4}
+        more = {"hard": {"fm-accuracy": hard, "sub-fm-accuracy": 0.1}} if hard else {}
+        summary = {"test-after": scores, "test-plain": scores, "more-tests": more}
+        found = {"config": {"data.task": "digits"}, "summary": summary}
+        return tables.Result(Cell("t", "", "a", 0.5, 0.1, seed), found, None)
+
+    spec = SimpleNamespace(
+        columns=[("t", "")],
+        seeds=[0, 1],
+        methods=["a"],
+        groups=lambda: [("t", "", "a", 0.5)],
+        kept=lambda *of: [0.5],
+        lrs=lambda *of: [0.1],
+        config=lambda cell: Config(),
+    )
+    groups = {("t", "", "a", 0.5): [result(0, 0.25), result(1, None)]}
+    lines = tables._paper_table(spec, groups)
+    assert lines[0] == "| method | kept | t (accuracy) | hard, t (accuracy) |"
+    assert lines[2] == "| a | 0.5 | 0.500 (0.000) | 0.250 [1 seed] |"
+
+
 def test_differences_find_the_fraction_that_the_other_has():
     def group(method, kept):
         cells = [Cell("t", "", method, kept, 0.1, seed) for seed in (0, 1)]
         return [tables.Result(cell, {"rounds": []}, None) for cell in cells]
 
-    keys = [("whole", 1.0), ("a", 0.25), ("a", 0.5), ("b", 0.125)]
+    fractions = {"whole": [1.0], "a": [0.25, 0.5], "b": [0.125], "c": [0.25, 0.5]}
+    spec = SimpleNamespace(kept=lambda task, part, method: fractions[method])
+    keys = [("whole", 1.0), ("a", 0.25), ("a", 0.5), ("b", 0.125), ("c", 0.5)]
     groups = {("t", "", *key): group(*key) for key in keys}
 
     def found(one, other):
-        both = tables._both(groups, "t", "", one, other)
+        both = tables._both(spec, groups, "t", "", one, other)
         return [(kept, *(x and x[0].cell.kept for x in rest)) for kept, *rest in both]
 
     assert found("a", "whole") == [("0.25", 0.25, 1.0), ("0.5", 0.5, 1.0)]
     assert found("whole", "a") == [("0.25", 1.0, 0.25), ("0.5", 1.0, 0.5)]
     assert found("b", "whole") == [("0.125", 0.125, 1.0)]
     assert found("a", "b") == [("0.25", 0.25, 0.125), ("0.5", 0.5, 0.125)]
+    # What is not there yet is not made up for by another fraction.
+    assert found("a", "c") == [("0.5", 0.5, 0.5)]
+    fractions["none"] = [0.25]
     assert found("a", "none") == [("-", [], [])]
 
 
@@ -325,6 +434,8 @@ def test_differences_find_the_fraction_that_the_other_has():
         (("[settings]", "[setings]"), "unknown key 'setings'"),
         (('["aligned", "fedpft-n"]', '["aligned", "fedot"]'), "none of methods"),
         (("{FM_OF_TEST}", "{NO_SUCH_VARIABLE}"), "set the environment variable"),
+        (("[method.aligned]", "[method.alinged]"), "'aligned' is neither"),
+        (("align.steps = 2", "align.steps = 2\n[method.x]"), "is none of methods"),
         (("nodes = 3", "nodes = true"), "nodes is no int"),
         (("nodes = 3", "nodes = -1"), "give at least 1"),
         (("kept = [0.5", "kept = [1.0, 0.5"), "fractions between 0 and 1"),
@@ -347,11 +458,23 @@ def test_a_wrong_spec_is_refused_in_one_line(
     assert not engine
 
 
-def test_an_unreadable_result_names_the_file(spec_file, engine, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"summary": null}', "cut", "no test", "no hash"]
+)
+def test_an_unreadable_result_names_the_file(
+    spec_file, engine, tmp_path, capsys, content
+):
     place = tmp_path / "out/cells"
     place.mkdir(parents=True)
     broken = place / "digits-alike-fedpetuning-k1-lr0.001-s0.json"
-    broken.write_text("{")
+    cell = {"cell": {}, "nodes": 3, "config": {}, "rounds": [], "hits": {}}
+    cell |= {"summary": None, "manifest": {"splits": {}}}
+    if content == "no test":
+        cell["summary"] = {"best-round": 0, "select": "last"}
+        cell["rounds"] = [{"round": 0, "fm-accuracy": 0.5}]
+    if content == "no hash":
+        cell["manifest"] = {"splits": {"test": {}}}
+    broken.write_text(json.dumps(cell) if content.isalpha() else content)
     assert compared(spec_file, tmp_path / "out") == 2
     assert str(broken) in capsys.readouterr().err
 

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +17,8 @@ from transformers import (
     AutoTokenizer,
 )
 
+from fedpft_flower import export as exporting
+from fedpft_flower.card import Licence
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.encoding import encode
 from fedpft_flower.evaluation import evaluate
@@ -146,8 +150,9 @@ def test_an_image_export_opens_without_us(local_grid, settings, vit_directory):
 def test_a_generator_opens_without_us(
     local_grid, generation, generator_directory, tmp_path, family
 ):
-    fm = tmp_path / "fm"
-    AutoTokenizer.from_pretrained(generator_directory).save_pretrained(fm)
+    fm, side = tmp_path / "fm", "left" if family == "llama" else "right"
+    tokenizer = AutoTokenizer.from_pretrained(generator_directory, padding_side=side)
+    tokenizer.save_pretrained(fm)
     tiny_model(family, objective="generate").save_pretrained(fm)
     generation |= {"method": "fedpft-n", "rounds": 1, "fm.name": str(fm)}
     run(local_grid, generation)
@@ -160,6 +165,7 @@ def test_a_generator_opens_without_us(
     assert bool(merged.all_tied_weights_keys) == (family == "gpt2")
     tokenizer = AutoTokenizer.from_pretrained(out / "merged")
     assert tokenizer.pad_token == tokenizer.eos_token
+    assert tokenizer.padding_side == side
     config = Config.from_run_config(generation)
     rows = encode(
         load_task(config.data, 0).test, tokenizer, "text", config.data, "generate"
@@ -212,6 +218,45 @@ def test_a_bfloat16_fm_stays_one_and_its_licence_goes_along(
     assert found == pytest.approx(summary["test-after"]["fm-loss"], abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ("license: mit", Licence("mit")),
+        (
+            "license: other\nlicense_name: gemma\nlicense_link: https://a.b/c",
+            Licence("other", "gemma", "https://a.b/c"),
+        ),
+        ("license: mit\nmodel-index: 3", Licence("mit")),
+        ("license: other", None),
+        ("tags: [x]", None),
+    ],
+)
+def test_the_licence_is_what_the_fms_card_says(tmp_path, front, licence):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# An FM\n")
+    assert exporting._licence(str(tmp_path)) == licence
+
+
+def test_files_with_the_licence_are_found_however_they_are_spelt(tmp_path, monkeypatch):
+    names = ["LICENSE", "Licence.md", "USE_POLICY.md", "notice.txt"]
+    for name in (*names, "config.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "licenses").mkdir()
+    found = exporting._licence_files(str(tmp_path))
+    assert [path.name for path in found] == names
+    # Of an FM on a hub they are fetched, where there is one.
+    wanted = []
+
+    def fetch(source, allow_patterns):
+        wanted.append((source, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(exporting, "snapshot_download", fetch)
+    assert exporting._licence_files("owner/fm") == found
+    ((source, patterns),) = wanted
+    assert source == "owner/fm"
+    assert all(any(fnmatchcase(name, p) for p in patterns) for name in names)
+
+
 def test_protection_and_hostile_names_in_the_card(local_grid, texts, tmp_path):
     run(local_grid, texts)
     place, _, summary, _ = results(texts)
@@ -253,8 +298,16 @@ def test_what_cannot_be_exported_ends_in_one_line_and_leaves_nothing(
     held = weights.read_bytes()
     weights.write_bytes(held[: len(held) // 2])
     refused("cannot read .*adapter_model")
+    adapter = load(held)
+    save_file({name: tensor + 1.0 for name, tensor in adapter.items()}, weights)
+    refused("is not the adapter that the run ended with")
     weights.unlink()
     refused("cannot read .*adapter_model")
+    weights.write_bytes(held)
+    told = json.loads((place / "summary.json").read_text())
+    del told["refinement"]
+    (place / "summary.json").write_text(json.dumps(told))
+    refused("lack what an export shows")
     out.mkdir()
     refused("is there already")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
-from fedpft_flower import client, federation, node
+from fedpft_flower import app, client, federation, node
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.app import serve
 from fedpft_flower.config import Config, DataConfig, FedPFTError
@@ -90,6 +90,26 @@ def test_a_plain_loop_gives_the_same_adapter_as_flower(local_grid, settings, met
     if method.startswith("fedot"):
         assert server.plan.layers == (0, 2, 3)
         assert server.plan.emulator == (2,)
+
+
+def test_nodes_are_greeted_once_while_the_fm_is_not_there_yet(
+    local_grid, settings, monkeypatch
+):
+    came, before = [], []
+
+    def noting(message, context):
+        came.append(message.metadata.message_type)
+        return client_app(message, context)
+
+    def loading(*given):
+        before.extend(came)
+        return load_server(*given)
+
+    load_server = app.load_server
+    monkeypatch.setattr(app, "load_server", loading)
+    run(local_grid, settings | {"rounds": 1}, app=noting)
+    assert before == [HELLO] * NODES
+    assert came.count(HELLO) == NODES
 
 
 def test_one_client_aggregates_to_the_identity(local_grid, settings):
@@ -512,7 +532,8 @@ PATHS = ("data.path", "data.public-path")
         ({"sub-fm.selection": "magic"}, "sub-fm.selection"),
         ({"lora.targets": "query_key"}, "no module 'query_key'"),
         ({"lora.head": "poolest"}, "no module 'poolest'"),
-        ({"train.clients-per-round": 9}, "clients-per-round = 9"),
+        ({"train.clients-per-round": 9}, "train.min-nodes = 9"),
+        ({"train.min-nodes": 9}, "train.min-nodes = 9, but there are 5 nodes"),
         ({"fm.name": "/no/such/place"}, "fm.name = '/no/such/place'"),
         ({"data.task": "text"}, "takes image inputs"),
         ({"data.max-train-rows": 3}, "empty partition"),

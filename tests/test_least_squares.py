@@ -10,7 +10,12 @@ from fedpft_flower.adapters import base_model
 from fedpft_flower.alignment import state_loss
 from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, FedPFTError
-from fedpft_flower.least_squares import Walk, quadratics, refit
+from fedpft_flower.least_squares import (
+    Walk,
+    _held_out,
+    quadratics,
+    refit,
+)
 from fedpft_flower.sensitivity import measure, streams
 from tests.families import (
     CONFIGS,
@@ -119,8 +124,20 @@ def test_refit_against_numpy_layer_after_layer(family, share):
         torch.testing.assert_close(
             one.down.weight, other.down.weight, atol=2e-3 * scale, rtol=1e-3
         )
+        if one.down.bias is not None:
+            torch.testing.assert_close(
+                one.down.bias, other.down.bias, atol=2e-3 * scale, rtol=1e-3
+            )
     assert [fit.layer for fit in fits] == list(plan.compressed)
     assert all(fit.after < fit.before for fit in fits)
+
+
+def value(objective, columns, bias):
+    """Return the objective, up to the Jacobian term's constant."""
+    slopes = ((columns @ objective.jacobian) * columns).sum()
+    slopes = slopes - 2 * (columns * objective.jacobian_cross).sum()
+    distance = (columns - objective.columns).square().sum()
+    return objective.error(columns, bias) + slopes + objective.ridge * distance
 
 
 @families
@@ -132,17 +149,17 @@ def test_the_solution_is_a_minimum_and_never_above_the_original_columns(family):
         for layer in plan.compressed:
             one, _ = objective_of(fm, sub, plan, layer, batches(family, 6), align)
             columns, bias = one.solve()
-            lowest = one.value(columns, bias)
-            assert lowest <= one.value(one.columns, one.bias)
+            lowest = value(one, columns, bias)
+            assert lowest <= value(one, one.columns, one.bias)
             if weight == 0.0:
                 assert one.error(columns, bias) <= one.error(one.columns, one.bias)
             for _ in range(5):
                 noise = 0.01 * torch.randn(
                     columns.shape, generator=generator, dtype=torch.float64
                 )
-                assert lowest < one.value(columns + noise, bias)
+                assert lowest < value(one, columns + noise, bias)
             if bias is not None:
-                assert lowest < one.value(columns, bias + 0.01)
+                assert lowest < value(one, columns, bias + 0.01)
 
 
 @families
@@ -255,6 +272,24 @@ def test_where_the_layer_scale_is_zero_nothing_is_refitted():
     for ffn, old in zip(ffns_of(base_model(sub)), before, strict=True):
         same = (ffn.down.weight == old).all(dim=1).tolist()
         assert same == [row == 3 for row in range(12)]
+
+
+def test_every_tenth_batch_is_held_out_of_fewer_the_smallest():
+    def given(*rows):
+        return [{"pixel_values": torch.zeros(count, 3)} for count in rows]
+
+    assert _held_out(given(*[4] * 20)) == {9, 19}
+    assert _held_out(given(16, 1)) == {1}
+    assert _held_out(given(1, 16)) == {0}
+    assert _held_out(given(4, 4, 4)) == {2}
+
+
+def test_hidden_states_that_are_not_finite_are_named():
+    fm, sub, plan = adapted("bert")
+    with torch.no_grad():
+        ffns_of(base_model(fm))[0].down.bias.fill_(torch.inf)
+    with pytest.raises(FedPFTError, match="not finite on public rows"):
+        refit(fm, sub, plan, batches("bert"), ALIGN, print)
 
 
 def test_bias_only_needs_a_bias():

@@ -135,10 +135,10 @@ def facts(tmp_path):
             "lr": 0.001,
             "seconds": 2.0,
             "bytes": table,
-            "failures": {"north": "north: boom"},
+            "failures": {"north": "boom"},
             "clients": ["north", "south"],
             "train-loss": 1.5,
-            "per-client": {"south": client(1.5), "north": client(0, "north: boom")},
+            "per-client": {"south": client(1.5), "north": client(0, "boom")},
             "peak-memory-client": 5e8,
         },
         {
@@ -192,6 +192,7 @@ def facts(tmp_path):
         "fm-sha256": "01" * 32,
         "sub-fm-sha256": "23" * 32,
         "adapter-sha256": "45" * 32,
+        "plugged-in-sha256": "67" * 32,
         "plan": Plan((24, 24, 24, 24), kept, (0, 3)).to_json(),
     }
     return [config, rounds, summary, manifest]
@@ -254,7 +255,7 @@ def test_layers_say_what_is_kept(facts):
 
 def test_names_and_reasons_from_nodes_stay_text(facts):
     _, rounds, _, manifest = facts
-    rounds[1]["per-client"][HOSTILE] = client(0, f"{HOSTILE}: {HOSTILE}")
+    rounds[1]["per-client"][HOSTILE] = client(0, HOSTILE)
     rounds[1]["clients"].append(HOSTILE)
     manifest["nodes"][HOSTILE] = 3
     manifest["labels"][0] = HOSTILE

@@ -395,6 +395,9 @@ def test_clients_tell_nothing_but_their_adapter(local_grid, private, mechanism):
         written = (place / name).read_text()
         assert not re.search("train.loss|inactive", written)
     assert set(manifest["nodes"].values()) == {None}
+    assert set(manifest["splits"]) == {"validation", "test", "public"}
+    saved = Checkpoints(place, 2).load().state["identity"]
+    assert "data (test)" in saved and "data (train)" not in saved
     for entry in rounds[1:]:
         for one in entry["per-client"].values():
             told = set(one)
@@ -476,7 +479,9 @@ def test_exactly_the_strategies_that_average_uniformly_keep_the_guarantee():
 
 
 def test_a_plain_loop_adds_no_noise_and_says_so(private):
-    with pytest.raises(FedPFTError, match="the plain loop adds no noise"):
+    with pytest.raises(
+        FedPFTError, match=r"privacy\.mechanism = 'server': the plain loop"
+    ):
         PlainLoop(Config.from_run_config(private), NODES)
 
 

@@ -97,6 +97,22 @@ def test_the_server_keeps_what_lowers_the_loss_on_validation(trained, monkeypatc
     assert same(trained.adapter, sub)
 
 
+def test_a_refinement_that_fails_loses_nothing(trained, monkeypatch, caplog):
+    plain = get_adapter(trained.fm)
+
+    def fail(fm, *rest):
+        for name, parameter in fm.named_parameters():
+            if ".lora_B" in name:
+                parameter.data.fill_(torch.nan)
+        raise FedPFTError("the loss of the refinement is nan; lower plug-in.lr")
+
+    monkeypatch.setattr("fedpft_flower.server.refine", fail)
+    report = trained.refine()
+    assert report["kept"] is False and "lower plug-in.lr" in report["error"]
+    assert "lower plug-in.lr" in caplog.text
+    assert same(get_adapter(trained.fm), plain)
+
+
 @pytest.mark.parametrize("how", ["distill", "least-squares"])
 def test_what_was_judged_before_is_judged_again_once_a_model_changes(
     local_grid, settings, how

@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from flwr.app import Error, Message
 
 from fedpft_flower import status
-from fedpft_flower.report import _lock
+from fedpft_flower.report import lock
 from fedpft_flower.status import Status, render
 from tests.test_federation import results, run
 
@@ -42,7 +43,10 @@ def test_a_finished_run_is_shown_with_its_nodes_errors_and_log(finished, capsys)
     assert "partition-000001  2  0  " in text
     assert "\x1b" not in text
     errors = text.split("last errors:\n")[1].split("\n\n")[0].splitlines()
-    assert [line.split(":")[0].strip() for line in errors] == ["round 1", "round 2"]
+    assert [line.split(":")[:2] for line in errors] == [
+        ["  round 1", " partition-000001"],
+        ["  round 2", " partition-000001"],
+    ]
     assert text.rstrip().endswith(f"results: {finished}")
 
 
@@ -55,12 +59,17 @@ def test_a_run_that_goes_on_tells_the_time_left(finished, capsys):
     assert told.seconds_left == rounds[1]["seconds"]
     text = shown(finished, capsys)
     assert f"go on with resume={finished}" in text and "1 of 2" in text
-    lock = _lock(finished / ".lock")
+    held = lock(finished / ".lock")
     try:
         assert Status.read(finished).locked is True
         assert "running; last written" in shown(finished, capsys)
     finally:
-        lock.close()
+        held.close()
+    ended = {"round": 2, "seconds": 1.0}
+    metrics.write_text("".join(json.dumps(e) + "\n" for e in [*rounds, ended]))
+    told = Status.read(finished)
+    assert told.seconds_left is None
+    assert replace(told, locked=True).state.startswith("ending: ")
     metrics.unlink()
     assert "preparing" in render(Status.read(finished))
 
