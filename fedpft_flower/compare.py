@@ -242,12 +242,11 @@ class Comparison:
             if (result := self._read(cell)) is None:
                 continue
             place = self._place(cell, ".json")
-            for (what, *alike), content in _read_by(cell, result).items():
-                key = (what, *alike)
+            for key, content in _read_by(cell, result).items():
                 earlier, other = seen.setdefault(key, (place, content))
                 if content != other:
                     raise FedPFTError(
-                        f"{earlier} and {place} were made with unlike {what}; give "
+                        f"{earlier} and {place} were made with unlike {key[0]}; give "
                         "another --out, or remove those of the old ones"
                     )
 
