@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import run_main
-from fedpft_flower.activity import real_logits
 from fedpft_flower.app import load_rows, load_server, quiet
+from fedpft_flower.batches import real_logits
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.encoding import shuffled_batches

@@ -13,7 +13,8 @@ import statistics
 from typing import Any
 
 from benchmarks import run_main, spread
-from fedpft_flower.app import load, quiet
+from benchmarks.plain_loop import load
+from fedpft_flower.app import quiet
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.server import Metrics

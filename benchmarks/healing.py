@@ -40,10 +40,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks import run_main, spread
-from fedpft_flower.activity import Batch
+from benchmarks.plain_loop import load
 from fedpft_flower.adapters import base_model
-from fedpft_flower.app import load, quiet
+from fedpft_flower.app import quiet
 from fedpft_flower.architectures import architecture_of, ffns_of
+from fedpft_flower.batches import Batch
 from fedpft_flower.codec import decode_weights, encode_weights
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError, derive_seed

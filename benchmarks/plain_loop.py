@@ -9,17 +9,30 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from fedpft_flower.activity import inactive_rates
 from fedpft_flower.adapters import Adapter, base_model, get_adapter, load_adapter
-from fedpft_flower.app import load, quiet
+from fedpft_flower.app import load_rows, load_server, quiet
 from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.encoding import Rows, shuffled_batches
 from fedpft_flower.partitions import load_partition
-from fedpft_flower.server import Metrics, average_rates
+from fedpft_flower.server import Metrics, ProxyServer, average_rates
 from fedpft_flower.sub_fm import compressed_ffns
+from fedpft_flower.tasks import TaskData
 from fedpft_flower.training import train_adapter
+
+
+def load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
+    """Load the task, the public corpus where there is one, and the server with its FM.
+
+    Raises:
+        FedPFTError: the configuration, the data or the FM do not fit each other.
+    """
+    task, public = load_rows(config)
+    return task, public, load_server(config, task, public)
+
 
 # Settings with the values that this loop is for.
 _ONLY = {

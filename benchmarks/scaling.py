@@ -33,7 +33,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from benchmarks import ROOT, run_main
 from fedpft_flower.config import nest
-from fedpft_flower.report import put
+from fedpft_flower.disk import put
 
 HIDDEN = 64
 WORDS = [f"word{number}" for number in range(200)]

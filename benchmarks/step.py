@@ -23,9 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import run_main, spread
-from fedpft_flower.activity import Batch
+from benchmarks.plain_loop import load
 from fedpft_flower.adapters import base_model
-from fedpft_flower.app import load, quiet
+from fedpft_flower.app import quiet
+from fedpft_flower.batches import Batch
 from fedpft_flower.commands import read_config
 from fedpft_flower.compute import Compute
 from fedpft_flower.config import FedPFTError

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from benchmarks import run_main, spread
 from benchmarks.scaling import write_fm
 from benchmarks.step import operations_of, seconds_of
-from fedpft_flower.activity import Batch
 from fedpft_flower.adapters import attach_adapter, base_model
 from fedpft_flower.alignment import distil, layer_level
 from fedpft_flower.app import quiet
 from fedpft_flower.architectures import ffns_of, layers_of
+from fedpft_flower.batches import Batch
 from fedpft_flower.compute import Compute
 from fedpft_flower.config import LoraConfig, SubFMConfig, TrainConfig
 from fedpft_flower.descent import Schedule

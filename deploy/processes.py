@@ -13,8 +13,9 @@ from typing import Any, Self
 
 import tomli_w
 
-from fedpft_flower.commands import (
-    CHECKOUT,
+from fedpft_flower.commands import CHECKOUT
+from fedpft_flower.config import FedPFTError, nest
+from fedpft_flower.superlink import (
     copy_app,
     flower_home,
     free_port,
@@ -23,7 +24,6 @@ from fedpft_flower.commands import (
     undisturbed,
     wait_until_up,
 )
-from fedpft_flower.config import FedPFTError, nest
 
 HERE = Path(__file__).resolve().parent
 

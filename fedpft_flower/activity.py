@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedpft_flower.architectures import FFN
+from fedpft_flower.batches import Batch, real_tokens
 
-Batch = dict[str, Tensor]
 # Called with the layer's place in the list and its activations [tokens, N].
 Watcher = Callable[[int, Tensor], None]
 
@@ -52,43 +52,6 @@ def watch(
         model.train(was_training)
         for handle in handles:
             handle.remove()
-
-
-def hidden_states(output: Any) -> Tensor:
-    """Return the hidden states [B, T, D] among what a layer returned."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the vectors [tokens, D] of the tokens that are not padding.
-
-    Args:
-        values: [B, T, D], or any shape that ends in D when there is no mask.
-        mask: attention mask [B, T], or None when every token is real.
-    """
-    flat = values.reshape(-1, values.shape[-1])
-    return flat if mask is None else flat[mask.reshape(-1).bool()]
-
-
-def real_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the logits [B, C] of rows, or [tokens, V] of tokens without padding."""
-    logits: Tensor = model(**batch).logits
-    mask = batch.get("attention_mask")
-    return logits if logits.dim() == 2 else real_tokens(logits, mask)
-
-
-def unit_cotangents(logits: Tensor, seed: int) -> Tensor:
-    """Return random vectors of length 1, the same for every model and device.
-
-    Args:
-        logits: [B, C] or [tokens, V], which they have the shape and device of.
-        seed: of the draw.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(logits.shape, generator=generator).to(logits.device)
-    cotangents: Tensor = drawn / drawn.norm(dim=-1, keepdim=True)
-    return cotangents
 
 
 def activation_rms(

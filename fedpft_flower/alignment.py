@@ -23,15 +23,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedpft_flower.activity import (
+from fedpft_flower.adapters import base_model
+from fedpft_flower.architectures import FFN, ffns_of, layers_of
+from fedpft_flower.batches import (
     Batch,
     hidden_states,
     real_logits,
     real_tokens,
     unit_cotangents,
 )
-from fedpft_flower.adapters import base_model
-from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.config import derive_seed
 from fedpft_flower.descent import Progress, Schedule, Trainable, descend
 from fedpft_flower.plan import Plan

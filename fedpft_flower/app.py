@@ -116,21 +116,19 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
         run.prepare()
     else:
         run.resume(saved)
-    try:
-        run.strategy.start(
-            counting,
-            pack_tensors(server.adapter)[0],
-            num_rounds=config.rounds,
-            timeout=config.timeout_seconds,
-            evaluate_fn=run.end_round,
-        )
-    except RoundError as error:
-        raise FedPFTError(
-            f"{error}; the last checkpoint is of round {run.strategy.done}, go on with "
-            f"resume={directory.path}"
-        ) from error
-    if config.select == "best":
-        server.restore(checkpoints.load(run.best_round).tensors)
+    run.train()
+    _finish(run, task, splits, hashes)
+
+
+def _finish(
+    run: "_Run",
+    task: TaskData,
+    splits: Mapping[str, Dataset | None],
+    hashes: Mapping[str, str],
+) -> None:
+    """Refine the adapter, test it, and write all that a finished run has."""
+    server, federation = run.strategy.server, run.strategy.federation
+    run.plug_in_chosen()
     plain, right = server.judge("test")
     hits = {"plain": right["fm"], **right}
     alike = server.likeness()  # before the FM learns to follow the sub-FM
@@ -138,38 +136,26 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     if refinement.get("kept"):
         after, right = server.judge("test")
         hits |= right
-    summary = _summary(run, plain, after, counting.ledger)
-    summary["refinement"] = refinement
-    summary["server-seconds"] = _seconds_in(
-        [*(entry.get("alignment", {}) for entry in directory.rounds), refinement]
-    )
+    first, *_ = rounds = run.directory.rounds
+    aligned = [entry.get("alignment", {}) for entry in rounds]
+    summary = _summary(run, plain, after) | {
+        "refinement": refinement,
+        "server-seconds": _seconds_in([*aligned, refinement]),
+        "more-tests": {name: server.evaluate(name) for name in task.more_tests},
+    }
     summary["protection"] = protection(
         federation.exposure,
         server.parameters["fm"],
         server.metric,
         summary,
-        {"before": directory.rounds[0]["public"], "after": alike}
-        if "public" in directory.rounds[0]
-        else {},
+        {"before": first["public"], "after": alike} if "public" in first else {},
         hits,
-        counting.ledger.kinds("up"),
+        federation.grid.ledger.kinds("up"),
     )
-    summary["more-tests"] = {name: server.evaluate(name) for name in task.more_tests}
     federation.offer(server)  # a run that was over when it was resumed has not yet
-    manifest = _manifest(config, task, splits, hashes, server, federation)
-    directory.finish(server, summary, manifest, hits)
+    run.directory.finish(server, summary, _manifest(run, task, splits, hashes), hits)
     _show(summary, server.metric)
-    logger.info("results: %s", directory.path)
-
-
-def load(config: Config) -> tuple[TaskData, Dataset | None, ProxyServer]:
-    """Load the task, the public corpus where there is one, and the server with its FM.
-
-    Raises:
-        FedPFTError: the configuration, the data or the FM do not fit each other.
-    """
-    task, public = load_rows(config)
-    return task, public, load_server(config, task, public)
+    logger.info("results: %s", run.directory.path)
 
 
 def load_rows(config: Config) -> tuple[TaskData, Dataset | None]:
@@ -310,6 +296,33 @@ class _Run:
         self._stop_early()
         logger.info("resumed after round %d", saved.round)
 
+    def train(self) -> None:
+        """Train all rounds that are left.
+
+        Raises:
+            FedPFTError: a round has too few nodes or replies; the run can be resumed.
+        """
+        strategy = self.strategy
+        try:
+            strategy.start(
+                strategy.federation.grid,
+                pack_tensors(strategy.server.adapter)[0],
+                num_rounds=self.config.rounds,
+                timeout=self.config.timeout_seconds,
+                evaluate_fn=self.end_round,
+            )
+        except RoundError as error:
+            raise FedPFTError(
+                f"{error}; the last checkpoint is of round {strategy.done}, go on with "
+                f"resume={self.directory.path}"
+            ) from error
+
+    def plug_in_chosen(self) -> None:
+        """Go back to the best round, where the run is to end with its adapter."""
+        if self.config.select == "best":
+            best = self._checkpoints.load(self.best_round)
+            self.strategy.server.restore(best.tensors)
+
     def end_round(self, current: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate after a round (0: before training) and report it."""
         ledger = self.strategy.federation.grid.ledger
@@ -406,8 +419,9 @@ class _Run:
         return "  ".join(parts)
 
 
-def _summary(run: _Run, plain: Metrics, after: Metrics, ledger: Ledger) -> Metrics:
+def _summary(run: _Run, plain: Metrics, after: Metrics) -> Metrics:
     rounds, strategy = run.directory.rounds, run.strategy
+    ledger = strategy.federation.grid.ledger
     taken = max(1, sum(len(entry.get("clients", ())) for entry in rounds))
     both = [ledger.total(way) for way in ("down", "up")]
     install = ledger.kinds("down").get("install", 0)
@@ -452,13 +466,13 @@ def _seconds_in(parts: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _manifest(
-    config: Config,
+    run: _Run,
     task: TaskData,
     splits: Mapping[str, Dataset | None],
     hashes: Mapping[str, str],
-    server: ProxyServer,
-    federation: Federation,
 ) -> Metrics:
+    config, strategy = run.config, run.strategy
+    server, federation = strategy.server, strategy.federation
     return {
         "versions": dict(versions()),
         "source": source_hash(),

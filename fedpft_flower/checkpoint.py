@@ -7,7 +7,6 @@ whole, or not at all.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from fedpft_flower.config import (
     Scalar,
     flat_defaults,
 )
+from fedpft_flower.disk import put
 
 _SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
 
@@ -70,10 +70,9 @@ class Checkpoints:
         Raises:
             FedPFTError: the disk refuses; earlier checkpoints are as they were.
         """
-        draft = self._root / ".partial"
-        try:
-            shutil.rmtree(draft, ignore_errors=True)  # what a killed run has left
-            draft.mkdir(parents=True)
+
+        def write(draft: Path) -> None:
+            draft.mkdir()
             tensors = draft / "tensors.safetensors"
             save_file(
                 {n: t.contiguous() for n, t in checkpoint.tensors.items()}, tensors
@@ -84,19 +83,15 @@ class Checkpoints:
                 **checkpoint.state,
             }
             (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            for path in (tensors, draft / "state.json", draft):
-                flush(path)
-            place = self._place(checkpoint.round)
-            shutil.rmtree(place, ignore_errors=True)  # a damaged one of this round
-            draft.rename(place)
-            flush(self._root)
+
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            put(self._place(checkpoint.round), write)
         except Exception as error:  # safetensors has no public class for a full disk
             raise FedPFTError(
                 f"cannot write a checkpoint in {self._root} ({error}); make room and "
                 f"resume with resume={self._root.parent}"
             ) from error
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
         for old in self._rounds()[: -self._keep]:
             if old != best:
                 shutil.rmtree(self._place(old), ignore_errors=True)
@@ -132,20 +127,15 @@ class Checkpoints:
         Raises:
             FedPFTError: the disk refuses; what stood there before still does.
         """
-        draft = self._root / ".privacy.partial"
+        text = json.dumps(spent)
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps(spent), encoding="utf-8")
-            flush(draft)
-            draft.replace(self._root / _SPENT)
-            flush(self._root)
+            put(self._root / _SPENT, lambda draft: draft.write_text(text))
         except OSError as error:
             raise FedPFTError(
                 f"cannot write in {self._root} ({error}); make room and resume with "
                 f"resume={self._root.parent}"
             ) from error
-        finally:
-            draft.unlink(missing_ok=True)
 
     def spent(self) -> dict[str, Any]:
         """Return what `note_spent` wrote last.
@@ -226,15 +216,6 @@ def check_partitions(saved: Mapping[str, Any], now: int) -> None:
 def identity(config: Mapping[str, Scalar], hashes: Mapping[str, str]) -> dict[str, Any]:
     """Return what must be the same for a run to be continued."""
     return {"format": FORMAT, "identity": {"config": dict(config), **hashes}}
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _hash(path: Path) -> str:

@@ -28,10 +28,10 @@ from fedpft_flower.config import (
     flat_defaults,
     flatten,
 )
+from fedpft_flower.disk import lock, put
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
-from fedpft_flower.report import lock, put
 from fedpft_flower.spec import Cell, Spec
 from fedpft_flower.status import duration
 from fedpft_flower.tables import Result, best_of, row_of, write_tables

@@ -9,7 +9,6 @@ import hashlib
 import json
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from fedpft_flower.activity import Batch
-from fedpft_flower.config import FedPFTError, private_cache
+from fedpft_flower.batches import Batch
 from fedpft_flower.devices import has_bf16
+from fedpft_flower.disk import keep, private_cache
 
 # What a choice must save to depart from float32: less is lost in the noise of a clock.
 LEAST_GAIN = 1.15
@@ -91,7 +90,7 @@ def best_here(
     if (known := _read(place)) is not None:
         return known
     found = fastest(models, step, device)
-    _write(place, found)
+    keep(place, lambda draft: draft.write_text(json.dumps(asdict(found))))
     return found
 
 
@@ -149,20 +148,3 @@ def _read(place: Path) -> Compute | None:
         return next(choice for choice in CHOICES if asdict(choice) == found)
     except (OSError, StopIteration, ValueError):
         return None
-
-
-def _write(place: Path, found: Compute) -> None:
-    draft = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=place.parent, delete=False, encoding="utf-8"
-        ) as file:
-            draft = Path(file.name)
-            json.dump(asdict(found), file)
-        draft.replace(place)
-    except OSError as error:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
-        raise FedPFTError(
-            f"cannot write {place} ({error}); make room there, or set FEDPFT_CACHE"
-        ) from error

@@ -7,11 +7,9 @@ kebab-case, with the section as prefix (`train.local-epochs`). The defaults here
 
 import difflib
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
 # What an alignment before training is made of.
@@ -437,49 +435,6 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 def names_in(text: str) -> tuple[str, ...]:
     """Split a comma-separated value into its stripped, non-empty names."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def cache_dir() -> Path:
-    """Return where extracted data and installed sub-FMs are kept on this machine.
-
-    `FEDPFT_CACHE` names it; the default is `~/.cache/fedpft-flower`.
-    """
-    chosen = os.environ.get("FEDPFT_CACHE")
-    return Path(chosen or "~/.cache/fedpft-flower").expanduser().absolute()
-
-
-def private_cache(name: str) -> Path:
-    """Return a folder of the cache that only this user can read, and make it.
-
-    Raises:
-        FedPFTError: it cannot be made.
-    """
-    folder = cache_dir() / name
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise FedPFTError(
-            f"cannot write in {folder} ({error}); set FEDPFT_CACHE to a directory that "
-            "can be written"
-        ) from error
-    return folder
-
-
-def last_used(path: Path) -> float:
-    """Return when something in the cache was used last; 0 where it is gone."""
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # another process removed it
-        return 0.0
-
-
-def existing_path(name: str) -> Path | None:
-    """Return the path that a user typed, or None where there is nothing."""
-    try:
-        place = Path(name).expanduser()
-        return place if place.exists() else None
-    except (OSError, RuntimeError, ValueError):  # too long; no such home; no path
-        return None
 
 
 def _kebab(name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedpft_flower.activity import Batch
+from fedpft_flower.batches import Batch
 from fedpft_flower.compute import asked_for, best_here, rough_shapes
 from fedpft_flower.config import FedPFTError
 

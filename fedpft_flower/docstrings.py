@@ -8,10 +8,8 @@ content hash in the manifest is equal.
 import ast
 import hashlib
 import json
-import os
 import re
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,7 +19,8 @@ import pyarrow as pa
 from datasets import Dataset
 from pyarrow import parquet
 
-from fedpft_flower.config import FedPFTError, cache_dir
+from fedpft_flower.config import FedPFTError
+from fedpft_flower.disk import cache_dir, keep
 
 # The classes: libraries that this project's own requirements install.
 LIBRARIES = (
@@ -86,17 +85,7 @@ def load_docstrings() -> Dataset:
     path = cache_dir() / f"docstrings-{_fingerprint()}.parquet"
     if not path.exists():
         table = pa.Table.from_pylist(_extract())
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-            os.close(handle)
-            parquet.write_table(table, temporary)
-            Path(temporary).replace(path)
-        except OSError as error:
-            raise FedPFTError(
-                f"cannot write {path} ({error}); set FEDPFT_CACHE to a directory that "
-                "can be written"
-            ) from error
+        keep(path, lambda draft: parquet.write_table(table, draft))
     return Dataset(parquet.read_table(path))
 
 

@@ -7,7 +7,6 @@ new process does not tokenise its rows again each round.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,16 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fedpft_flower.activity import Batch
+from fedpft_flower.batches import Batch
 from fedpft_flower.config import (
     DataConfig,
     FedPFTError,
     Modality,
     Objective,
     derive_seed,
-    last_used,
-    private_cache,
 )
+from fedpft_flower.disk import keep, last_used, private_cache
 from fedpft_flower.images import crop_and_flip, decoded_images
 
 # So many batches are shuffled together, sorted by length, and cut: rows of a batch are
@@ -517,19 +515,7 @@ def processor_files(processor: Any) -> dict[str, bytes]:
 
 
 def _keep(features: Tokens, place: Path) -> None:
-    number, name = tempfile.mkstemp(dir=place.parent, suffix=".partial")
-    os.close(number)
-    draft = Path(name)
-    try:
-        save_file(features, draft)
-        draft.replace(place)
-    except (OSError, SafetensorError) as error:
-        raise FedPFTError(
-            f"cannot keep encoded texts in {place.parent} ({error}); make room or set "
-            "FEDPFT_CACHE"
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)
+    keep(place, lambda draft: save_file(features, draft))
     kept = sorted(place.parent.glob("*.safetensors"), key=last_used)
     for old in kept[:-KEEP]:
         old.unlink(missing_ok=True)

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from fedpft_flower.adapters import attach_adapter, export_adapter, load_adapter
 from fedpft_flower.app import quiet
 from fedpft_flower.card import Licence, Origin, render_card
-from fedpft_flower.config import FedPFTError, existing_path, names_in
+from fedpft_flower.config import FedPFTError, names_in
+from fedpft_flower.disk import existing_path, put
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.foundation import (
     BUNDLED_HUB_NAME,
@@ -30,7 +31,7 @@ from fedpft_flower.foundation import (
 )
 from fedpft_flower.page import last_part
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import FinishedRun, put
+from fedpft_flower.report import FinishedRun
 from fedpft_flower.sub_fm import frozen_weights
 from fedpft_flower.tasks import task_of
 from fedpft_flower.wire import tensors_hash

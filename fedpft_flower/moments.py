@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from fedpft_flower.activity import Batch, hidden_states, real_tokens
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
+from fedpft_flower.batches import Batch, hidden_states, real_tokens
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.sensitivity import Sensitivity
 

@@ -12,13 +12,8 @@ from typing import Any
 
 from fedpft_flower.charts import STYLE as CHART_STYLE
 from fedpft_flower.charts import Series, bars, lines, strip
-from fedpft_flower.config import (
-    READ_PATHS,
-    WRITTEN_PATHS,
-    Config,
-    Scalar,
-    existing_path,
-)
+from fedpft_flower.config import READ_PATHS, WRITTEN_PATHS, Config, Scalar
+from fedpft_flower.disk import existing_path
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.markup import Markup, element
 from fedpft_flower.plan import Plan

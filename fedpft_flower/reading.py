@@ -29,7 +29,8 @@ from datasets import (
     load_from_disk,
 )
 
-from fedpft_flower.config import FedPFTError, Modality, existing_path, private_cache
+from fedpft_flower.config import FedPFTError, Modality
+from fedpft_flower.disk import existing_path, private_cache
 
 logger = logging.getLogger(__name__)
 

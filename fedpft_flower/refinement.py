@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_flower.activity import Batch, real_logits
 from fedpft_flower.adapters import base_model
+from fedpft_flower.batches import Batch, real_logits
 from fedpft_flower.descent import Progress, Schedule, descend
 
 

@@ -1,14 +1,12 @@
 """Write the run directory: metrics, curves, page, summary, adapter, manifest."""
 
 import argparse
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import matplotlib
 
@@ -19,8 +17,8 @@ from matplotlib import pyplot as plt
 from safetensors import SafetensorError
 
 from fedpft_flower.adapters import export_adapter
-from fedpft_flower.checkpoint import flush
-from fedpft_flower.config import Config, FedPFTError, existing_path, nest
+from fedpft_flower.config import Config, FedPFTError, nest
+from fedpft_flower.disk import existing_path, lock, put
 from fedpft_flower.endings import one_line_end
 from fedpft_flower.page import render_page
 from fedpft_flower.server import Metrics, ProxyServer
@@ -196,40 +194,6 @@ def write_page(run: FinishedRun) -> Path:
     except OSError as error:
         raise FedPFTError(f"cannot write {place} ({error}); make room") from error
     return place
-
-
-def put(place: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file or directory under a temporary name, flush it, and rename it."""
-    draft = place.with_name(f".{place.stem}.partial{place.suffix}")
-    _remove(draft)  # what a killed process left
-    try:
-        write(draft)
-        for path in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
-            flush(path)
-        if place.is_dir():  # a rename replaces files only
-            _remove(place)
-        draft.replace(place)
-        flush(place.parent)
-    finally:
-        _remove(draft)
-
-
-def lock(path: Path) -> IO[bytes]:
-    """Lock a file for as long as it stays open; a killed process lets go of it."""
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # Fixed, since a layout that fits itself draws everything twice.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedpft_flower.activity import Batch
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
+from fedpft_flower.batches import Batch
 from fedpft_flower.config import AlignConfig, FedPFTError, derive_seed
 from fedpft_flower.moments import Moments, neuron_moments
 from fedpft_flower.sensitivity import Sensitivity

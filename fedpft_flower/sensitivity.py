@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpft_flower.activity import (
+from fedpft_flower.architectures import FFN
+from fedpft_flower.batches import (
     Batch,
     hidden_states,
     real_logits,
     real_tokens,
     unit_cotangents,
 )
-from fedpft_flower.architectures import FFN
 from fedpft_flower.config import derive_seed
 
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedpft_flower.activity import Batch, activation_rms, inactive_rates
+from fedpft_flower.activity import activation_rms, inactive_rates
 from fedpft_flower.adapters import (
     Adapter,
     attach_adapter,
@@ -38,6 +38,7 @@ from fedpft_flower.alignment import (
     neuron_level,
 )
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
+from fedpft_flower.batches import Batch
 from fedpft_flower.config import Config, FedPFTError, Objective, derive_seed
 from fedpft_flower.descent import Progress, Schedule, Trainable
 from fedpft_flower.encoding import (

@@ -40,7 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_flower.commands import resolve
-from fedpft_flower.config import READ_PATHS, Config, FedPFTError, existing_path, flatten
+from fedpft_flower.config import READ_PATHS, Config, FedPFTError, flatten
+from fedpft_flower.disk import existing_path
 from fedpft_flower.methods import METHODS, method_of
 from fedpft_flower.planners import keep_all
 

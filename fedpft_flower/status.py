@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpft_flower.config import Config, FedPFTError, flatten, one_line
+from fedpft_flower.disk import last_used
 from fedpft_flower.endings import one_line_end
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.page import last_part
@@ -46,7 +47,7 @@ class Status:
             flat = flatten(tomllib.loads((path / "config.toml").read_text()))
             config = Config.from_run_config(flat)
             rounds = [json.loads(line) for line in _lines(path / "metrics.jsonl")]
-            written = max(map(_written, path.iterdir()))
+            written = max(map(last_used, path.iterdir()))
         except (OSError, ValueError) as error:
             raise FedPFTError(
                 f"{path} is not a run directory ({error}); give the one that the run "
@@ -183,15 +184,7 @@ def _newest(root: Path) -> Path:
     found = [path.parent for path in root.glob("*/config.toml")]
     if not found:
         raise FedPFTError(f"{root} has no run directory; give one")
-    return max(found, key=lambda path: max(map(_written, path.iterdir())))
-
-
-def _written(path: Path) -> float:
-    """Return when a file was written; 0 if it was a draft, and is renamed by now."""
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    return max(found, key=lambda path: max(map(last_used, path.iterdir())))
 
 
 def run(arguments: Sequence[str] | None = None) -> None:

@@ -18,9 +18,10 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.disk import put
 from fedpft_flower.evaluation import is_better, metric_of
 from fedpft_flower.protection import BY_ROW
-from fedpft_flower.report import aligned_error, put
+from fedpft_flower.report import aligned_error
 from fedpft_flower.spec import Cell, Spec
 
 # Metrics whose gaps are shown in points.

@@ -14,9 +14,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fedpft_flower.activity import Batch
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import layers_of
+from fedpft_flower.batches import Batch
 from fedpft_flower.compute import Compute, asked_for, best_here, rough_shapes
 from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import (

@@ -48,7 +48,8 @@ from fedpft_flower.codec import (
     encode_weights,
     recode,
 )
-from fedpft_flower.config import Config, FedPFTError, cache_dir, last_used, one_line
+from fedpft_flower.config import Config, FedPFTError, one_line
+from fedpft_flower.disk import cache_dir, last_used
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from fedpft_flower.activity import real_tokens
 from fedpft_flower.alignment import (
     most_inactive,
     product_loss,
@@ -13,6 +12,7 @@ from fedpft_flower.alignment import (
     weight_products,
 )
 from fedpft_flower.architectures import FFN
+from fedpft_flower.batches import real_tokens
 from fedpft_flower.descent import Schedule
 
 

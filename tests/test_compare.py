@@ -13,11 +13,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from fedpft_flower import compare, tables
-from fedpft_flower.commands import Failure
 from fedpft_flower.compare import Comparison
 from fedpft_flower.config import MARK, Config, FedPFTError, PrivacyConfig
-from fedpft_flower.report import lock
+from fedpft_flower.disk import lock
 from fedpft_flower.spec import Cell, Spec
+from fedpft_flower.superlink import Failure
 from fedpft_flower.tables import interval
 from tests.test_federation import run
 

@@ -16,7 +16,8 @@ from fedpft_flower.compute import (
     fastest,
     rough_shapes,
 )
-from fedpft_flower.config import Config, FedPFTError, cache_dir
+from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.disk import cache_dir
 from tests.families import CONFIGS, tiny_batch
 from tests.test_architectures import adapted
 from tests.test_federation import NODES, results, run

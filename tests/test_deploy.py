@@ -17,8 +17,8 @@ from benchmarks.tap import NodeTap
 from benchmarks.wire_bytes import KINDS, ledger_bytes, total
 from deploy import demo
 from deploy.processes import Deployment
-from fedpft_flower.commands import copy_app, free_port
 from fedpft_flower.config import FedPFTError, flatten
+from fedpft_flower.superlink import copy_app, free_port
 from fedpft_flower.wire import TRAIN
 from tests.deployment import (
     SITES,

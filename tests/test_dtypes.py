@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from fedpft_flower.activity import real_logits
 from fedpft_flower.adapters import base_model, get_adapter, plug_in
 from fedpft_flower.alignment import distil, layer_level
 from fedpft_flower.architectures import ARCHITECTURES
+from fedpft_flower.batches import real_logits
 from fedpft_flower.config import AlignConfig, LoraConfig
 from fedpft_flower.descent import Schedule
 from fedpft_flower.devices import place

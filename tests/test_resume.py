@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedpft_flower import checkpoint, report, strategy
+from fedpft_flower import checkpoint, disk, report, strategy
 from fedpft_flower.checkpoint import Checkpoint, Checkpoints
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.server import ProxyServer
@@ -89,8 +89,8 @@ CUTS = [
     (ProxyServer, "evaluate", 3, False),  # round 1's validation
     (strategy.FedPFT, "configure_train", 3, True),
     (report.RunDirectory, "add_round", 3, True),  # metrics are ahead of the checkpoint
-    (checkpoint, "flush", 5, False),  # while a checkpoint is written
-    (checkpoint, "flush", 7, False),  # renamed, older ones not removed yet
+    (disk, "flush", 11, False),  # while a checkpoint is written
+    (disk, "flush", 14, False),  # renamed, older ones not removed yet
     (Checkpoints, "save", 3, True),
     (report.RunDirectory, "finish", 1, False),  # all rounds are over
 ]
@@ -301,9 +301,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path, monkeypatch):
     def full(*arguments, **named):
         raise OSError(28, "No space left on device")
 
-    for name in ("save_file", "flush"):
+    for owner, name in ((checkpoint, "save_file"), (disk, "flush")):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, name, full)
+            patch.setattr(owner, name, full)
             with pytest.raises(FedPFTError, match=r"No space left.*make room"):
                 store.save(Checkpoint(1, {"x": torch.ones(3)}, STATE), best=1)
         assert kept(tmp_path) == ["round-000000"]

@@ -138,9 +138,7 @@ def test_bad_arguments_end_in_one_line_before_anything_starts(
 
     (tmp_path / "x.toml").write_text("")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "fedpft_flower.commands._superlink", None
-    )  # must not be reached
+    monkeypatch.setattr("fedpft_flower.commands.superlink", None)  # is not reached
     with pytest.raises(SystemExit) as caught:
         run(arguments)
     assert caught.value.code == 2
@@ -177,23 +175,23 @@ def test_so_many_clients_share_a_gpu_as_flower_and_ray_count(gpus):
 def test_an_unknown_method_ends_in_one_line_and_leaves_no_superlink(
     tmp_path, monkeypatch, capsys
 ):
-    from fedpft_flower import commands
+    from fedpft_flower import commands, superlink
 
-    processes, real = [], commands.subprocess.Popen
+    processes, real = [], superlink.subprocess.Popen
 
     def started(*arguments, **options):
         processes.append(real(*arguments, **options))
         return processes[-1]
 
-    monkeypatch.setattr(commands.subprocess, "Popen", started)
+    monkeypatch.setattr(superlink.subprocess, "Popen", started)
     (tmp_path / "x.toml").write_text('method = "fedprox"\n')
     with pytest.raises(SystemExit) as caught:
         commands.run([str(tmp_path / "x.toml")])
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert "method = 'fedprox'; choose one of" in error and error.count("\n") == 1
-    (superlink,) = processes
-    assert superlink.poll() is not None
+    (process,) = processes
+    assert process.poll() is not None
 
 
 PARENT = """
@@ -210,13 +208,13 @@ time.sleep(60)
 def test_what_a_process_starts_in_another_session_ends_with_it(monkeypatch):
     import psutil
 
-    from fedpft_flower import commands
+    from fedpft_flower import superlink
 
-    monkeypatch.setattr(commands, "PATIENCE", 0.5)
+    monkeypatch.setattr(superlink, "PATIENCE", 0.5)
     command = [sys.executable, "-c", PARENT]
     parent = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)
     child = int(parent.stdout.readline())  # deaf to SIGTERM
-    commands.stop(parent)
+    superlink.stop(parent)
     assert parent.poll() is not None
     # Whoever adopted it may collect it later.
     adopted = psutil.pid_exists(child) and psutil.Process(child)

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.plain_loop import load
 from fedpft_flower import server
-from fedpft_flower.activity import real_logits, unit_cotangents
 from fedpft_flower.adapters import base_model
 from fedpft_flower.alignment import Teacher, distil, layer_level, state_loss
-from fedpft_flower.app import load
 from fedpft_flower.architectures import ffns_of, layers_of
+from fedpft_flower.batches import real_logits, unit_cotangents
 from fedpft_flower.config import AlignConfig, Config, FedPFTError
 from fedpft_flower.descent import Schedule
 from fedpft_flower.methods import METHODS, method_of

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Error, Message
 
 from fedpft_flower import status
-from fedpft_flower.report import lock
+from fedpft_flower.disk import lock
 from fedpft_flower.status import Status, render
 from tests.test_federation import results, run
 

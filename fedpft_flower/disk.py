@@ -1,0 +1,123 @@
+"""Find places on disk, and write what is there whole or not at all."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+
+from fedpft_flower.config import FedPFTError
+
+
+def cache_dir() -> Path:
+    """Return where extracted data and installed sub-FMs are kept on this machine.
+
+    `FEDPFT_CACHE` names it; the default is `~/.cache/fedpft-flower`.
+    """
+    chosen = os.environ.get("FEDPFT_CACHE")
+    return Path(chosen or "~/.cache/fedpft-flower").expanduser().absolute()
+
+
+def private_cache(name: str) -> Path:
+    """Return a folder of the cache that only this user can read, and make it.
+
+    Raises:
+        FedPFTError: it cannot be made.
+    """
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FedPFTError(
+            f"cannot write in {folder} ({error}); set FEDPFT_CACHE to a directory that "
+            "can be written"
+        ) from error
+    return folder
+
+
+def last_used(path: Path) -> float:
+    """Return when something was written or used last; 0 where it is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process removed or renamed it
+        return 0.0
+
+
+def existing_path(name: str) -> Path | None:
+    """Return the path that a user typed, or None where there is nothing."""
+    try:
+        place = Path(name).expanduser()
+        return place if place.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long; no such home; no path
+        return None
+
+
+def put(place: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file or directory under a temporary name, flush it, and rename it."""
+    draft = place.with_name(f".{place.stem}.partial{place.suffix}")
+    _remove(draft)  # what a killed process left
+    try:
+        write(draft)
+        for path in [draft, *draft.rglob("*")] if draft.is_dir() else [draft]:
+            flush(path)
+        if place.is_dir():  # a rename replaces files only
+            _remove(place)
+        draft.replace(place)
+        flush(place.parent)
+    finally:
+        _remove(draft)
+
+
+def lock(path: Path) -> IO[bytes]:
+    """Lock a file for as long as it stays open; a killed process lets go of it."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def keep(place: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file of the cache; other processes may write the same.
+
+    Raises:
+        FedPFTError: the disk refuses.
+    """
+    draft = None
+    try:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        number, name = tempfile.mkstemp(dir=place.parent, suffix=".partial")
+        os.close(number)
+        draft = Path(name)
+        write(draft)
+        draft.replace(place)
+    except (OSError, SafetensorError) as error:
+        raise FedPFTError(
+            f"cannot write {place} ({error}); make room there, or set FEDPFT_CACHE to "
+            "a directory that can be written"
+        ) from error
+    finally:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
