@@ -225,6 +225,8 @@ class Federation:
         }
         self.refused = {n: (self.name(n), why) for n, (_, why) in self._doubles.items()}
         deadline = time.monotonic() + self._wait
+        # Those who were invited were there before those who come now.
+        self._greet(sorted(online & self._greeted.keys()), set(self.nodes))
         earlier = set(self.nodes)
         while True:
             online = set(self.grid.get_node_ids())

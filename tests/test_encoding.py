@@ -5,8 +5,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from benchmarks.plain_loop import load
 from fedpft_flower import encoding
-from fedpft_flower.config import DataConfig, FedPFTError
+from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.encoding import (
     TextRows,
     encode,
@@ -128,3 +129,20 @@ def test_a_text_without_tokens_is_one_masked_in_padding(bert_directory):
     batch = rows.batch([0, 1])
     assert batch["input_ids"].tolist() == [[tokenizer.pad_token_id]] * 2
     assert batch["attention_mask"].tolist() == [[1], [1]]
+
+
+def test_the_package_does_not_depend_on_what_was_encoded_before(
+    settings, bert_directory, tmp_path
+):
+    lines = [f"{'good' if i % 2 else 'bad'} film,{i % 2}" for i in range(60)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    settings |= {
+        "method": "fedpft-n",
+        "fm.name": str(bert_directory),
+        "data.task": "text",
+        "data.path": str(tmp_path / "rows.csv"),
+        "data.max-length": 16,
+    }
+    config = Config.from_run_config(settings)
+    cold, warm = (load(config)[2].package() for _ in range(2))
+    assert cold.processor_files == warm.processor_files

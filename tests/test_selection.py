@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.plain_loop import load
 from fedpft_flower import server
 from fedpft_flower.architectures import ffns_of, layers_of
-from fedpft_flower.config import AlignConfig, FedPFTError
+from fedpft_flower.config import AlignConfig, Config, FedPFTError
 from fedpft_flower.moments import (
     count_tokens,
     neuron_moments,
@@ -299,3 +300,17 @@ def test_a_pass_over_public_batches_tells_how_far_it_is(monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert list(server._Shown([1, 2, 3, 4], "choosing neurons")) == [1, 2, 3, 4]
     assert "choosing neurons:  50 %" in caplog.text
+
+
+@pytest.mark.parametrize(("whole", "tokens_for"), [("0", [12]), ("0,1,2,3", [])])
+def test_layers_left_whole_need_no_tokens(settings, monkeypatch, whole, tokens_for):
+    asked, real = [], server.ProxyServer._calibration_batches
+
+    def noting(self, model, most):
+        asked.append(most)
+        return real(self, model, most)
+
+    monkeypatch.setattr(server.ProxyServer, "_calibration_batches", noting)
+    settings |= {"sub-fm.selection": "greedy", "sub-fm.whole-layers": whole}
+    load(Config.from_run_config(settings | {"method": "fedpft-n"}))
+    assert asked == tokens_for
