@@ -129,6 +129,7 @@ def _finish(
     """Refine the adapter, test it, and write all that a finished run has."""
     server, federation = run.strategy.server, run.strategy.federation
     run.plug_in_chosen()
+    federation.offer(server)  # a run that was over when it was resumed has not yet
     plain, right = server.judge("test")
     hits = {"plain": right["fm"], **right}
     alike = server.likeness()  # before the FM learns to follow the sub-FM
@@ -152,7 +153,6 @@ def _finish(
         hits,
         federation.grid.ledger.kinds("up"),
     )
-    federation.offer(server)  # a run that was over when it was resumed has not yet
     run.directory.finish(server, summary, _manifest(run, task, splits, hashes), hits)
     _show(summary, server.metric)
     logger.info("results: %s", run.directory.path)

@@ -27,21 +27,21 @@ from fedpft_flower.disk import put
 
 _SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
 
-FORMAT = 3  # of the files; rises when older ones can no longer be read
+FORMAT = 4  # of the files; rises when older ones can no longer be read
 
+# The refinement comes after all that checkpoints are made of.
+REFINEMENT_KEYS = {"plug-in.batch-size", "plug-in.lr", "plug-in.steps"}
 # Settings that may differ between a run and its continuation: they say where things
 # are, how long to wait, and what a step may cost. What stands in places is compared by
 # content.
 FREE_KEYS = {
     *READ_PATHS,
     *WRITTEN_PATHS,
+    *REFINEMENT_KEYS,
     "server-threads",
     "timeout-seconds",
     "wait-seconds",
     "checkpoint.keep",
-    "plug-in.batch-size",
-    "plug-in.lr",
-    "plug-in.steps",
     "train.min-nodes",
     "train.max-retries",
     "train.micro-batch-size",
@@ -116,6 +116,10 @@ class Checkpoints:
             except (OSError, ValueError, KeyError) as error:
                 problems.append(f"{place.name} ({error})")
         found = f"; damaged: {', '.join(problems)}" if problems else ""
+        if wanted is not None:
+            raise FedPFTError(
+                f"{self._root} lacks the checkpoint that is needed{found}"
+            )
         raise FedPFTError(
             f"resume: {self._root} has no checkpoint to resume from{found}; name the "
             "run directory of a run that ended its round 0"

@@ -20,7 +20,13 @@ from fedpft_flower.architectures import (
     architecture_of,
     is_within,
 )
-from fedpft_flower.config import Config, FedPFTError, LoraConfig, derive_seed
+from fedpft_flower.config import (
+    Config,
+    FedPFTError,
+    LoraConfig,
+    TrainConfig,
+    derive_seed,
+)
 from fedpft_flower.devices import device_here, peak_memory, place, release
 from fedpft_flower.encoding import Rows, encode, shuffled_batches
 from fedpft_flower.node import Identity, identify, local_rows, own_training
@@ -74,7 +80,7 @@ def train(message: Message, context: Context) -> Message:
     if sub_fm is None:
         return reply(message, {CONFIG: ConfigRecord({"missing": wanted})})
     node = identify(context)
-    rows = _rows(config, sub_fm, node)
+    rows, own = _rows(config, sub_fm, node), own_training(config.train, context)
     load_adapter(sub_fm.model, unpack_tensors(arrays_of(message)))
     metrics: dict[str, Any] = {}
     if request["measure-activity"]:
@@ -83,10 +89,9 @@ def train(message: Message, context: Context) -> Message:
                 "the server asks for activity statistics, which have no noise; set "
                 "align.activity = 'public'"
             )
-        metrics |= pack_rates(_measure(sub_fm, rows, config))
+        metrics |= pack_rates(_measure(sub_fm, rows, own))
     seed = derive_seed(config.seed, "client", current, node.key)
     proximal_mu = request.get("proximal-mu", 0.0)  # only Flower's FedProx sends it
-    own = own_training(config.train, context)
     try:
         report = train_adapter(
             sub_fm.model, rows, own, request["lr"], seed, proximal_mu
@@ -188,9 +193,9 @@ def _rows(config: Config, sub_fm: SubFM, node: Identity) -> Rows:
     return encode(part, sub_fm.processor, modality, config.data, objective)
 
 
-def _measure(sub_fm: SubFM, rows: Rows, config: Config) -> list[torch.Tensor]:
+def _measure(sub_fm: SubFM, rows: Rows, config: TrainConfig) -> list[torch.Tensor]:
     model, package = base_model(sub_fm.model), sub_fm.package
-    size = config.train.micro_batch_size or config.train.batch_size
+    size = config.micro_batch_size or config.batch_size
     batches = shuffled_batches(rows, size, seed=0)
     ffns = compressed_ffns(model, package.plan)
     return inactive_rates(model, ffns, batches, package.activity_limits)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedpft_flower.checkpoint import FREE_KEYS
+from fedpft_flower.checkpoint import FREE_KEYS, REFINEMENT_KEYS
 from fedpft_flower.commands import (
     CHECKOUT,
     USUAL_SHARE,
@@ -39,7 +39,7 @@ from fedpft_flower.tables import Result, best_of, row_of, write_tables
 # How often a cell's own progress is shown.
 PROGRESS_SECONDS = 30.0
 # Of a round, what stays at the run itself: it is long, or says who took part.
-_LEFT = {"bytes", "clients", "per-client"}
+_LONG = {"bytes", "clients", "per-client"}
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -174,11 +174,11 @@ class Comparison:
         # A stopped run goes on only with as many nodes.
         runs = self.out / "runs" / f"{cell.name}-n{self.spec.nodes}"
         flat = config.flat() | {"out-dir": str(runs), "checkpoint.keep": 1}
-        left = _left(runs, flat)
-        if left is not None and (left / "summary.json").exists():
-            found: Path | _Failed = left
+        place = _unkept(runs, flat)
+        if place is not None and _has_ended(place):
+            found: Path | _Failed = place
         else:
-            found = self._attempt(flat | {"resume": str(left or "")})
+            found = self._attempt(flat | {"resume": str(place or "")})
         useless = isinstance(found, _Failed) and found.reason.startswith("resume: ")
         if useless and not config.privacy.on:  # releases that were made stay counted
             found = self._attempt(flat)
@@ -307,8 +307,9 @@ _EARLIER = {"sensitivity": 0.0}
 _PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
 
 # Settings that may differ between a result and the spec: where things are put, and how
-# long to wait; but not what is read. Of sensitivity the recipes are compared.
-_FREE = FREE_KEYS - {*READ_PATHS} | {"align.sensitivity"}
+# long to wait; but not what is read, nor how a run ends. Of sensitivity the recipes are
+# compared.
+_FREE = FREE_KEYS - {*READ_PATHS} - REFINEMENT_KEYS | {"align.sensitivity"}
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -325,6 +326,10 @@ def recipe_of(config: Config) -> dict[str, Any]:
     }
 
 
+# What decides which of an FM's weights are hashed, and in which numbers.
+_FM_KEYS = ("fm.name", "fm.dtype", "lora.head", "data.task")
+
+
 def _read_by(cell: Cell, result: Mapping[str, Any]) -> dict[tuple[Any, ...], str]:
     """Return the hash of what a cell has read, by what it is and what decides on it.
 
@@ -333,7 +338,7 @@ def _read_by(cell: Cell, result: Mapping[str, Any]) -> dict[tuple[Any, ...], str
     manifest, config = result["manifest"], result["config"]
     data = [(key, value) for key, value in config.items() if key.startswith("data.")]
     found: dict[tuple[Any, ...], Any] = {
-        ("FM", config["fm.name"], config.get("fm.dtype")): manifest.get("fm-sha256")
+        ("FM", *(config.get(key) for key in _FM_KEYS)): manifest.get("fm-sha256")
     }
     for name, split in manifest.get("splits", {}).items():
         decides = (cell.task,) if name == "test" else data
@@ -347,7 +352,7 @@ def _collect(directory: Path) -> dict[str, Any]:
     manifest.pop("config")
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     rounds = [
-        {key: value for key, value in json.loads(line).items() if key not in _LEFT}
+        {key: value for key, value in json.loads(line).items() if key not in _LONG}
         for line in lines
     ]
     return {
@@ -358,7 +363,11 @@ def _collect(directory: Path) -> dict[str, Any]:
     }
 
 
-def _left(runs: Path, flat: Mapping[str, Any]) -> Path | None:
+def _has_ended(place: Path) -> bool:
+    return (place / "summary.json").exists()  # it is written last
+
+
+def _unkept(runs: Path, flat: Mapping[str, Any]) -> Path | None:
     """Return the newest directory of a run of this configuration without a result.
 
     It was stopped, or ended and was not kept as a result, which removes checkpoints.
@@ -369,15 +378,19 @@ def _left(runs: Path, flat: Mapping[str, Any]) -> Path | None:
         place = directory.parent
         if not any(directory.glob("round-*")):
             continue
+        ended = _has_ended(place)
         try:
-            told = tomllib.loads((place / "config.toml").read_text())
-        except (OSError, ValueError):
+            told = (
+                json.loads((place / "manifest.json").read_text())["config"]
+                if ended
+                else flatten(tomllib.loads((place / "config.toml").read_text()))
+            )
+        except (OSError, ValueError, LookupError):
             continue
-        # One that ended is taken as it is: it must have read in the same places.
-        ended = (place / "summary.json").exists()
-        free = FREE_KEYS - {*READ_PATHS} if ended else FREE_KEYS
-        left = flat_defaults() | flatten(told)
-        if all(left.get(k) == v for k, v in flat.items() if k not in free):
+        settings, free = flat_defaults() | told, FREE_KEYS
+        if ended:  # it is taken as it is
+            free = FREE_KEYS - {*READ_PATHS} - REFINEMENT_KEYS
+        if all(settings.get(k) == v for k, v in flat.items() if k not in free):
             return place
     return None
 

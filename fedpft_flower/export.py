@@ -163,7 +163,9 @@ def _with_adapter(run: FinishedRun, fm: FoundationModel) -> PeftModel:
         raise FedPFTError(
             f"cannot read {weights} ({error}); give a run directory that is whole"
         ) from error
-    if tensors_hash(adapter) != run.manifest["plugged-in-sha256"]:
+    # Earlier runs did not note it.
+    known = run.manifest.get("plugged-in-sha256")
+    if known not in (None, tensors_hash(adapter)):
         raise FedPFTError(
             f"{weights} is not the adapter that the run ended with (its SHA-256 is "
             "another); give a run directory that is whole"

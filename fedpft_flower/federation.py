@@ -203,7 +203,8 @@ class Federation:
 
     def invite(self) -> None:
         """Greet the nodes that are online, and let `meet` take their replies."""
-        self._greeted = self._send_hello(sorted(self.grid.get_node_ids()))
+        # These live for as long as Flower lets them: loading an FM may take long.
+        self._greeted = self._send_hello(sorted(self.grid.get_node_ids()), None)
 
     def meet(self, wanted: int) -> None:
         """Wait for nodes and let every new one introduce itself.
@@ -226,13 +227,15 @@ class Federation:
         self.refused = {n: (self.name(n), why) for n, (_, why) in self._doubles.items()}
         deadline = time.monotonic() + self._wait
         # Those who were invited were there before those who come now.
-        self._greet(sorted(online & self._greeted.keys()), set(self.nodes))
+        invited = online & self._greeted.keys()
+        self._greet(sorted(invited), set(self.nodes))
         earlier = set(self.nodes)
         while True:
             online = set(self.grid.get_node_ids())
             self._forget_offline(online)
             known = self.nodes.keys() | self.refused.keys() | self._replaced
-            self._greet(sorted(online - known), earlier)
+            self._greet(sorted(online - known - invited), earlier)
+            invited = set()  # who did not answer is greeted again, if need be
             enough = expected = max(1, wanted)
             if not self.training:
                 self._check(wanted)
@@ -453,17 +456,19 @@ class Federation:
         """Greet nodes, but for those invited, and return what comes back in time."""
         invited, self._greeted = self._greeted, {}
         asked = {n: invited[n] for n in nodes if n in invited}
-        asked |= self._send_hello([n for n in nodes if n not in asked])
+        asked |= self._send_hello([n for n in nodes if n not in asked], self._patience)
         return self.grid.receive(asked.values(), timeout=self._patience)
 
-    def _send_hello(self, nodes: Sequence[int]) -> dict[int, str]:
+    def _send_hello(
+        self, nodes: Sequence[int], timeout: float | None
+    ) -> dict[int, str]:
         """Greet nodes and return the ids of the messages, by node."""
         labels = ConfigRecord({"labels": json.dumps(list(self._labels))})
         messages = [
             Message(RecordDict({CONFIG: labels}), dst_node_id=n, message_type=HELLO)
             for n in nodes
         ]
-        asked = self.grid.send(messages, timeout=self._patience)
+        asked = self.grid.send(messages, timeout=timeout)
         # A simulation gives no id for a node that has just gone.
         return dict(zip(nodes, asked, strict=False))
 

@@ -245,7 +245,7 @@ def _what(
         ),
     ]
     rows += [
-        (f"{name}, SHA-256", element("span", manifest[key], class_="hash"))
+        (f"{name}, SHA-256", element("span", manifest.get(key, "-"), class_="hash"))
         for name, key in (
             ("FM", "fm-sha256"),
             ("sub-FM", "sub-fm-sha256"),
@@ -323,6 +323,8 @@ def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
 def _refinement(refined: Metrics, metric: str) -> str:
     if not refined:
         return "This run did not refine the plugged-in adapter."
+    if "error" in refined:
+        return f"The refinement failed: {refined['error']}; the adapter is the average."
     loss, score = (
         tuple(_score(refined[f"validation-{name}{when}"]) for when in ends)
         for name, ends in (("loss-", ("before", "after")), ("", ("before", "after")))

@@ -316,7 +316,7 @@ def test_a_run_that_ended_and_was_not_kept_is_not_run_again(
     assert len(engine) == 1 and len(list(out.glob("cells/*.json"))) == 1
     # What was kept as a result, and removed by hand, would be run again.
     (runs,) = out.glob("runs/digits*")
-    assert compare._left(runs, engine[0].flat()) is None
+    assert compare._unkept(runs, engine[0].flat()) is None
 
 
 def test_a_run_that_cannot_be_resumed_starts_anew_but_for_what_it_released(

@@ -114,6 +114,45 @@ def test_nodes_are_greeted_once_while_the_fm_is_not_there_yet(
     assert came.count(HELLO) == NODES
 
 
+def test_a_refinement_that_fails_does_not_fail_the_run(
+    local_grid, settings, monkeypatch
+):
+    def fail(*given):
+        raise FedPFTError("its loss is nan; lower plug-in.lr")
+
+    monkeypatch.setattr("fedpft_flower.server.refine", fail)
+    run(local_grid, settings | {"rounds": 1, "plug-in.steps": 2})
+    place, _, summary, manifest = results(settings)
+    told = {"kept": False, "error": "its loss is nan; lower plug-in.lr"}
+    assert summary["refinement"] == told
+    assert summary["test-after"] == summary["test-plain"]
+    assert manifest["plugged-in-sha256"] == manifest["adapter-sha256"]
+    assert "lower plug-in.lr" in (place / "report.html").read_text()
+
+
+def test_a_node_that_does_not_answer_is_not_waited_for_twice(
+    local_grid, settings, monkeypatch
+):
+    asked, real = [], federation.Federation._send_hello
+
+    def noting(self, nodes, timeout):
+        asked.extend([[*nodes]] if nodes else [])
+        return real(self, nodes, timeout)
+
+    monkeypatch.setattr(federation.Federation, "_send_hello", noting)
+    monkeypatch.setattr(federation, "GREETING_SECONDS", 0.0)
+    grid = local_grid(client_app, NODES + 1, settings)
+    for context in grid.contexts.values():
+        context.node_config["num-partitions"] = NODES
+        if context.node_config["partition-id"] == NODES:
+            silent = context.node_id
+    grid.faults = {NODES: lambda message, reply: None}
+    settings |= {"wait-seconds": 1, "rounds": 1}
+    serve(grid, Context(7, 0, {}, RecordDict(), settings))
+    # Invited with all others, and greeted again before the round, not in between.
+    assert len(asked) == 2 and asked[1] == [silent]
+
+
 def test_one_client_aggregates_to_the_identity(local_grid, settings):
     settings |= {"method": "fedpft-n", "train.clients-per-round": 1, "rounds": 1}
     sent = []
