@@ -306,10 +306,11 @@ _EARLIER = {"sensitivity": 0.0}
 # What a result has; those of older versions lack the recipe.
 _PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
 
-# Settings that may differ between a result and the spec: where things are put, and how
-# long to wait; but not what is read, nor how a run ends. Of sensitivity the recipes are
-# compared.
-_FREE = FREE_KEYS - {*READ_PATHS} - REFINEMENT_KEYS | {"align.sensitivity"}
+# Settings that may differ between a run that ended and the spec: where things are put,
+# and how long to wait; but not what is read, nor how a run ends.
+_FREE_AT_END = FREE_KEYS - {*READ_PATHS} - REFINEMENT_KEYS
+# Of a result's sensitivity the recipes are compared.
+_FREE = _FREE_AT_END | {"align.sensitivity"}
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -387,9 +388,7 @@ def _unkept(runs: Path, flat: Mapping[str, Any]) -> Path | None:
             )
         except (OSError, ValueError, LookupError):
             continue
-        settings, free = flat_defaults() | told, FREE_KEYS
-        if ended:  # it is taken as it is
-            free = FREE_KEYS - {*READ_PATHS} - REFINEMENT_KEYS
+        settings, free = flat_defaults() | told, _FREE_AT_END if ended else FREE_KEYS
         if all(settings.get(k) == v for k, v in flat.items() if k not in free):
             return place
     return None
