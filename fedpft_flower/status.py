@@ -181,7 +181,10 @@ def _is_locked(place: Path) -> bool | None:
 
 def _newest(root: Path) -> Path:
     """Return the run that was written last: it may be an older one, resumed."""
-    found = [path.parent for path in root.glob("*/config.toml")]
+    try:
+        found = [path for path in root.iterdir() if (path / "config.toml").is_file()]
+    except OSError as error:
+        raise FedPFTError(f"{root}: {error.strerror}; give a run directory") from error
     if not found:
         raise FedPFTError(f"{root} has no run directory; give one")
     return max(found, key=lambda path: max(map(last_used, path.iterdir())))

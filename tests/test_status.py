@@ -87,16 +87,18 @@ def test_without_a_directory_the_newest_run_is_shown(finished, capsys, monkeypat
     shutil.rmtree(later)
 
 
-@pytest.mark.parametrize("what", ["nothing", "empty", "broken", "no runs"])
+@pytest.mark.parametrize("what", ["nothing", "empty", "broken", "no runs", "file"])
 def test_what_is_no_run_is_refused_in_one_line(what, tmp_path, capsys, monkeypatch):
     place = tmp_path / "run"
-    if what != "nothing":
+    if what == "file":
+        place.touch()
+    elif what != "nothing":
         place.mkdir()
     if what == "broken":
         (place / "config.toml").write_text("rounds = ")
     monkeypatch.setenv("FEDPFT_OUT", str(place))
     with pytest.raises(SystemExit) as ended:
-        status.run([] if what == "no runs" else [str(place)])
+        status.run([] if what in ("no runs", "file") else [str(place)])
     assert ended.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len([x for x in lines if x.startswith("error: ")]) == 1
