@@ -19,8 +19,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import run_main, spread
 from benchmarks.plain_loop import load
@@ -31,6 +29,7 @@ from fedpft_flower.commands import read_config
 from fedpft_flower.compute import Compute
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.devices import has_bf16
+from fedpft_flower.flops import flops_of
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.training import add_gradients, recomputed, train_mode
 
@@ -109,14 +108,6 @@ def seconds_of(runs: Sequence[Callable[[], None]], repeats: int) -> list[list[fl
     return found
 
 
-def operations_of(run: Callable[[], object]) -> int:
-    """Return the floating point operations of a piece of work."""
-    # PyTorch counts attention only where it is written out as products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
-
-
 def against_fm(server: ProxyServer, batches: Sequence[Batch], repeats: int) -> str:
     """Return a table: how much faster a step is on the sub-FM, by its operations."""
     lines = [
@@ -128,7 +119,7 @@ def against_fm(server: ProxyServer, batches: Sequence[Batch], repeats: int) -> s
         fm, sub_fm = seconds_of([partial(stepper(m), batch) for m in models], repeats)
         ratio = statistics.median(fm) / statistics.median(sub_fm)
         work_fm, work_sub_fm = (
-            operations_of(partial(add_gradients, m, batch, 0)) for m in models
+            flops_of(partial(add_gradients, m, batch, 0)) for m in models
         )
         work = work_fm / work_sub_fm
         cells = [str(batch["input_ids"].shape[1]), spread(fm, 3), spread(sub_fm, 3)]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks import run_main, spread
 from benchmarks.scaling import write_fm
-from benchmarks.step import operations_of, seconds_of
+from benchmarks.step import seconds_of
 from fedpft_flower.adapters import attach_adapter, base_model
 from fedpft_flower.alignment import distil, layer_level
 from fedpft_flower.app import quiet
@@ -35,6 +35,7 @@ from fedpft_flower.descent import Schedule
 from fedpft_flower.devices import device_here, has_bf16
 from fedpft_flower.encoding import Rows, endless_batches
 from fedpft_flower.evaluation import EVALUATION_BATCH, predict
+from fedpft_flower.flops import flops_of
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.planners import keep_salient, size_of
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns
@@ -215,7 +216,7 @@ def table(work: Work, repeats: int) -> str:
             if precision == "bf16" and name == "evaluation":
                 continue  # it is in the FM's own numbers
             tokens = sum(rows.lengths())
-            operations = operations_of(partial(ours, "fp32"))
+            operations = flops_of(partial(ours, "fp32"))
             both = [partial(run, precision) for run in (ours, bare)]
             own, others = seconds_of(both, repeats)
             rates = [[tokens / s for s in one] for one in (own, others)]

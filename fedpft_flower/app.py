@@ -439,6 +439,7 @@ def _summary(run: _Run, plain: Metrics, after: Metrics) -> Metrics:
         "bytes-up": both[1],
         "bytes-install-per-client": strategy.federation.install_bytes,
         "bytes-per-client-and-round": (sum(both) - install) / taken,
+        "flops-per-client-and-round": _mean_flops(rounds),
         # Of all processes of the run, if it was resumed.
         "peak-memory-server": max(
             [peak_memory(), *(entry.get("peak-memory-server", 0) for entry in rounds)]
@@ -451,6 +452,13 @@ def _summary(run: _Run, plain: Metrics, after: Metrics) -> Metrics:
         "skipped": sum("skipped" in entry for entry in rounds),
         "privacy": strategy.privacy and strategy.privacy.spent(),
     }
+
+
+def _mean_flops(rounds: Sequence[Metrics]) -> float | None:
+    """Return the mean over all trainings; None where no node tells."""
+    clients = [one for entry in rounds for one in entry.get("per-client", {}).values()]
+    told = [one["flops"] for one in clients if "flops" in one]
+    return sum(told) / len(told) if told else None
 
 
 def _seconds_in(parts: Sequence[Mapping[str, Any]]) -> float:
@@ -534,6 +542,11 @@ def _show(summary: Metrics, metric: str) -> None:
             _size(summary["bytes-install-per-client"]),
         ),
         ("bytes per client and round", _size(summary["bytes-per-client-and-round"])),
+        *(
+            [("GFLOP per client and round", f"{flops / 1e9:.3g}")]
+            if (flops := summary["flops-per-client-and-round"])
+            else []
+        ),
         ("peak memory, server", _size(summary["peak-memory-server"])),
         *(
             [("peak memory, client", _size(summary["peak-memory-client"]))]

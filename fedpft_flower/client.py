@@ -29,6 +29,7 @@ from fedpft_flower.config import (
 )
 from fedpft_flower.devices import device_here, peak_memory, place, release
 from fedpft_flower.encoding import Rows, encode, shuffled_batches
+from fedpft_flower.flops import FlopMeter
 from fedpft_flower.node import Identity, identify, local_rows, own_training
 from fedpft_flower.package import Package
 from fedpft_flower.quantisation import quantise
@@ -65,6 +66,7 @@ class SubFM:
     package: Package
     processor: Any
     architecture: Architecture
+    meter: FlopMeter
 
 
 @one_line_errors
@@ -94,7 +96,7 @@ def train(message: Message, context: Context) -> Message:
     proximal_mu = request.get("proximal-mu", 0.0)  # only Flower's FedProx sends it
     try:
         report = train_adapter(
-            sub_fm.model, rows, own, request["lr"], seed, proximal_mu
+            sub_fm.model, rows, own, request["lr"], seed, proximal_mu, sub_fm.meter
         )
     finally:
         release()  # others may share this GPU
@@ -104,6 +106,7 @@ def train(message: Message, context: Context) -> Message:
         "steps": report.steps,
         "seconds": report.seconds,
         "step-seconds": report.step_seconds,
+        "flops": report.flops,
         "bf16": float(report.compute.bf16),
         "peak-memory": peak_memory(),
     }
@@ -173,7 +176,7 @@ def _load_sub_fm(
         )
         # The model has the weights, on a GPU perhaps.
         package = replace(package, weights={})
-        _HELD[key] = SubFM(model, package, processor, architecture)
+        _HELD[key] = SubFM(model, package, processor, architecture, FlopMeter())
     return _HELD[key]
 
 

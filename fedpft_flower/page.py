@@ -448,6 +448,7 @@ class _Node:
     down: int = 0
     up: int = 0
     seconds: float = 0.0
+    flops: float = 0.0
     failures: list[str] = field(default_factory=list)
 
 
@@ -462,9 +463,10 @@ def _sum_up(
             node.up += one.get("bytes-up", 0)
             if one["outcome"] == "ok":
                 node.rounds += 1
-                # With differential privacy nodes tell neither.
+                # With differential privacy nodes tell none of these.
                 node.losses += [one["train_loss"]] if "train_loss" in one else []
                 node.seconds += one.get("seconds", 0.0)
+                node.flops += one.get("flops", 0.0)
             else:
                 node.failures.append(f"round {entry['round']}: {one['outcome']}")
     return nodes
@@ -482,6 +484,7 @@ def _nodes(rounds: Sequence[Metrics], manifest: Metrics) -> list[Markup]:
             size(node.down),
             size(node.up),
             f"{node.seconds:.1f}" if node.seconds else "",
+            f"{node.flops / 1e9:.3g}" if node.flops else "",
             [
                 element("span", part, element("br"), class_="bad")
                 for part in node.failures
@@ -497,9 +500,10 @@ def _nodes(rounds: Sequence[Metrics], manifest: Metrics) -> list[Markup]:
         "down",
         "up",
         "seconds",
+        "GFLOP",
         "failures",
     ]
-    parts = [_table(titles, rows, set(range(1, 7)))]
+    parts = [_table(titles, rows, set(range(1, 8)))]
     if idle := len(nodes) - len(active):
         text = f"{idle} more nodes were there and not asked to train."
         parts.append(element("p", text, class_="quiet"))

@@ -170,6 +170,7 @@ def row_of(result: Result) -> dict[str, Any]:
                 "bytes-per-client-and-round",
                 "bytes-down",
                 "bytes-up",
+                "flops-per-client-and-round",
                 "server-seconds",
                 "peak-memory-server",
                 "peak-memory-client",
@@ -339,7 +340,8 @@ def _long_table(
     lines = _header(
         *("method", "kept", "lr", "seeds", "FM", "plugged in", "sub-FM"),
         *(f"gap to {spec.reference}", "by seed", "client parameters", "never sent"),
-        *("MB once", "MB a round", "server s", "gradient error", "cosine"),
+        *("MB once", "MB a round", "GFLOP a round", "server s"),
+        *("gradient error", "cosine"),
     )
     for of, share, method, kept in spec.groups():
         found = groups.get((of, share, method, kept), [])
@@ -363,6 +365,7 @@ def _long_table(
                 _column(rows, "share-withheld", 100, 1, " %"),
                 _column(rows, "bytes-install-per-client", 1e-6, 1),
                 _column(rows, "bytes-per-client-and-round", 1e-6, 2),
+                _column(rows, "flops-per-client-and-round", 1e-9, 0),
                 _column(rows, "server-seconds", 1, 0),
                 _column(rows, "gradient-error"),
                 _column(rows, "gradient-cosine"),

@@ -25,6 +25,7 @@ from fedpft_flower.encoding import (
     endless_batches,
     shuffled_batches,
 )
+from fedpft_flower.flops import FlopMeter
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class TrainReport:
     """Say what a local training did; `loss` is the mean over its steps.
 
     `step_seconds` is the median step's; of more than one, the first does not count.
-    `compute` is how they were computed.
+    `compute` is how they were computed, `flops` the floating point operations of all
+    their matrix products.
     """
 
     loss: float
@@ -40,6 +42,7 @@ class TrainReport:
     steps: int
     seconds: float
     step_seconds: float
+    flops: float
     compute: Compute
 
 
@@ -60,6 +63,7 @@ def train_adapter(
     lr: float,
     seed: int,
     proximal_mu: float = 0.0,
+    meter: FlopMeter | None = None,
 ) -> TrainReport:
     """Train the adapter that a model holds, by AdamW on shuffled local batches.
 
@@ -74,6 +78,7 @@ def train_adapter(
         lr: this round's learning rate.
         seed: seed of the batches and of dropout.
         proximal_mu: weight of the proximal term; 0 leaves it out.
+        meter: of this model; a new one counts the operations of the first step.
 
     Raises:
         FedPFTError: the loss or the adapter is not finite.
@@ -84,6 +89,7 @@ def train_adapter(
     device = parameters[0].device
     train_mode(model, config.frozen_dropout)
     how = asked_for(config.precision) or _best_here(model, rows, config)
+    meter, flops = meter or FlopMeter(), 0.0
     began, losses, ends = time.monotonic(), [], []
     # The process is shared by virtual clients: dropout must not depend on its past.
     torch.manual_seed(derive_seed(seed, "dropout"))
@@ -93,8 +99,9 @@ def train_adapter(
     ):
         for batch in _batches(rows.varied(seed), config, seed):
             optimiser.zero_grad(set_to_none=True)
-            with how.step(device):
+            with how.step(device), meter.watch(batch):
                 losses.append(add_gradients(model, batch, config.micro_batch_size))
+            flops += meter.flops(batch)
             for parameter, first in zip(parameters, start, strict=False):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - first, alpha=proximal_mu)
@@ -118,6 +125,7 @@ def train_adapter(
         len(losses),
         time.monotonic() - began,
         statistics.median(steps[1:] or steps),
+        flops,
         how,
     )
 

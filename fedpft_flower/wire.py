@@ -66,6 +66,7 @@ TRAIN_METRICS: dict[str, float] = {
     "steps": 1e12,
     "seconds": 1e9,
     "step-seconds": 1e9,
+    "flops": 1e24,
     "bf16": 1.0,
     "peak-memory": 1e15,
 }
@@ -96,12 +97,16 @@ def metrics_of(message: Message) -> dict[str, Any]:
 def train_metrics(config: Config) -> dict[str, float]:
     """Return which metrics a reply to a train message holds, and the most of each.
 
-    With uniform weights every client has one example. With differential privacy nothing
-    else leaves a client beside its adapter: losses, steps and seconds have no noise.
+    With uniform weights every client has one example. With quantised matrices no
+    operations are told: PyTorch cannot count those products. With differential privacy
+    nothing else leaves a client beside its adapter: losses, steps and seconds have no
+    noise.
     """
     known = dict(TRAIN_METRICS)
     if config.weighting == "uniform":
         known["num-examples"] = 1
+    if config.train.frozen != "fp32":
+        del known["flops"]
     if config.privacy.on:
         known = {"num-examples": known["num-examples"]}
     return known

@@ -19,6 +19,7 @@ from benchmarks import (
 )
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config, DataConfig, FedPFTError
+from fedpft_flower.flops import flops_of
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.tasks import load_task
 from tests.test_federation import results, run
@@ -255,9 +256,7 @@ def test_the_bare_loops_do_the_same_operations(work):
         (work.evaluate, work.bare_evaluate),
     ]
     for ours, bare in pairs:
-        one, other = (
-            throughput.operations_of(lambda r=run: r("fp32")) for run in (ours, bare)
-        )
+        one, other = (flops_of(lambda r=run: r("fp32")) for run in (ours, bare))
         assert one == pytest.approx(other, rel=0.02)
 
 

@@ -206,6 +206,7 @@ BAD_NUMBERS = {
     "steps": [-1, 1e300],
     "seconds": [-1.0, 1e300],
     "step-seconds": [-1.0, 1e300],
+    "flops": [-1.0, 1e300],
     "peak-memory": [-1, 1e300],
     "bf16": [-1.0, 2.0],
 }

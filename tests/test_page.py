@@ -104,6 +104,7 @@ def client(loss, outcome="ok", **more):
             "train_loss": loss,
             "steps": 3,
             "seconds": 1.25,
+            "flops": 2.5e9,
             "peak-memory": 5e8,
         }
     return told | more
@@ -208,8 +209,8 @@ def test_every_section_is_there_and_the_numbers_are_the_metrics(facts):
     assert "7.00 MB" in page.texts  # both directions
     assert page.text.count("2.00 MB") == 1  # of 6 MB installed, what was sent
     row = page.texts.index("north")
-    assert page.texts[row : row + 8] == [
-        *("north", "123", "1", "1.100", "3.00 MB", "500.0 kB", "1.2"),
+    assert page.texts[row : row + 9] == [
+        *("north", "123", "1", "1.100", "3.00 MB", "500.0 kB", "1.2", "2.5"),
         "round 1: boom",
     ]
     assert "1 more nodes were there and not asked" in page.text

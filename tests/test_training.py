@@ -11,6 +11,7 @@ from fedpft_flower.architectures import ARCHITECTURES, ffns_of, layers_of
 from fedpft_flower.config import FedPFTError, LoraConfig, TrainConfig
 from fedpft_flower.encoding import NO_TARGET, TextRows
 from fedpft_flower.evaluation import evaluate
+from fedpft_flower.flops import FlopMeter
 from fedpft_flower.training import (
     add_gradients,
     recomputed,
@@ -54,6 +55,20 @@ def test_training_learns_and_is_repeatable(rows):
     first, again, third = get_adapter(one), get_adapter(two), get_adapter(other)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], third[name]) for name in first)
+
+
+def test_counting_changes_nothing_and_a_training_tells(rows):
+    told, adapters = [], []
+    for meter in (None, FlopMeter()):
+        adapted = model()
+        config = TrainConfig(local_steps=3, batch_size=8)
+        report = train_adapter(adapted, rows, config, 0.01, seed=0, meter=meter)
+        train_adapter(adapted, rows, config, 0.01, seed=0, meter=meter)
+        told.append(report.flops)
+        adapters.append([p.detach() for p in adapted.parameters() if p.requires_grad])
+    assert told[0] == told[1] > 0
+    for one, other in zip(*adapters, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_steps_take_the_place_of_epochs(rows):
