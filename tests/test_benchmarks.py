@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from benchmarks import (
     alignment,
     bounds,
+    head_bias,
     imports,
     overhead,
     pretrain_vit,
@@ -21,6 +22,7 @@ from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.flops import flops_of
 from fedpft_flower.foundation import load_fm
+from fedpft_flower.report import FinishedRun
 from fedpft_flower.tasks import load_task
 from tests.test_federation import results, run
 
@@ -293,3 +295,25 @@ def test_a_random_fm_and_its_rows_can_be_run(tmp_path, local_grid):
     settings = scaling.settings_of(tmp_path) | {"rounds": 1}
     run(local_grid, settings)
     assert results(settings)[2]["failures"] == 0
+
+
+def test_a_fitted_bias_gives_every_class_its_share():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 3, generator=generator)
+    labels = torch.multinomial((logits + torch.tensor([1.0, 0.0, -2.0])).softmax(1), 1)
+    bias = head_bias.fitted_bias(logits, labels[:, 0])
+    assert float(bias.mean()) == pytest.approx(0, abs=1e-6)
+    # Where the loss has no slope, a class is as likely as it is frequent.
+    likely = (logits + bias).softmax(1).mean(0)
+    shares = labels[:, 0].bincount(minlength=3) / len(labels)
+    torch.testing.assert_close(likely, shares, atol=1e-4, rtol=0)
+
+
+def test_what_a_bias_is_worth_is_a_line_for_every_run(local_grid, settings):
+    run(local_grid, settings)
+    finished = FinishedRun.read(results(settings)[0])
+    cells = [cell.strip() for cell in head_bias.line(finished).split("|")[1:-1]]
+    after = finished.summary["test-after"]
+    assert cells[0] == finished.path.name
+    assert cells[1] == f"{after['fm-accuracy']:.3f}"
+    assert cells[3] == f"{after['fm-loss']:.3f}"

@@ -1,0 +1,90 @@
+"""Measure what a bias fitted to a few labels is worth, for runs that are finished.
+
+python -m benchmarks.head_bias RUN [RUN ...]
+
+Every RUN is the directory of a finished run of a classifier. To the logits of its FM
+with the adapter that it ended with a constant is added, one for each class, fitted by
+cross-entropy on the server's validation rows. Test metrics are only reported.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from benchmarks import run_main
+from fedpft_flower.adapters import load_adapter
+from fedpft_flower.app import load_rows, load_server, quiet
+from fedpft_flower.evaluation import predict
+from fedpft_flower.plan import Plan
+from fedpft_flower.report import FinishedRun
+
+ITERATIONS = 100
+
+
+def main() -> None:
+    """Measure every run, and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    options = parser.parse_args()
+    quiet()
+    print("| run | accuracy | with the bias | loss | with the bias | bias |")
+    print("|---|---|---|---|---|---|")
+    for place in options.runs:
+        print(line(FinishedRun.read(place.absolute())), flush=True)
+
+
+def line(run: FinishedRun) -> str:
+    """Return a run's line of the table."""
+    task, public = load_rows(run.config)
+    plan = Plan.from_json(run.manifest["plan"])
+    server = load_server(run.config, task, public, plan)
+    load_adapter(server.fm, load_file(run.path / "adapter/adapter_model.safetensors"))
+    bias = fitted_bias(*predict(server.fm, server.encode(task.validation)))
+    logits, labels = predict(server.fm, server.encode(task.test))
+    found = [(accuracy(x, labels), loss(x, labels)) for x in (logits, logits + bias)]
+    cells = [run.path.name]
+    cells += [f"{plain:.3f} | {moved:.3f}" for plain, moved in zip(*found, strict=True)]
+    cells.append(" ".join(f"{value:+.2f}" for value in bias.tolist()))
+    return f"| {' | '.join(cells)} |"
+
+
+def fitted_bias(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the bias [C], with mean 0, that lowers the cross-entropy most.
+
+    Args:
+        logits: [B, C].
+        labels: [B].
+    """
+    bias = torch.zeros(logits.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = nn.functional.cross_entropy(logits + bias, labels)
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    fitted = bias.detach()
+    return fitted - fitted.mean()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the share of rows whose largest logit is the label's."""
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def loss(logits: Tensor, labels: Tensor) -> float:
+    """Return the mean cross-entropy."""
+    return float(nn.functional.cross_entropy(logits, labels))
+
+
+if __name__ == "__main__":
+    run_main(main)
