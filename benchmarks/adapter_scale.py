@@ -9,25 +9,24 @@ split, and without, by KL(p_sub || p_FM) on public rows. Test metrics are only
 reported, beside those of the plain load and of the run's own refinement.
 """
 
-import argparse
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 
 from benchmarks import run_main
-from fedpft_flower.app import load_rows, load_server, quiet
+from benchmarks.finished import measure_runs, server_of
 from fedpft_flower.batches import real_logits
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.encoding import shuffled_batches
 from fedpft_flower.evaluation import evaluate, metric_of
-from fedpft_flower.plan import Plan
 from fedpft_flower.refinement import logit_loss
 from fedpft_flower.report import FinishedRun
 
+TITLES = ("run", "plain", "by labels", "by public rows", "refined", "sub-FM")
 SCALES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
 PUBLIC_BATCHES, BATCH = 8, 32
 
@@ -40,20 +39,6 @@ class Point:
     validation_loss: float
     public_loss: float
     test: float
-
-
-def main() -> None:
-    """Measure every run, and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    options = parser.parse_args()
-    quiet()
-    print("| run | plain | by labels | by public rows | refined | sub-FM |")
-    print("|---|---|---|---|---|---|")
-    for place in options.runs:
-        print(line(FinishedRun.read(place.absolute())), flush=True)
 
 
 def line(run: FinishedRun) -> str:
@@ -77,10 +62,9 @@ def measure(run: FinishedRun) -> list[Point]:
         FedPFTError: the run kept no checkpoint, or has no public rows.
     """
     config = run.config
-    task, public = load_rows(config)
+    server, task, public = server_of(run)
     if public is None:
         raise FedPFTError(f"{run.path} used no public rows; give a run that did")
-    server = load_server(config, task, public, Plan.from_json(run.manifest["plan"]))
     best = run.summary["best-round"] if config.select == "best" else None
     server.restore(Checkpoints(run.path, config.checkpoint.keep).load(best).tensors)
     server.fm.eval()
@@ -114,4 +98,4 @@ def measure(run: FinishedRun) -> list[Point]:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(partial(measure_runs, __doc__, TITLES, line))

@@ -7,43 +7,34 @@ with the adapter that it ended with a constant is added, one for each class, fit
 cross-entropy on the server's validation rows. Test metrics are only reported.
 """
 
-import argparse
-from pathlib import Path
+from functools import partial
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks import run_main
+from benchmarks.finished import measure_runs, server_of
 from fedpft_flower.adapters import load_adapter
-from fedpft_flower.app import load_rows, load_server, quiet
+from fedpft_flower.config import FedPFTError
 from fedpft_flower.evaluation import predict
-from fedpft_flower.plan import Plan
+from fedpft_flower.export import adapter_of
 from fedpft_flower.report import FinishedRun
+from fedpft_flower.tasks import task_of
 
+TITLES = ("run", "accuracy", "with the bias", "loss", "with the bias", "bias")
 ITERATIONS = 100
 
 
-def main() -> None:
-    """Measure every run, and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    options = parser.parse_args()
-    quiet()
-    print("| run | accuracy | with the bias | loss | with the bias | bias |")
-    print("|---|---|---|---|---|---|")
-    for place in options.runs:
-        print(line(FinishedRun.read(place.absolute())), flush=True)
-
-
 def line(run: FinishedRun) -> str:
-    """Return a run's line of the table."""
-    task, public = load_rows(run.config)
-    plan = Plan.from_json(run.manifest["plan"])
-    server = load_server(run.config, task, public, plan)
-    load_adapter(server.fm, load_file(run.path / "adapter/adapter_model.safetensors"))
+    """Return a run's line of the table.
+
+    Raises:
+        FedPFTError: the run is no classifier's, or its adapter is not whole.
+    """
+    if task_of(run.config.data.task).objective != "classify":
+        raise FedPFTError(f"{run.path} is no run of a classifier; give one that is")
+    server, task, _ = server_of(run)
+    load_adapter(server.fm, adapter_of(run))
     bias = fitted_bias(*predict(server.fm, server.encode(task.validation)))
     logits, labels = predict(server.fm, server.encode(task.test))
     found = [(accuracy(x, labels), loss(x, labels)) for x in (logits, logits + bias)]
@@ -87,4 +78,4 @@ def loss(logits: Tensor, labels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(partial(measure_runs, __doc__, TITLES, line))

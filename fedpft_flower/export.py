@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fedpft_flower.adapters import attach_adapter, export_adapter, load_adapter
 from fedpft_flower.app import quiet
@@ -151,12 +152,19 @@ def _load(run: FinishedRun) -> FoundationModel:
 
 def _with_adapter(run: FinishedRun, fm: FoundationModel) -> PeftModel:
     """Return the FM with the adapter that the run ended with."""
-    plan, weights = (
-        Plan.from_json(run.manifest["plan"]),
-        run.path / "adapter" / "adapter_model.safetensors",
-    )
-    config = run.config
+    plan, config = Plan.from_json(run.manifest["plan"]), run.config
     model = attach_adapter(fm.model, config.lora, fm.head, config.seed, plan.adapters)
+    load_adapter(model, adapter_of(run))
+    return model.eval()
+
+
+def adapter_of(run: FinishedRun) -> dict[str, Tensor]:
+    """Return the adapter that a run ended with.
+
+    Raises:
+        FedPFTError: it cannot be read, or is another than the run noted.
+    """
+    weights = run.path / "adapter" / "adapter_model.safetensors"
     try:
         adapter = load_file(weights)
     except (OSError, SafetensorError) as error:
@@ -170,8 +178,7 @@ def _with_adapter(run: FinishedRun, fm: FoundationModel) -> PeftModel:
             f"{weights} is not the adapter that the run ended with (its SHA-256 is "
             "another); give a run directory that is whole"
         )
-    load_adapter(model, adapter)
-    return model.eval()
+    return adapter
 
 
 def _write_adapter(

@@ -33,9 +33,13 @@ _FUSED: dict[Any, Callable[..., int]] = {
 }
 
 
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=_FUSED)
+
+
 def flops_of(run: Callable[[], object]) -> int:
     """Return the floating point operations of the products in a piece of work."""
-    with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter:
+    with _counter() as counter:
         run()
     return int(counter.get_total_flops())
 
@@ -57,7 +61,7 @@ class FlopMeter:
         if not math.isnan(self._each):
             yield
             return
-        with FlopCounterMode(display=False, custom_mapping=_FUSED) as counter:
+        with _counter() as counter:
             yield
         self._each = counter.get_total_flops() / _units(batch)
 
