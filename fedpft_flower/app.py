@@ -45,6 +45,7 @@ from fedpft_flower.strategies import inner_strategy, memory_of, remember
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
 from fedpft_flower.wire import CountingGrid, Ledger, pack_tensors, tensors_hash
+from fedpft_flower.wording import size
 
 logger = logging.getLogger(__name__)
 
@@ -413,8 +414,8 @@ class _Run:
             parts.append(f"skipped ({entry['skipped']})")
         if "privacy" in entry:
             parts.append(f"epsilon {entry['privacy']['epsilon']:.3g}")
-        parts.append(f"down {_size(entry['bytes-down'])}")
-        parts.append(f"up {_size(entry['bytes-up'])}")
+        parts.append(f"down {size(entry['bytes-down'])}")
+        parts.append(f"up {size(entry['bytes-up'])}")
         parts.append(f"{entry['seconds']:.1f} s")
         return "  ".join(parts)
 
@@ -539,17 +540,17 @@ def _show(summary: Metrics, metric: str) -> None:
         ("FM weights never sent", f"{100 * summary['share-withheld']:.1f} %"),
         (
             "bytes per client, once (install)",
-            _size(summary["bytes-install-per-client"]),
+            size(summary["bytes-install-per-client"]),
         ),
-        ("bytes per client and round", _size(summary["bytes-per-client-and-round"])),
+        ("bytes per client and round", size(summary["bytes-per-client-and-round"])),
         *(
             [("GFLOP per client and round", f"{flops / 1e9:.3g}")]
             if (flops := summary["flops-per-client-and-round"])
             else []
         ),
-        ("peak memory, server", _size(summary["peak-memory-server"])),
+        ("peak memory, server", size(summary["peak-memory-server"])),
         *(
-            [("peak memory, client", _size(summary["peak-memory-client"]))]
+            [("peak memory, client", size(summary["peak-memory-client"]))]
             if summary["peak-memory-client"]
             else []
         ),
@@ -562,10 +563,6 @@ def _show(summary: Metrics, metric: str) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         logger.info("  %s  %s", name.ljust(width), value)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def _speak() -> None:

@@ -14,15 +14,10 @@ from fedpft_flower.architectures import (
 from fedpft_flower.config import Objective, names_in
 from fedpft_flower.evaluation import METRICS, metric_of
 from fedpft_flower.methods import METHODS
-from fedpft_flower.page import (
-    count_nodes,
-    data_name,
-    last_part,
-    shown_settings,
-)
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import FinishedRun
 from fedpft_flower.tasks import task_of
+from fedpft_flower.wording import count_nodes, data_name, last_part, shown_settings
 
 # How the hub calls what an exported model does.
 _PIPELINES = {

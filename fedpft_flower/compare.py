@@ -33,8 +33,8 @@ from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
 from fedpft_flower.spec import Cell, Spec
-from fedpft_flower.status import duration
 from fedpft_flower.tables import Result, best_of, row_of, write_tables
+from fedpft_flower.wording import duration
 
 # How often a cell's own progress is shown.
 PROGRESS_SECONDS = 30.0

@@ -7,16 +7,21 @@ Names of nodes and reasons of failures come from nodes: everything is escaped
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any
 
 from fedpft_flower.charts import STYLE as CHART_STYLE
 from fedpft_flower.charts import Series, bars, lines, strip
-from fedpft_flower.config import READ_PATHS, WRITTEN_PATHS, Config, Scalar
-from fedpft_flower.disk import existing_path
+from fedpft_flower.config import Config, Scalar
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.markup import Markup, element
 from fedpft_flower.plan import Plan
+from fedpft_flower.wording import (
+    count_nodes,
+    data_name,
+    last_part,
+    shown_settings,
+    size,
+)
 
 Metrics = Mapping[str, Any]
 
@@ -147,33 +152,6 @@ def render_page(
     )
     page = element("html", head, element("body", element("main", *parts)), lang="en")
     return f"<!doctype html>\n{page}\n"
-
-
-def shown_settings(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Return settings to show others: of paths of this machine, the last part only."""
-    return {
-        key: last_part(str(value)) if key in (*READ_PATHS, *WRITTEN_PATHS) else value
-        for key, value in config.items()
-    }
-
-
-def last_part(name: str) -> str:
-    """Return the last part of a path; a hub name stays as it is."""
-    is_path = name.startswith(("/", "~", ".")) or bool(name and existing_path(name))
-    return PurePath(name).name if is_path else name
-
-
-def count_nodes(nodes: Mapping[str, int | None]) -> str:
-    """Return how many nodes there were, and rows where nodes told them."""
-    told = [rows for rows in nodes.values() if rows is not None]
-    rows = f"{sum(told)} training rows" if told else "rows that they did not tell"
-    return f"{len(nodes)} with {rows}"
-
-
-def data_name(config: Mapping[str, Scalar]) -> str:
-    """Return what a run's data is called: its path's last part, or its task."""
-    path, subset = last_part(str(config["data.path"])), config["data.subset"]
-    return f"{path} ({subset})" if subset else path or str(config["data.task"])
 
 
 # --------------------------------------------------------------------- its sections
@@ -651,11 +629,3 @@ def _score(value: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as kB, MB or GB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count / 1e3:.1f} kB"

@@ -14,9 +14,9 @@ from fedpft_flower.config import Config, FedPFTError, flatten, one_line
 from fedpft_flower.disk import last_used
 from fedpft_flower.endings import one_line_end
 from fedpft_flower.evaluation import metric_of
-from fedpft_flower.page import last_part
 from fedpft_flower.report import LOG
 from fedpft_flower.server import Metrics
+from fedpft_flower.wording import duration, last_part, size
 
 _LINES = 5  # of the log, and of the errors, that are shown
 _EVERY = 5.0  # seconds, with --watch
@@ -124,8 +124,8 @@ def render(status: Status) -> str:
             value = f"{scored[-1][f'{key}-{metric}']:.3f} (round {scored[-1]['round']})"
             rows.append((f"{name} {metric}, validation", value))
     for way in ("down", "up"):
-        size = sum(entry.get(f"bytes-{way}", 0) for entry in rounds)
-        rows.append((f"sent {way}", f"{size / 1e6:.1f} MB"))
+        sent = sum(entry.get(f"bytes-{way}", 0) for entry in rounds)
+        rows.append((f"sent {way}", size(sent)))
     if rounds and "privacy" in rounds[-1]:
         rows.append(("epsilon", f"{rounds[-1]['privacy']['epsilon']:.3g}"))
     width = max(len(name) for name, _ in rows)
@@ -147,14 +147,6 @@ def _nodes(status: Status) -> list[str]:
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:
     return ["", f"{title}:", *(f"  {line}" for line in lines)] if lines else []
-
-
-def duration(seconds: float) -> str:
-    """Return seconds for people."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 def _lines(place: Path) -> list[str]:

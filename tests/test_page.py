@@ -13,10 +13,11 @@ from flwr.app import Error, Message
 from fedpft_flower.charts import bars, lines, number, strip
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.markup import Markup, element
-from fedpft_flower.page import render_page, shown_settings, size
+from fedpft_flower.page import render_page
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import FinishedRun, write_page
 from fedpft_flower.report import run as report
+from fedpft_flower.wording import shown_settings, size
 from tests.test_federation import broken, results, run
 
 SECTIONS = [
