@@ -32,6 +32,7 @@ from fedpft_flower.disk import lock, put
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
+from fedpft_flower.report import FinishedRun
 from fedpft_flower.spec import Cell, Spec
 from fedpft_flower.tables import Result, best_of, row_of, write_tables
 from fedpft_flower.wording import duration
@@ -349,19 +350,17 @@ def _read_by(cell: Cell, result: Mapping[str, Any]) -> dict[tuple[Any, ...], str
 
 def _collect(directory: Path) -> dict[str, Any]:
     """Return the result of a finished run, without what is long or names places."""
-    manifest = json.loads((directory / "manifest.json").read_text())
-    manifest.pop("config")
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    rounds = [
-        {key: value for key, value in json.loads(line).items() if key not in _LONG}
-        for line in lines
-    ]
+    run = FinishedRun.read(directory)
     return {
-        "summary": json.loads((directory / "summary.json").read_text()),
-        "manifest": manifest,
-        "rounds": rounds,
+        "summary": run.summary,
+        "manifest": _without(run.manifest, {"config"}),
+        "rounds": [_without(entry, _LONG) for entry in run.rounds],
         "hits": json.loads((directory / "hits.json").read_text()),
     }
+
+
+def _without(found: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key not in keys}
 
 
 def _has_ended(place: Path) -> bool:
