@@ -181,10 +181,18 @@ def _check_family(
     return row
 
 
+# The tokens that rows of text are encoded with, besides their own.
+_ROLES = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
+
+
 def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, name: str) -> None:
-    # Without its files, transformers makes a tokenizer of special tokens alone.
     size, most = len(tokenizer), model.config.vocab_size
-    if not len(tokenizer.all_special_tokens) < size <= most:
+    # Special tokens that stand for other inputs may lie beyond: Gemma 3's for images.
+    spare = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    spare -= {getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= most}
+    # Without its files, transformers makes a tokenizer of special tokens alone.
+    if size <= len(tokenizer.all_special_tokens) or beyond - spare:
         raise FedPFTError(
             f"fm.name = {name!r}: its tokenizer has {size} entries, the model {most}; "
             "put the model's own tokenizer files beside its weights"

@@ -35,19 +35,16 @@ def decoded_images(rows: Dataset, indices: Sequence[int]) -> list[Any]:
     """
     try:
         return _decoded(rows, indices)
-    except _UNDECODABLE:
+    except Exception:  # broken files make decoders raise almost anything
         for i in indices:  # which one was it?
             try:
                 _decoded(rows, [i])
-            except _UNDECODABLE as error:
+            except Exception as error:
                 raise FedPFTError(
                     f"the image of row {i} (counted from 0) cannot be decoded ({error})"
                     "; mend it or leave it out"
                 ) from error
         raise
-
-
-_UNDECODABLE = (OSError, ValueError, AttributeError)  # not an image, or cut
 
 
 def _decoded(rows: Dataset, indices: Sequence[int]) -> list[Any]:

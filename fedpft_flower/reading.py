@@ -9,19 +9,20 @@ from collections.abc import (
     Iterator,
     Mapping,
     Sequence,
-    Set,
 )
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    Features,
     Image,
     Value,
     get_dataset_split_names,
@@ -46,7 +47,6 @@ _FORMATS = {
 # Rows of a streamed data set that a sample is drawn from.
 BUFFER = 5000
 _TABLES = {*_FORMATS, ".arrow"}
-_SHIFTED = "__index_level_0__"  # pandas' column where rows have a field too many
 
 
 def read_splits(
@@ -166,22 +166,46 @@ def _read_tables(files: Sequence[Path], separator: str) -> Dataset:
         data_files={"train": list(map(str, files))},
         split="train",
         cache_dir=str(private_cache("rows")),
-        **_options({suffix}, separator),
+        **_options(files, separator),
     )
-    if _SHIFTED in rows.column_names:
-        raise FedPFTError(
-            "rows have more fields than the header; put texts that hold the separator "
-            "in quotes"
-        )
-    return rows
+    return _with_numbers(rows) if _FORMATS[suffix] == "csv" else rows
 
 
-def _options(suffixes: Set[str], separator: str) -> dict[str, Any]:
-    """Return how tables with these suffixes are read."""
+def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
+    """Return how these files are read; CSV as texts, all with the first one's columns.
+
+    Raises:
+        FedPFTError: rows have more fields than the header.
+    """
+    suffixes = {file.suffix.lower() for file in files}
     if {_FORMATS.get(suffix) for suffix in suffixes} != {"csv"}:
         return {}
     # Words such as NA and None are texts and labels like others.
-    return {"na_filter": False, "sep": "\t" if suffixes == {".tsv"} else separator}
+    options: dict[str, Any] = {
+        "na_filter": False,
+        "sep": "\t" if suffixes == {".tsv"} else separator,
+    }
+    head = pd.read_csv(files[0], nrows=1, dtype=str, **options)
+    if len(head) and not isinstance(head.index, pd.RangeIndex):
+        raise FedPFTError(
+            "rows have more fields than the header; quote texts, or set data.separator"
+        )
+    # `datasets` would fix each column's type by the first rows, and fail at others.
+    columns = Features({str(column): Value("string") for column in head.columns})
+    return {**options, "features": columns}
+
+
+def _with_numbers(rows: Dataset) -> Dataset:
+    """Make numbers of the columns of a CSV file in which every row has one."""
+    features = rows.features.copy()
+    for column in rows.column_names:
+        values = rows.data.column(column)
+        for kind in ("int64", "float64"):
+            with suppress(pa.ArrowInvalid):
+                pc.cast(values, kind)
+                features[column] = Value(kind)
+                break
+    return rows if features == rows.features else rows.cast(features)
 
 
 def _read_directory(
@@ -201,9 +225,12 @@ def _read_directory(
     if splits := _split_files(place, tables, modality):
         return {name: _read_tables(ones, separator) for name, ones in splits.items()}
     suffixes = {path.suffix.lower() for path in found if path.is_file()}
-    options = _options(suffixes - {".md", ""}, separator)
+    is_csv = {_FORMATS.get(suffix) for suffix in suffixes - {".md", ""}} == {"csv"}
+    options = _options(tables, separator) if is_csv else {}
     rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
-    return rows
+    return (
+        {name: _with_numbers(part) for name, part in rows.items()} if is_csv else rows
+    )
 
 
 def _read_images(place: Path, cache: str) -> Splits:
@@ -469,10 +496,10 @@ def in_order(labels: Collection[str]) -> tuple[str, ...]:
 
 
 def has_labels(part: Dataset, column: str) -> bool:
-    """Tell a labelled split from one whose labels are withheld (all -1 or null)."""
+    """Tell a labelled split from one whose labels are withheld: all -1, null, blank."""
     if column not in part.column_names:
         return False
-    return bool(set(_different(part, column)) - {-1, None})
+    return any(str(one).strip() for one in set(_different(part, column)) - {-1, None})
 
 
 def label_texts(part: Dataset, column: str) -> list[str]:

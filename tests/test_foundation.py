@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
+from transformers import AutoTokenizer
 
 from fedpft_flower import foundation
 from fedpft_flower.config import DataConfig, FedPFTError
@@ -78,6 +79,30 @@ def test_an_unreadable_directory_is_refused_in_one_line(bert_directory, tmp_path
         load(place)
     assert str(place) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["<image>", "<mask>", "film!"])
+def test_tokens_beyond_the_vocabulary_are_none_that_texts_take(
+    bert_directory, tmp_path, token
+):
+    """Gemma 3's tokenizer has one, for images, that its text model lacks."""
+    place = shutil.copytree(bert_directory, tmp_path / "fm")
+    config = json.loads((place / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    words = [f"w{i}" for i in range(config["vocab_size"] - len(tokenizer))]
+    tokenizer.add_tokens(words)
+    if token == "<image>":
+        tokenizer.add_tokens(token, special_tokens=True)
+    elif token == "<mask>":
+        tokenizer.add_special_tokens({"mask_token": token})
+    else:
+        tokenizer.add_tokens(token)
+    tokenizer.save_pretrained(place)
+    if token == "<image>":
+        assert len(load(place).processor) == config["vocab_size"] + 1
+    else:
+        with pytest.raises(FedPFTError, match=r"its tokenizer has .* the model"):
+            load(place)
 
 
 def test_a_wrong_hash_of_the_bundled_fm_is_refused(monkeypatch):

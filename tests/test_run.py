@@ -55,7 +55,9 @@ def test_the_demo_runs_end_to_end_on_minilm_through_flwr_run(tmp_path):
     lines = done.stdout.splitlines()
     rounds = [line for line in lines if line.startswith("round ")]
     assert [line.split()[1] for line in rounds] == ["0/2", "1/2", "2/2"]
-    shape = r"FM 0\.\d+  sub-FM 0\.\d+  loss \d+\.\d+  down .* [kM]B  up .* [kM]B  .* s$"
+    shape = (
+        r"FM 0\.\d+  sub-FM 0\.\d+  loss \d+\.\d+  down .* [kM]B  up .* [kM]B  .* s$"
+    )
     assert all(re.search(shape, line) for line in rounds)
     results = Path(lines[-1].removeprefix("results: "))
     assert results.is_absolute() and results.parent == tmp_path

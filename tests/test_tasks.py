@@ -1,6 +1,7 @@
 import json
 import stat
 from dataclasses import replace
+from io import BytesIO
 from itertools import chain
 
 import numpy as np
@@ -15,11 +16,14 @@ from datasets import (
     Value,
     load_dataset,
 )
+from datasets import Image as ImageFeature
+from PIL import Image
 from transformers import AutoTokenizer
 
 from fedpft_flower.config import DataConfig, FedPFTError, PartitionConfig
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.encoding import content_hash, encode
+from fedpft_flower.images import decoded_images
 from fedpft_flower.partitions import load_partition
 from fedpft_flower.reading import _read_hub, read_splits, with_texts
 from fedpft_flower.tasks import (
@@ -196,6 +200,27 @@ def test_gaps_and_too_little_data_are_refused(tmp_path, rows, said):
         load_task(DataConfig(task="text", path=path), 0)
 
 
+def test_a_long_csv_file_may_change_its_mind_about_a_column(tmp_path):
+    """`datasets` reads 10,000 rows at a time, and fixes types by the first of them."""
+    rows = [f"text {i},{i % 2},{i},{i}" for i in range(10_500)]
+    rows[10_200] = "text 10200,0,,3.5"
+    path = write_csv(tmp_path / "a.csv", rows, header="text,label,votes,score")
+    task = load_task(DataConfig(task="text", path=path), 0)
+    assert task.labels == ("0", "1")
+    assert len(task.train) + len(task.validation) + len(task.test) == 10_500
+    rows[10_300] = "text 10300,,1,1"
+    path = write_csv(tmp_path / "b.csv", rows, header="text,label,votes,score")
+    with pytest.raises(FedPFTError, match=r"row 10300 .* of train has no label"):
+        load_task(DataConfig(task="text", path=path), 0)
+
+
+def test_a_test_split_with_a_blank_column_of_labels_has_none(tmp_path):
+    write_csv(tmp_path / "train.csv", ROWS)
+    write_csv(tmp_path / "test.csv", [f"text {i}," for i in range(30)])
+    task = load_task(DataConfig(task="text", path=str(tmp_path)), 0)
+    assert "10% of train" in task.notes["test"]
+
+
 def test_numbers_may_be_texts_and_labels(tmp_path):
     path = write_csv(tmp_path / "a.csv", [f"{i},{i % 12}" for i in range(60)])
     task = load_task(DataConfig(task="text", path=path), 0)
@@ -215,6 +240,21 @@ def test_an_image_that_cannot_be_decoded_is_refused(tmp_path, vit_directory):
     processor = AutoImageProcessor.from_pretrained(vit_directory)
     with pytest.raises(FedPFTError, match="cannot be decoded"):
         encode(task.train, processor, "image", DataConfig()).batch([0])
+
+
+def test_an_image_too_large_to_open_is_told_by_its_row(monkeypatch):
+    """Pillow refuses those that would fill the memory, by an error of its own."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    images = [{"bytes": png(size), "path": None} for size in (2, 5)]
+    rows = Dataset.from_dict({"image": images}).cast_column("image", ImageFeature())
+    with pytest.raises(FedPFTError, match=r"row 1 .* cannot be decoded"):
+        decoded_images(rows, [0, 1])
+
+
+def png(size):
+    image = BytesIO()
+    Image.new("RGB", (size, size)).save(image, "png")
+    return image.getvalue()
 
 
 def test_unreadable_file_and_unknown_type_are_refused(tmp_path):
