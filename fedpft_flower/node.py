@@ -50,6 +50,7 @@ UNNAMED = "CHANGE-ME"
 # What a node with rows of its own may say otherwise than the run's `data.*`.
 OWN_KEYS = {
     "data-path": "path",
+    "subset": "subset",
     "separator": "separator",
     "train-split": "train_split",
     "text-columns": "text_columns",

@@ -63,7 +63,7 @@ def read_splits(
         path: where the rows are.
         key: the setting that says so, for messages.
         modality: of the inputs; directories of images have a class per folder.
-        subset: the configuration of a hub data set, or "".
+        subset: the configuration of a hub data set, or "" (a copy of one has it too).
         separator: of the columns of CSV files.
         hub: whether a hub may be asked for what is not here.
 
@@ -219,7 +219,7 @@ def _read_directory(
     tables = [path for path in found if path.suffix.lower() in _TABLES]
     if modality == "image" and not tables:
         return _read_images(place, cache)
-    if subset or _is_described(place):
+    if _is_described(place):  # else a hub's subset, as of the run, means nothing here
         described: Splits = load_dataset(str(place), subset or None, cache_dir=cache)
         return described
     if splits := _split_files(place, tables, modality):

@@ -471,6 +471,15 @@ def test_a_directory_that_describes_itself_is_read_as_it_says(tmp_path):
     write_csv(tmp_path / "train.csv", ["x,a"])
     write_csv(tmp_path / "test.csv", ["y,a"])
     assert set(read_splits(str(tmp_path), "data.path")) == {"train"}
+    with pytest.raises(FedPFTError, match="'sst2' not found"):
+        read_splits(str(tmp_path), "data.path", subset="sst2")
+
+
+def test_a_hubs_subset_means_nothing_to_a_site_with_plain_files(tmp_path):
+    write_csv(tmp_path / "train.csv", ["x,a", "y,b"])
+    for place in (tmp_path, tmp_path / "train.csv"):
+        config = DataConfig(task="text", path=str(place), subset="sst2")
+        assert load_site(config, ("a", "b"), 0)["label"][:] == [0, 1]
 
 
 def test_a_directory_of_csv_files_is_read_as_a_file_is(tmp_path):
