@@ -88,6 +88,8 @@ HELD_OUT_BATCHES = 2
 # Public tokens for each kept neuron of a layer: looked at, and at least needed. With
 # fewer, a least-squares refit fits the tokens that it sees and no others.
 CALIBRATION_TOKENS, LEAST_TOKENS = 40, 25
+# Of a layer's neurons: how many the selection is given tokens for.
+USUAL_SHARE = 0.25
 PROGRESS_SECONDS = 10.0
 
 Metrics = dict[str, Any]
@@ -180,13 +182,15 @@ class ProxyServer:
         began = time.monotonic()
         widths = [ffn.width for ffn in ffns]
         counts = kept_counts(config.sub_fm, widths)
-        chosen = [c for c, width in zip(counts, widths, strict=True) if c < width]
+        cut = [width for c, width in zip(counts, widths, strict=True) if c < width]
         name = self.method.selection
         batches: Iterable[Batch] = []
         sensitivity: Sensitivity | None = None
-        if chosen and selection_of(name).needs != "nothing":
+        if cut and selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
-            calibration, sensitivity = self._calibration(model, max(chosen))
+            # Whatever is kept, so that a smaller sub-FM's neurons are in a larger one.
+            looked_at = max(1, round(USUAL_SHARE * max(cut)))
+            calibration, sensitivity = self._calibration(model, looked_at)
             batches = _Shown(calibration, "choosing neurons")
         scores = score(
             model, name, counts, batches, config.align, config.seed, sensitivity
@@ -639,6 +643,12 @@ class ProxyServer:
                 fit.tokens,
                 time.monotonic() - began,
             )
+            if fit.held_out_after > fit.held_out_before:
+                logger.warning(
+                    "least squares: layer %d is worse on the tokens held out; raise "
+                    "data.public-rows, align.calibration-tokens or align.ridge",
+                    fit.layer,
+                )
 
         self._forget("sub-fm")
         most = max(len(self.plan.kept[layer]) for layer in self.plan.compressed)

@@ -302,7 +302,7 @@ def test_a_pass_over_public_batches_tells_how_far_it_is(monkeypatch, caplog):
     assert "choosing neurons:  50 %" in caplog.text
 
 
-@pytest.mark.parametrize(("whole", "tokens_for"), [("0", [12]), ("0,1,2,3", [])])
+@pytest.mark.parametrize(("whole", "tokens_for"), [("0", [6]), ("0,1,2,3", [])])
 def test_layers_left_whole_need_no_tokens(settings, monkeypatch, whole, tokens_for):
     asked, real = [], server.ProxyServer._calibration_batches
 
@@ -314,3 +314,17 @@ def test_layers_left_whole_need_no_tokens(settings, monkeypatch, whole, tokens_f
     settings |= {"sub-fm.selection": "greedy", "sub-fm.whole-layers": whole}
     load(Config.from_run_config(settings | {"method": "fedpft-n"}))
     assert asked == tokens_for
+
+
+@pytest.mark.parametrize("selection", ["energy", "variance", "greedy"])
+def test_a_smaller_sub_fms_neurons_are_among_a_larger_ones(settings, selection):
+    """Else whoever is given both holds more of the FM than the larger one has."""
+    settings |= {"method": "fedpft-n", "sub-fm.selection": selection}
+    settings |= {"data.public-rows": 400}
+    kept = {}
+    for count in (1, 3, 9):
+        config = Config.from_run_config(settings | {"sub-fm.keep-neurons": count})
+        _, _, chosen = load(config)
+        kept[count] = chosen.plan.kept
+    for less, more in ((1, 3), (3, 9)):
+        assert all(set(kept[less][i]) < set(kept[more][i]) for i in kept[less])

@@ -292,6 +292,7 @@ def test_sensitivity_is_measured_anew_when_the_adapter_has_changed(
         settings,
         **{
             "sub-fm.selection": "greedy",
+            "sub-fm.keep-fraction": server.USUAL_SHARE,
             "align.before": "least-squares",
             "align.during": "least-squares",
             "align.sensitivity": 0.9,
