@@ -105,16 +105,20 @@ class Comparison:
 
         None as long as one of them is to be run, or where all of them failed.
         """
-        grid = self.spec.lrs(cell.task, cell.partition, cell.method)
-        if len(grid) == 1:
-            return grid[0]
-        first = replace(cell, seed=self.spec.seeds[0])
-        tried = [self._result(replace(first, lr=lr)) for lr in grid]
+        tried = self._grid(cell)
+        if len(tried) == 1:
+            return tried[0].cell.lr
         # One that failed has diverged, say: another rate is better.
         finished = [result for result in tried if result.found is not None]
         if not finished or any(result.state == "unrun" for result in tried):
             return None
         return best_of(finished).cell.lr
+
+    def _grid(self, cell: Cell) -> list[Result]:
+        """Return what there is of a cell at every rate, with the first seed."""
+        first = replace(cell, seed=self.spec.seeds[0])
+        rates = self.spec.lrs(cell.task, cell.partition, cell.method)
+        return [self._result(replace(first, lr=lr)) for lr in rates]
 
     def results(self) -> list[Result]:
         """Return every cell whose rate is known with what is there of it."""
@@ -155,10 +159,11 @@ class Comparison:
         began, ran = time.monotonic(), 0
         while waiting := self._waiting(only):
             cell, left = waiting[0], ""
+            to_go = len(waiting) + self._to_come(only)
             if ran:
-                seconds = (time.monotonic() - began) / ran * len(waiting)
+                seconds = (time.monotonic() - began) / ran * to_go
                 left = f", about {duration(seconds)} left"
-            print(f"{cell.name}: {len(waiting)} to go{left}", flush=True)
+            print(f"{cell.name}: {to_go} to go{left}", flush=True)
             print(f"{cell.name}: {self._run(cell)}", flush=True)
             ran += 1
 
@@ -168,6 +173,19 @@ class Comparison:
             for cell in self.cells()
             if only in cell.name and self._read(cell) is None and not self._reason(cell)
         ]
+
+    def _to_come(self, only: str) -> int:
+        """Count the cells of later seeds whose rate is yet to be chosen."""
+        return len(
+            {
+                replace(cell, lr=0.0)
+                for cell in self.spec.all_cells
+                if only in cell.name
+                and self.best_lr(cell) is None
+                and cell.seed != self.spec.seeds[0]
+                and any(result.state == "unrun" for result in self._grid(cell))
+            }
+        )
 
     def _run(self, cell: Cell) -> str:
         """Run a cell, keep its result or its failure, and say in short what came."""

@@ -601,10 +601,11 @@ def _problems(config: Config) -> list[str]:
     if -1 < share < 0:
         found.append(f"align.sensitivity = {share:g}; give 0 to 0.999, or -1")
     steps = config.align.before.split("+")
-    if config.align.before not in ("", "none") and not set(steps) <= set(ALIGNMENTS):
+    known, twice = set(steps) <= set(ALIGNMENTS), len(set(steps)) < len(steps)
+    if config.align.before not in ("", "none") and (twice or not known):
         found.append(
             f"align.before = {config.align.before!r}; choose 'none', or steps of "
-            f"{', '.join(ALIGNMENTS)}, joined by '+'"
+            f"{', '.join(ALIGNMENTS)}, each once, joined by '+'"
         )
     template = config.data.prompt_template
     if template != "chat" and template.count("{prompt}") != 1:

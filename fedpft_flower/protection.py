@@ -150,12 +150,21 @@ def _share_rows(figures: Figures) -> Iterable[dict[str, str]]:
         (
             "re-fitted",
             "sent re-fitted",
-            "alignment put other values in their place, at a relative distance of "
-            f"{figures['re-fitted-distance']:.3g} (L2) from the FM's own",
+            _refitted(figures),
         ),
     ):
         share = figures[key]
         yield _row(name, f"{100 * share:.1f} % ({share * total / 1e6:.2f} M)", note)
+
+
+def _refitted(figures: Figures) -> str:
+    if not figures["re-fitted-distance"]:
+        return "no other values were put in their place"
+    told = "alignment put other values in their place"
+    if not figures["re-fitted"]:
+        told = "alignment put other values in the place of some, which were sent before"
+    distance = f"{figures['re-fitted-distance']:.3g}"
+    return f"{told}, at a relative distance of {distance} (L2) from the FM's own"
 
 
 def _gap_rows(

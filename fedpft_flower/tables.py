@@ -517,7 +517,7 @@ def _draw(spec: Spec, results: Sequence[Result], out: Path) -> None:
     score = "the FM's {metric}, averaged adapter (validation)"
     figures: tuple[tuple[str, str, str, Callable[[Result], list[Point]]], ...] = (
         ("metric-rounds", "round", score, _by_round),
-        ("metric-bytes", "MB sent in both directions", score, _by_bytes),
+        ("metric-bytes", "MB to and from all clients", score, _by_bytes),
         ("gradient-rounds", "round", "gradient error (relative L2)", _gradients),
     )
     for name, across, up, points in figures:

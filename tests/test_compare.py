@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import statistics
 from dataclasses import replace
@@ -205,12 +206,16 @@ def test_results_of_another_spec_are_refused(spec_file, engine, tmp_path, capsys
     assert "was made with rounds = 2, the spec says 3" in error
 
 
-def test_of_several_rates_each_method_takes_its_best(spec_file, engine, tmp_path):
+def test_of_several_rates_each_method_takes_its_best(
+    spec_file, engine, tmp_path, capsys
+):
     rates = "lrs = [1e-6, 0.02]\n"
     spec_file.write_text(rates + SPEC.replace("kept = [0.5, 0.25]", "kept = [0.5]"))
     spec, out = Spec(spec_file), tmp_path / "out"
     assert compared(spec_file, out, "--only", "fedpft-n") == 1
     assert len(engine) == 3  # two rates with the first seed, the best with the second
+    told = re.findall(r"(\d+) to go", capsys.readouterr().out)
+    assert told == ["3", "2", "1"]
     comparison = Comparison(spec, out)
     cell = Cell("digits", "alike", "fedpft-n", 0.5, 0.02, 1)
     losses = {}

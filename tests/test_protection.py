@@ -71,7 +71,8 @@ def exactly(own, name, tensors):
 
 
 @pytest.mark.parametrize(
-    "method", ["fedpetuning", "fedpft-n", "fedpft", "fedpft-ls", "fedot", "fedot-b"]
+    "method",
+    ["fedpetuning", "fedpft-n", "fedpft-d", "fedpft", "fedpft-ls", "fedot", "fedot-b"],
 )
 def test_shares_are_those_of_the_captured_messages(
     local_grid, settings, vit_directory, method
@@ -81,16 +82,20 @@ def test_shares_are_those_of_the_captured_messages(
     _, rounds, summary, manifest = results(settings)
     sheet, plan = summary["protection"], Plan.from_json(manifest["plan"])
     sub_fms = installed(grid)
-    assert len(sub_fms) == (3 if method == "fedpft" else 1)
+    assert len(sub_fms) == (3 if method in ("fedpft", "fedpft-d") else 1)
     never, verbatim, refitted = shares(vit_directory, plan, sub_fms, exactly)
     assert sheet["never-sent"] == pytest.approx(never, abs=1e-9)
     assert sheet["never-sent"] == pytest.approx(summary["share-withheld"], abs=1e-9)
     assert sheet["sent-verbatim"] == pytest.approx(verbatim, abs=1e-9)
     assert sheet["re-fitted"] == pytest.approx(refitted, abs=1e-9)
+    notes = {row["name"]: row["note"] for row in sheet["rows"]}
+    note = notes["sent re-fitted"]
     if method in ("fedpetuning", "fedpft-n", "fedot"):
-        assert refitted == 0
+        assert refitted == 0 and note == "no other values were put in their place"
+    elif method == "fedpft-d":  # pruned and sent first, aligned later
+        assert refitted == 0 and "the place of some, which were sent before" in note
     else:
-        assert refitted > 0.1
+        assert refitted > 0.1 and "put other values in their place" in note
     assert (never == 0) == (method == "fedpetuning")
     up = {}
     for entry in rounds:
@@ -99,7 +104,7 @@ def test_shares_are_those_of_the_captured_messages(
                 name = kind.removeprefix("up-")
                 up[name] = up.get(name, 0) + sizes["logical"]
     assert sheet["bytes-up"] == up
-    assert "statistics" in up if method == "fedpft" else "statistics" not in up
+    assert ("statistics" in up) == (method in ("fedpft", "fedpft-d"))
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
