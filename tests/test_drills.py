@@ -30,6 +30,7 @@ from tests.deployment import (
 
 pytestmark = pytest.mark.slow
 SERVER_APP, CLIENT_APP = "flwr-serverapp", "flwr-clientapp"
+UNIT_WAITS = 65  # seconds between two starts, by deploy/supernode.service
 
 
 @pytest.fixture
@@ -80,6 +81,27 @@ def test_a_node_that_is_killed_and_restarted_takes_part_again(
     rounds = rounds_of(run_directory(tmp_path))
     assert list(rounds[1]["failures"]) == ["south"]
     assert all(not entry["failures"] for entry in rounds[2:])
+    assert rounds[3]["per-client"]["south"]["outcome"] == "ok"
+
+
+def test_a_node_that_is_killed_comes_back_by_its_key(tmp_path, settings):
+    """Not before the SuperLink has given up its old session, which takes a minute."""
+    with Deployment(tmp_path, secure=True) as deployment:
+        deployment.superlink()
+        for site in SITES:
+            start_site(deployment, site)
+        deployment.submit("run", settings)
+        wait_until(lambda: works_on(deployment, "south"), 400, "training")
+        deployment.kill("south")
+        start_site(deployment, "south")
+        assert deployment.processes["south"].wait(60) != 0
+        assert "Failed to activate" in deployment.log("south")
+        time.sleep(UNIT_WAITS)
+        start_site(deployment, "south")
+        assert deployment.status("run", 900) == "finished:completed"
+        assert deployment.online() == len(SITES)  # the same node, not one more
+    rounds = rounds_of(run_directory(tmp_path))
+    assert list(rounds[1]["failures"]) == ["south"]
     assert rounds[3]["per-client"]["south"]["outcome"] == "ok"
 
 
