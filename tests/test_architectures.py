@@ -405,6 +405,28 @@ def test_exported_adapter_opens_on_the_stock_fm(family, tmp_path):
 
 
 @families
+def test_no_gradient_is_computed_below_the_first_adapter(family):
+    """Adapters in layers 1 and up: what layer 0 does is no part of the backward pass."""
+    row = ARCHITECTURES[family]
+    model = attach_adapter(tiny_model(family), LORA, row.head, seed=0)
+    layers, entering = layers_of(base_model(model)), []
+    layers[0].requires_grad_(False)
+    for layer in layers:
+        layer.register_forward_pre_hook(
+            lambda _, given, named: entering.append(
+                given[0] if given else named["hidden_states"]
+            ),
+            with_kwargs=True,
+        )
+    loss = model(**tiny_batch(family)).logits.square().mean()
+    loss.backward()
+    needs = [states.requires_grad for states in entering]
+    assert needs == [False, False] + [True] * (len(layers) - 2)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert frozen and all(p.grad is None for p in frozen)
+
+
+@families
 def test_thinned_sub_fm_trains_and_its_frozen_weights_stay(family):
     fm = tiny_model(family)
     sub = build_sub_fm(fm, plans(fm, keep_fraction=0.5))
