@@ -44,6 +44,8 @@ _FORMATS = {
     ".jsonl": "json",
     ".parquet": "parquet",
 }
+# Of a JSON Lines file that `datasets` reads at once: a column has one type in them.
+JSON_BYTES = 1 << 28
 # Rows of a streamed data set that a sample is drawn from.
 BUFFER = 5000
 _TABLES = {*_FORMATS, ".arrow"}
@@ -178,7 +180,10 @@ def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
         FedPFTError: rows have more fields than the header.
     """
     suffixes = {file.suffix.lower() for file in files}
-    if {_FORMATS.get(suffix) for suffix in suffixes} != {"csv"}:
+    formats = {_FORMATS.get(suffix) for suffix in suffixes}
+    if formats == {"json"}:
+        return {"chunksize": JSON_BYTES}
+    if formats != {"csv"}:
         return {}
     # Words such as NA and None are texts and labels like others.
     options: dict[str, Any] = {
@@ -225,12 +230,12 @@ def _read_directory(
     if splits := _split_files(place, tables, modality):
         return {name: _read_tables(ones, separator) for name, ones in splits.items()}
     suffixes = {path.suffix.lower() for path in found if path.is_file()}
-    is_csv = {_FORMATS.get(suffix) for suffix in suffixes - {".md", ""}} == {"csv"}
-    options = _options(tables, separator) if is_csv else {}
+    formats = {_FORMATS.get(suffix) for suffix in suffixes - {".md", ""}}
+    options = {} if None in formats else _options(tables, separator)
     rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
-    return (
-        {name: _with_numbers(part) for name, part in rows.items()} if is_csv else rows
-    )
+    if formats != {"csv"}:
+        return rows
+    return {name: _with_numbers(part) for name, part in rows.items()}
 
 
 def _read_images(place: Path, cache: str) -> Splits:
@@ -343,6 +348,8 @@ def _reason(error: BaseException) -> str:
         return f"{line}; save it as UTF-8"
     if "Error tokenizing" in line:
         return f"{line}; quote texts, or set data.separator"
+    if "cast" in line or "as a scalar" in line:
+        return f"{line}; a column changes its type: give it one, or leave it out"
     if "no data" in line or "EmptyData" in type(error).__name__:
         return f"{line}; it has no rows"
     return f"{line}; give a directory, file or hub name that `datasets` reads"

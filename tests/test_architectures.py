@@ -406,7 +406,7 @@ def test_exported_adapter_opens_on_the_stock_fm(family, tmp_path):
 
 @families
 def test_no_gradient_is_computed_below_the_first_adapter(family):
-    """Adapters in layers 1 and up: what layer 0 does is no part of the backward pass."""
+    """Adapters from layer 1 up: the backward pass leaves layer 0 alone."""
     row = ARCHITECTURES[family]
     model = attach_adapter(tiny_model(family), LORA, row.head, seed=0)
     layers, entering = layers_of(base_model(model)), []

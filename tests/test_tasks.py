@@ -214,6 +214,20 @@ def test_a_long_csv_file_may_change_its_mind_about_a_column(tmp_path):
         load_task(DataConfig(task="text", path=path), 0)
 
 
+def test_a_long_json_file_may_change_its_mind_about_a_column(tmp_path):
+    """`datasets` reads 10 MB at a time, and fixes types by the first of them."""
+    rows = [
+        {"text": "t" * 1000 + str(i), "label": i % 2, "votes": None} for i in range(60)
+    ]
+    rows = rows * 200
+    rows[-1] = {**rows[-1], "votes": "some", "more": 1}
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert path.stat().st_size > 11 << 20
+    task = load_task(DataConfig(task="text", path=str(path)), 0)
+    assert len(task.train) + len(task.validation) + len(task.test) == len(rows)
+
+
 def test_a_test_split_with_a_blank_column_of_labels_has_none(tmp_path):
     write_csv(tmp_path / "train.csv", ROWS)
     write_csv(tmp_path / "test.csv", [f"text {i}," for i in range(30)])
