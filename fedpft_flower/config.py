@@ -270,12 +270,16 @@ class AlignConfig:
 
 @dataclass(frozen=True)
 class PlugInConfig:
-    """Say how the adapter is refined in the FM on public rows, after the last round."""
+    """Say how the adapter is refined in the FM without labels, after the last round."""
 
     # Steps; 0 leaves the adapter as it was averaged, -1 is the method's choice.
     steps: int = -1
     lr: float = 0.0005
     batch_size: int = 32
+    # How many of its batches, as a share, are inputs of the server's validation rows
+    # instead, whose labels are not looked at: 0 for none, -1 is the method's choice.
+    # (Texts to generate hold what is right, and are left out.)
+    validation_share: float = -1.0
 
 
 @dataclass(frozen=True)
@@ -548,6 +552,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "plug-in.steps": (-1, 1e9, True),
     "plug-in.lr": (0, 1e3, False),
     "plug-in.batch-size": (1, 1e6, True),
+    "plug-in.validation-share": (-1, 1, True),
     "privacy.noise-multiplier": (0, 1e6, True),
     "privacy.clipping-norm": (0, 1e6, True),
     "privacy.delta": (0, 0.1, False),
@@ -600,6 +605,9 @@ def _problems(config: Config) -> list[str]:
     share = config.align.sensitivity
     if -1 < share < 0:
         found.append(f"align.sensitivity = {share:g}; give 0 to 0.999, or -1")
+    share = config.plug_in.validation_share
+    if -1 < share < 0:
+        found.append(f"plug-in.validation-share = {share:g}; give 0 to 1, or -1")
     steps = config.align.before.split("+")
     known, twice = set(steps) <= set(ALIGNMENTS), len(set(steps)) < len(steps)
     if config.align.before not in ("", "none") and (twice or not known):

@@ -323,6 +323,20 @@ def endless_batches(rows: Rows, size: int, seed: int) -> Iterator[Batch]:
         epoch += 1
 
 
+def mixed_batches(
+    one: Iterator[Batch], other: Iterator[Batch], share: float
+) -> Iterator[Batch]:
+    """Yield endless batches of two kinds; a share, evenly spread, is the second's."""
+    due = 0.0
+    while True:
+        due += share
+        if due >= 1:
+            due -= 1
+            yield next(other)
+        else:
+            yield next(one)
+
+
 def content_hash(rows: Dataset) -> str:
     """Return the SHA-256 of a data set's rows; images count by their file's bytes."""
     digest = hashlib.sha256(json.dumps(sorted(rows.column_names)).encode())

@@ -14,9 +14,10 @@ class Method:
     `selection` says how neurons are scored, `before` and `during` how the sub-FM is
     aligned, `patience` when that ends early, `sensitivity` how far tokens count by how
     much the logits depend on them, `refine` how long the adapter is adjusted in the FM
-    at the end; where they are given, the settings `sub-fm.selection`, `align.before`,
-    `align.during`, `align.patience`, `align.sensitivity` and `plug-in.steps` take
-    their place.
+    at the end, and `refine_on_validation` how much of that is on validation rows; where
+    they are given, the settings `sub-fm.selection`, `align.before`, `align.during`,
+    `align.patience`, `align.sensitivity`, `plug-in.steps` and
+    `plug-in.validation-share` take their place.
     """
 
     paper: str
@@ -30,6 +31,8 @@ class Method:
     sensitivity: float = 0.0
     # Steps of the plug-in's refinement after the last round.
     refine: int = 0
+    # Of its batches, the share of validation rows (`plug-in.validation-share`).
+    refine_on_validation: float = 0.0
 
     @property
     def needs_public(self) -> bool:
@@ -91,7 +94,7 @@ def method_of(config: Config) -> Method:
     if row.plan is keep_salient:
         row = replace(row, selection=config.sub_fm.selection or row.selection)
     patience, steps = config.align.patience, config.plug_in.steps
-    share = config.align.sensitivity
+    share, own = config.align.sensitivity, config.plug_in.validation_share
     return replace(
         row,
         before=config.align.before or row.before,
@@ -99,4 +102,5 @@ def method_of(config: Config) -> Method:
         patience=row.patience if patience < 0 else patience,
         sensitivity=row.sensitivity if share < 0 else share,
         refine=row.refine if steps < 0 else steps,
+        refine_on_validation=row.refine_on_validation if own < 0 else own,
     )

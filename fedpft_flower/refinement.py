@@ -1,8 +1,9 @@
-"""Refine the plugged-in adapter on public data, once training is over.
+"""Refine the plugged-in adapter without labels, once training is over.
 
 The adapter was trained in the sub-FM; in the FM it does almost the same, not quite.
 The FM's logits are made to follow those of the sub-FM, both with the adapter, on
-unlabelled public rows: the mean over rows, or over tokens where every token has logits,
+public rows, and on the server's validation rows without their labels where the method
+says so: the mean over rows, or over tokens where every token has logits,
 of KL(p_sub || p_FM). Only the FM's LoRA
 changes, not its head, and not the sub-FM.
 """
@@ -47,7 +48,7 @@ def refine(
     Args:
         fm: the FM with the plugged-in adapter.
         sub_fm: the sub-FM with the adapter, which stays as it is.
-        batches: endless public inputs.
+        batches: endless inputs; labels among them are not looked at.
         schedule: how fast and how long.
         report: called after every step.
 

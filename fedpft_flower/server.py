@@ -47,6 +47,7 @@ from fedpft_flower.encoding import (
     encode_public,
     endless_batches,
     hold_out,
+    mixed_batches,
     processor_files,
     shuffled_batches,
 )
@@ -453,9 +454,7 @@ class ProxyServer:
         plug, steps = self.config.plug_in, self.method.refine
         if not steps or self.plan.is_whole:
             return {}
-        assert self._public is not None
-        seed = derive_seed(self.config.seed, "refine")
-        batches = endless_batches(self._public, plug.batch_size, seed)
+        batches = self._refinement_batches()
         told, (before, _) = _Told("refine"), self._judge("fm", "validation")
         try:
             refine(self.fm, self.sub_fm, batches, self._schedule(plug.lr, steps), told)
@@ -485,6 +484,18 @@ class ProxyServer:
             "validation-after": after[self.metric],
             "kept": kept,
         }
+
+    def _refinement_batches(self) -> Iterator[Batch]:
+        """Return endless public inputs, and inputs of validation rows among them."""
+        assert self._public is not None
+        seed, size = self.config.seed, self.config.plug_in.batch_size
+        seed = derive_seed(seed, "refine")
+        public = endless_batches(self._public, size, seed)
+        share = self.method.refine_on_validation
+        if not share or self._objective == "generate":  # there inputs say what is right
+            return public
+        rows, order = self._splits["validation"], derive_seed(seed, "validation")
+        return mixed_batches(public, endless_batches(rows, size, order), share)
 
     def _unrefine(self) -> None:
         plug_in(self.fm, self.adapter, self.plan)

@@ -19,6 +19,8 @@ from fedpft_flower.tasks import load_public
 from tests.families import tiny_batch
 from tests.test_architectures import adapted, gradient_error
 
+PIXELS = "pixel_values"
+
 
 def test_logit_loss_against_numpy():
     rng = np.random.default_rng(0)
@@ -140,6 +142,49 @@ def test_what_was_judged_before_is_judged_again_once_a_model_changes(
         check()
     loop.server.refine()
     check()
+
+
+def test_labels_change_nothing():
+    ends = []
+    for labels in ({}, {"labels": torch.zeros(5)}, {"labels": torch.ones(5)}):
+        fm, sub, _ = adapted("bert")
+        batch = {**tiny_batch("bert"), **labels}
+        refine(fm, sub, cycle([batch]), Schedule(0.01, 3), lambda _: None)
+        ends.append(get_adapter(fm))
+    assert same(ends[0], ends[1]) and same(ends[0], ends[2])
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.0, "pppppppp"), (0.25, "pppvpppv"), (0.5, "pvpvpvpv"), (1.0, "vvvvvvvv")],
+)
+def test_a_share_of_the_batches_is_validation_rows(
+    local_grid, settings, monkeypatch, share, expected
+):
+    taken = []
+
+    def noting(fm, sub_fm, batches, schedule, report):
+        taken.extend(islice(batches, 8))
+        raise FedPFTError("enough")
+
+    monkeypatch.setattr("fedpft_flower.server.refine", noting)
+    settings |= {"plug-in.steps": 5, "plug-in.validation-share": share, "rounds": 1}
+    loop = PlainLoop(Config.from_run_config(settings), 5)
+    loop.server.refine()
+    rows = loop.server.encode(loop.task.validation)
+    own = {image.numpy().tobytes() for image in rows.batch(range(len(rows)))[PIXELS]}
+    kinds = [all(i.numpy().tobytes() in own for i in batch[PIXELS]) for batch in taken]
+    assert "".join("pv"[kind] for kind in kinds) == expected
+
+
+def test_texts_that_say_what_is_right_are_left_out(generation):
+    """A generator's validation rows are prompts with their responses."""
+    settings = generation | {"method": "fedpft-ls", "plug-in.validation-share": 1.0}
+    loop = PlainLoop(Config.from_run_config(settings), 2)
+    public = loop.server.encode_public(load_public(loop.config.data, 0))
+    text = public.batch([0])["input_ids"][0]  # all of them are this one
+    for batch in islice(loop.server._refinement_batches(), 4):
+        assert all(torch.equal(row, text) for row in batch["input_ids"])
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,8 @@ def test_tokens_count_alike_where_no_setting_says_otherwise():
 def test_a_share_below_zero_is_the_methods_choice_or_a_mistake():
     with pytest.raises(FedPFTError, match=r"give 0 to 0\.999, or -1"):
         Config.from_run_config({"align.sensitivity": -0.5})
+    with pytest.raises(FedPFTError, match=r"validation-share = -0\.5; give 0 to 1"):
+        Config.from_run_config({"plug-in.validation-share": -0.5})
 
 
 def prepared(settings, **changes):
