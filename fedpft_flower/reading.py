@@ -202,15 +202,16 @@ def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
 
 def _with_numbers(rows: Dataset) -> Dataset:
     """Make numbers of the columns of a CSV file in which every row has one."""
-    features = rows.features.copy()
-    for column in rows.column_names:
-        values = rows.data.column(column)
+    names = rows.column_names
+    for column in names:
+        texts = rows.data.column(column)
         for kind in ("int64", "float64"):
             with suppress(pa.ArrowInvalid):
-                pc.cast(values, kind)
-                features[column] = Value(kind)
+                numbers = pc.cast(texts, kind).to_numpy()
+                # These alone are in memory; a cast would write all columns anew.
+                rows = rows.remove_columns(column).add_column(column, numbers)
                 break
-    return rows if features == rows.features else rows.cast(features)
+    return rows.select_columns(names)
 
 
 def _read_directory(
