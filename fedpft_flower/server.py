@@ -407,6 +407,7 @@ class ProxyServer:
                 schedule = self._schedule(align.lr, *limits, patience)
                 metrics |= self._distil("align", self._alignable(), schedule, 0)
             else:
+                assert step in ("bias", "least-squares")
                 metrics[step] = self._refit(bias_only=step == "bias")
         if steps:
             metrics["gradient-after"] = self.gradient_error()
