@@ -42,6 +42,8 @@ LONGEST_KEY = 200  # characters of a node's name
 # A node reads its rows before it answers; but for longer than this, or than
 # `wait-seconds` where that is longer, nobody waits.
 GREETING_SECONDS = 300.0
+# And so many in the middle of training, where those who are known are enough.
+GRACE_SECONDS = 10.0
 
 
 class RoundError(FedPFTError):
@@ -228,13 +230,15 @@ class Federation:
         deadline = time.monotonic() + self._wait
         # Those who were invited were there before those who come now.
         invited = online & self._greeted.keys()
-        self._greet(sorted(invited), set(self.nodes))
+        self._greeted = {n: asked for n, asked in self._greeted.items() if n in online}
+        self._greet(sorted(invited), set(self.nodes), self._waits(wanted, 0.0))
         earlier = set(self.nodes)
         while True:
             online = set(self.grid.get_node_ids())
             self._forget_offline(online)
             known = self.nodes.keys() | self.refused.keys() | self._replaced
-            self._greet(sorted(online - known - invited), earlier)
+            new = sorted(online - known - invited)
+            self._greet(new, earlier, self._waits(wanted, GRACE_SECONDS))
             invited = set()  # who did not answer is greeted again, if need be
             enough = expected = max(1, wanted)
             if not self.training:
@@ -269,8 +273,13 @@ class Federation:
                 name: _shared(old, tensors) for name, old in self._earlier.items()
             }
 
-    def install(self, nodes: Iterable[int]) -> list[int]:
+    def install(self, nodes: Iterable[int], apart: bool = False) -> list[int]:
         """Bring the current sub-FM to the nodes that lack it, once to each machine.
+
+        Args:
+            nodes: who needs it.
+            apart: send it to each of them, since what they say of their machines has
+                proved wrong: copies of one machine give their stores one name.
 
         Returns:
             The nodes that hold it now.
@@ -283,14 +292,17 @@ class Federation:
             self.exposure.note(self._tensors, self._own(), self._codec)
             self._exposed = self._current
         lacking = [n for n in asked if self.nodes[n].installed != self._current]
-        machines: dict[str, int] = {}
+        machines: dict[str | int, int] = {}
         for node in lacking:
             store = self.nodes[node].store
             if self._current not in self._held[store]:
-                machines.setdefault(store, node)
+                machines.setdefault(node if apart else store, node)
         content = cache(self._content)  # built at most once whole, once from each base
         lost = self._send(
-            {n: content(self._base(self._held[s])) for s, n in machines.items()}
+            {
+                n: content(self._base(self._held[self.nodes[n].store]))
+                for n in machines.values()
+            }
         )
         for node in self._send({n: content("") for n in lost}):
             self._leave_out(node, "did not keep the sub-FM; see its log")
@@ -413,9 +425,9 @@ class Federation:
                     "nodes"
                 )
 
-    def _greet(self, nodes: list[int], earlier: Set[int]) -> None:
+    def _greet(self, nodes: list[int], earlier: Set[int], waits: float) -> None:
         mine, ours = source_hash(), versions()
-        for reply in self._hello(nodes):
+        for reply in self._hello(nodes, waits):
             node = self.grid.node_of(reply)
             if reply.has_error() and reply.error.code != REFUSED:
                 # It went offline, or its process died: it may come back.
@@ -430,6 +442,11 @@ class Federation:
                 self._leave_out(node, str(error))
                 continue
             if not self._has_room(known.key, node, earlier):
+                continue
+            counts = {known.partitions, self.partitions} - {0}
+            if self.training and len(counts) > 1:
+                why = f"num-partitions = {known.partitions}, others {self.partitions}"
+                self._leave_out(node, f"it says {why}; give all the same")
                 continue
             known.installed = self._given.get(known.key, "")
             self.nodes[node] = known
@@ -452,12 +469,24 @@ class Federation:
         """
         return min(self._timeout, max(self._wait, GREETING_SECONDS))
 
-    def _hello(self, nodes: Sequence[int]) -> list[Message]:
-        """Greet nodes, but for those invited, and return what comes back in time."""
-        invited, self._greeted = self._greeted, {}
-        asked = {n: invited[n] for n in nodes if n in invited}
+    def _waits(self, wanted: int, most: float) -> float:
+        """Return how long to wait for a greeting: at most so long if all goes on."""
+        goes_on = self.training and len(self.nodes) >= max(1, wanted)
+        return min(most, self._patience) if goes_on else self._patience
+
+    def _hello(self, nodes: Sequence[int], waits: float) -> list[Message]:
+        """Greet nodes that were not yet, and return what comes back in so many seconds.
+
+        Replies that come later are taken next time.
+        """
+        asked = {n: self._greeted.pop(n) for n in nodes if n in self._greeted}
         asked |= self._send_hello([n for n in nodes if n not in asked], self._patience)
-        return self.grid.receive(asked.values(), timeout=self._patience)
+        replies = self.grid.receive(asked.values(), timeout=waits)
+        taken = {reply.metadata.reply_to_message_id for reply in replies}
+        late = {n: number for n, number in asked.items() if number not in taken}
+        if self.training:
+            self._greeted |= late
+        return replies
 
     def _send_hello(
         self, nodes: Sequence[int], timeout: float | None
@@ -469,8 +498,7 @@ class Federation:
             for n in nodes
         ]
         asked = self.grid.send(messages, timeout=timeout)
-        # A simulation gives no id for a node that has just gone.
-        return dict(zip(nodes, asked, strict=False))
+        return dict(zip(nodes, asked, strict=True))
 
     def _forget_offline(self, online: set[int]) -> None:
         """Drop who is gone, but remember what it was given."""
@@ -508,7 +536,7 @@ class Federation:
         """Tell whether a node still answers a greeting, if only to refuse it."""
         return any(
             not reply.has_error() or reply.error.code == REFUSED
-            for reply in self._hello([node])
+            for reply in self._hello([node], self._patience)
         )
 
 

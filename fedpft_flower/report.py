@@ -103,7 +103,8 @@ class RunDirectory:
         manifest: Metrics,
         hits: Mapping[str, str],
     ) -> None:
-        """Write everything that a finished run has."""
+        """Write everything that a finished run has, maybe over an earlier end of it."""
+        (self.path / "summary.json").unlink(missing_ok=True)
         self._write("manifest.json", _pretty(manifest))
         self._write("hits.json", _pretty(dict(hits)))
         rounds, metric = self._rounds, server.metric

@@ -327,22 +327,10 @@ class FedPFT(Strategy):
     ) -> tuple[list[Message], dict[str, str]]:
         """Return usable replies, and the reason for each node without one."""
         federation = self.federation
-        lost = [r for r in replies if not r.has_error() and "missing" in config_of(r)]
-        if lost:
-            nodes = {federation.grid.node_of(reply) for reply in lost}
-            for node in nodes:
-                federation.forget(node)
-            nodes = set(federation.install(nodes))
-            again = [
-                Message(
-                    m.content, dst_node_id=node, message_type=m.metadata.message_type
-                )
-                for m in self._sent
-                if (node := m.metadata.dst_node_id) in nodes
-            ]
-            replies = [r for r in replies if r not in lost]
-            timeout = self.server.config.timeout_seconds
-            replies += federation.grid.send_and_receive(again, timeout=timeout)
+        asked = [message.metadata.dst_node_id for message in self._sent]
+        names = {node: federation.name(node) for node in asked}
+        for apart in (False, True):
+            replies = self._with_sub_fm(replies, apart)
         good, bad = [], {}
         for reply in replies:
             name = federation.sender(reply)
@@ -352,13 +340,32 @@ class FedPFT(Strategy):
                 bad[name] = one_line(reason)
             else:
                 good.append(reply)
-        answered = {federation.sender(r) for r in replies}
-        for message in self._sent:
-            name = federation.name(message.metadata.dst_node_id)
-            if name not in answered:
-                logger.warning("%s did not reply in time", name)
-                bad[name] = "no reply in time"
+        answered = {federation.grid.node_of(reply) for reply in replies}
+        for node, name in names.items():
+            if node not in answered:
+                _, reason = federation.refused.get(node, (name, "no reply in time"))
+                logger.warning("%s is left out: %s", name, reason)
+                bad[name] = reason
         return good, bad
+
+    def _with_sub_fm(self, replies: list[Message], apart: bool) -> list[Message]:
+        """Let nodes that have lost the sub-FM train with it; return all replies."""
+        federation = self.federation
+        lost = [r for r in replies if not r.has_error() and "missing" in config_of(r)]
+        if not lost:
+            return replies
+        nodes = {federation.grid.node_of(reply) for reply in lost}
+        for node in nodes:
+            federation.forget(node)
+        nodes = set(federation.install(nodes, apart))
+        again = [
+            Message(m.content, dst_node_id=node, message_type=m.metadata.message_type)
+            for m in self._sent
+            if (node := m.metadata.dst_node_id) in nodes
+        ]
+        timeout = self.server.config.timeout_seconds
+        found = federation.grid.send_and_receive(again, timeout=timeout)
+        return [*(r for r in replies if r not in lost), *found]
 
     def _problem(self, reply: Message) -> str:
         """Return why a reply cannot be used, or nothing."""

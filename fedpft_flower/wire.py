@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import struct
 import tempfile
 import time
 import uuid
@@ -34,6 +35,7 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -57,6 +59,11 @@ logger = logging.getLogger(__name__)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
+# What Flower raises where a reply is not what it says; connections fail otherwise.
+_UNREADABLE = (
+    *(AttributeError, LookupError, RecursionError, TypeError, ValueError),
+    *(DecodeError, struct.error),
+)
 _EXPIRED = {3, 4}  # Flower's error codes for a message and a reply that lived too long
 PACKAGE = "package"  # key of a package's JSON in an install
 # What a node says of its training, and the most that is believed (`train_metrics`).
@@ -368,6 +375,9 @@ class Store:
             if time.time() - last_used(old) < self.UNUSED_SECONDS:
                 continue
             shutil.rmtree(old, ignore_errors=True)
+        for draft in self._root.glob("*.partial"):  # what a killed process left
+            if time.time() - draft.stat().st_mtime > self.UNUSED_SECONDS:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _read(directory: Path, content: str) -> tuple[dict[str, Tensor], str] | None:
@@ -594,7 +604,7 @@ class CountingGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Count and pass on."""
         batch = [self._encoded(message) for message in messages]
-        ids = list(self._grid.push_messages(batch))
+        self._grid.push_messages(batch)
         for message in batch:
             number = message.metadata.message_id
             self._recipient[number] = message.metadata.dst_node_id
@@ -603,11 +613,22 @@ class CountingGrid(Grid):
             own = message.metadata.message_type != INSTALL
             size = self.ledger.count("down", message, logical=own)
             self.node_bytes[self.ledger.round, self._recipient[number], "down"] += size
-        return ids
+        # Flower returns "" or nothing for one to a node that has just gone; asked for
+        # by its own id, its error says whose it was.
+        return [message.metadata.message_id for message in batch]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass on and count."""
-        replies = list(self._grid.pull_messages(message_ids))
+        """Pass on and count.
+
+        Flower reads all replies of a pull together, and has given them up by then: one
+        that cannot be read takes the others along, and each is then told as lost.
+        """
+        try:
+            replies = list(self._grid.pull_messages(message_ids))
+        except _UNREADABLE as error:
+            why = one_line(f"{error!r}")
+            logger.warning("a reply cannot be read (%s); it and others are lost", why)
+            return []
         for reply in replies:
             size = self.ledger.count("up", reply)
             self.node_bytes[self.ledger.round, self.node_of(reply), "up"] += size

@@ -12,11 +12,12 @@ import torch
 from datasets import DatasetDict
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from google.protobuf.message import DecodeError
 from safetensors.torch import load_file
 
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
-from fedpft_flower import app, client, federation, node
+from fedpft_flower import app, client, federation, node, report
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.app import serve
 from fedpft_flower.config import Config, DataConfig, FedPFTError
@@ -153,6 +154,160 @@ def test_a_node_that_does_not_answer_is_not_waited_for_twice(
     assert len(asked) == 2 and asked[1] == [silent]
 
 
+def joined(local_grid, settings, config, fault=lambda message, reply: reply):
+    """Run a federation to which node 99, with this node-config, comes in round 1."""
+    grid = local_grid(client_app, NODES, settings)
+    first = next(iter(grid.contexts.values()))
+
+    def more(message, reply):
+        if message.metadata.message_type == "train":
+            newcomer = copy.copy(first)
+            newcomer.node_id, newcomer.node_config = 99, config
+            grid.contexts.setdefault(99, newcomer)
+        return reply
+
+    grid.faults = {**dict.fromkeys(range(NODES), more), config["partition-id"]: fault}
+    serve(grid, Context(7, 0, {}, RecordDict(), settings))
+    return grid
+
+
+def test_a_silent_newcomer_holds_up_no_round(local_grid, settings, monkeypatch):
+    waited, real = [], federation.Federation._hello
+
+    def noting(self, nodes, waits):
+        waited.extend([waits] if 99 in nodes else [])
+        return real(self, nodes, waits)
+
+    monkeypatch.setattr(federation.Federation, "_hello", noting)
+    monkeypatch.setattr(federation, "GRACE_SECONDS", 0.3)
+    config = {"partition-id": NODES, "num-partitions": NODES + 1}
+    grid = joined(local_grid, settings, config, lambda message, reply: None)
+    hellos = [m for m in grid.seen if m.metadata.dst_node_id == 99]
+    assert waited == [0.3, 0.0] and len(hellos) == 1  # in rounds 2 and 3
+    assert results(settings)[2]["failures"] == 0
+
+
+def test_a_newcomer_that_divides_the_rows_otherwise_is_left_out(local_grid, settings):
+    config = {"partition-id": NODES, "num-partitions": NODES + 1}
+    grid = joined(local_grid, settings, config)
+    assert 99 not in trained(grid)
+    _, rounds, _, manifest = results(settings)
+    (reason,) = rounds[2]["failures"].values()
+    assert f"num-partitions = {NODES + 1}, others {NODES}; give all" in reason
+    assert len(manifest["nodes"]) == NODES
+
+
+def lossy(local_grid, spoils):
+    """Return a grid that gives up replies where `spoils` says so.
+
+    As Flower does, it then tells of every message that it is not available.
+    """
+
+    class Lossy(local_grid):
+        lost = frozenset()
+
+        def pull_messages(self, message_ids):
+            ids = list(message_ids)
+            told = [
+                Message(Error(3, "message unavailable"), reply_to=message)
+                for message in self.seen
+                if message.metadata.message_id in self.lost.intersection(ids)
+            ]
+            replies = super().pull_messages(ids)
+            kinds = {reply.metadata.message_type for reply in replies}
+            if kinds and not self.lost and (error := spoils(kinds)):
+                self.lost = {r.metadata.reply_to_message_id for r in replies}
+                raise error
+            return replies + told
+
+    return Lossy
+
+
+@pytest.mark.parametrize("error", [DecodeError("no message"), IndexError("no child")])
+def test_a_reply_that_flower_cannot_read_does_not_end_the_run(
+    local_grid, settings, error
+):
+    grid = lossy(local_grid, lambda kinds: error if "train" in kinds else None)
+    run(grid, settings)
+    place, rounds, summary, _ = results(settings)
+    assert "a reply cannot be read" in (place / LOG).read_text()
+    assert summary["failures"] == 0  # all were asked again
+    assert all(len(entry["per-client"]) == 3 for entry in rounds[1:])
+
+
+def test_a_connection_that_fails_ends_the_run(local_grid, settings):
+    grid = lossy(local_grid, lambda kinds: ConnectionError("refused"))
+    with pytest.raises(ConnectionError):
+        run(grid, settings)
+
+
+def test_a_message_that_flower_does_not_take_is_the_failure_of_its_node(
+    local_grid, settings
+):
+    """Of a node that has just gone, Flower gives no id."""
+    gone = []
+
+    class Leaving(local_grid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            ids = super().push_messages(messages)
+            for place, message in enumerate(messages):
+                told = message.metadata
+                if told.message_type == "query.install" and not gone:
+                    gone.append(told.dst_node_id)
+                    reply = Message(Error(3, "message unavailable"), reply_to=message)
+                    self._replies[ids[place]] = reply
+                    ids[place] = ""
+            return ids
+
+    grid, _ = run(Leaving, settings | {"rounds": 1})
+    name = f"partition-{grid.contexts[gone[0]].node_config['partition-id']:06d}"
+    place, _, summary, _ = results(settings)
+    assert f"left out: {name}: " in (place / LOG).read_text()
+    assert summary["rounds"] == 1
+
+
+def test_a_node_that_loses_its_copy_and_has_no_room_is_named(local_grid, settings):
+    lost = []
+
+    def lose(message, reply):
+        kind = message.metadata.message_type
+        if kind == "train" and not lost:
+            lost.append(message.content["config"]["sub-fm"])
+            shutil.rmtree(Store().directory(lost[0]))
+            client.forget_sub_fm()
+        if kind == "query.install" and lost:
+            return Message(Error(2, "no space left"), reply_to=message)
+        return reply
+
+    settings |= {"method": "fedpft-b", "rounds": 1, "train.max-retries": 0}
+    settings |= {"train.clients-per-round": NODES}
+    run(local_grid, settings, dict.fromkeys(range(NODES), lose))
+    _, rounds, _, _ = results(settings)
+    failures = rounds[1]["failures"]  # of all but the first, which had trained
+    assert len(failures) == NODES - 1
+    assert all(name.startswith("partition-") for name in failures)
+    reasons = sorted(failures.values())  # it was sent to one of them
+    assert reasons[:-1] == ["its machine did not keep the sub-FM"] * (NODES - 2)
+    assert "no space left" in reasons[-1]
+
+
+def test_a_second_end_of_a_run_is_none_until_it_is_whole(
+    local_grid, settings, monkeypatch
+):
+    run(local_grid, settings | {"rounds": 1})
+    place, *_ = results(settings)
+    monkeypatch.setattr(report, "export_adapter", full)
+    again = {"rounds": 1, "plug-in.steps": 2, "resume": str(place)}
+    with pytest.raises(FedPFTError, match="make room"):
+        run(local_grid, settings | again)
+    assert not (place / "summary.json").exists()
+
+
+def full(*given):
+    raise OSError("no space left")
+
+
 def test_one_client_aggregates_to_the_identity(local_grid, settings):
     settings |= {"method": "fedpft-n", "train.clients-per-round": 1, "rounds": 1}
     sent = []
@@ -229,6 +384,28 @@ def test_a_node_that_lost_its_copy_gets_it_again(local_grid, settings):
     _, rounds, summary, _ = results(settings)
     assert summary["failures"] == 0
     assert all(len(r["per-client"]) == 3 for r in rounds[1:])
+
+
+def test_copies_of_a_machine_get_the_sub_fm_each(local_grid, settings, tmp_path):
+    """Their stores have one name, so what one of them was sent seems to be at all."""
+    settings |= {"method": "fedpft-b", "rounds": 1, "train.clients-per-round": NODES}
+
+    def somewhere(message, context):
+        cache = tmp_path / f"machine-{context.node_id}"
+        store = cache / "sub-fms"
+        store.mkdir(parents=True, exist_ok=True)
+        (store / "name").write_text("f" * 32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FEDPFT_CACHE", str(cache))
+            client.forget_sub_fm()
+            return client_app(message, context)
+
+    grid, _ = run(local_grid, settings, app=somewhere)
+    installs = [m for m in grid.seen if m.metadata.message_type == "query.install"]
+    assert len(installs) == 1 + 1 + NODES - 2  # one, one again, then each that lacks it
+    _, rounds, summary, _ = results(settings)
+    assert summary["failures"] == 0
+    assert len(rounds[1]["per-client"]) == NODES
 
 
 def broken(change):

@@ -1,5 +1,7 @@
 import json
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -210,6 +212,17 @@ def test_store_keeps_the_newest_copies_only(store, monkeypatch):
         store.put(contents[-1], tensors, text)
     assert len(store.hashes()) == Store.KEEP
     assert contents[-1] in store.hashes()
+
+
+def test_store_removes_what_a_killed_process_left(store):
+    tensors, text = {"w": torch.ones(2)}, parcel()[2]
+    drafts = [store.directory(f"{name}.partial") for name in ("old", "new")]
+    for draft in drafts:
+        draft.mkdir()
+    long_ago = time.time() - 2 * Store.UNUSED_SECONDS
+    os.utime(drafts[0], (long_ago, long_ago))
+    store.put(package_hash(tensors, text), tensors, text)
+    assert [draft.exists() for draft in drafts] == [False, True]
 
 
 def test_store_has_one_name_for_all_processes(store):
