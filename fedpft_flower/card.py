@@ -187,7 +187,7 @@ def _training(run: FinishedRun) -> str:
         ("clients", count_nodes(nodes)),
         ("LoRA", f"r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout}"),
         ("learning rate", f"{config.train.lr}, decay {config.train.lr_decay}"),
-        ("refined on public rows", _yes(run.summary["refinement"].get("kept", False))),
+        ("refined without labels", _yes(run.summary["refinement"].get("kept", False))),
         ("seed", config.seed),
         ("fedpft-flower", run.manifest["versions"]["fedpft-flower"]),
     ]

@@ -320,7 +320,7 @@ class _Failed:
 
 
 # What recipes did before there was a choice.
-_EARLIER = {"sensitivity": 0.0}
+_EARLIER = {"sensitivity": 0.0, "refine_on_validation": 0.0}
 
 # What a result has; those of older versions lack the recipe.
 _PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
@@ -328,8 +328,8 @@ _PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
 # Settings that may differ between a run that ended and the spec: where things are put,
 # and how long to wait; but not what is read, nor how a run ends.
 _FREE_AT_END = FREE_KEYS - {*READ_PATHS} - REFINEMENT_KEYS
-# Of a result's sensitivity the recipes are compared.
-_FREE = _FREE_AT_END | {"align.sensitivity"}
+# Of these the recipes are compared, which have what older results had.
+_FREE = _FREE_AT_END | {"align.sensitivity", "plug-in.validation-share"}
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
@@ -343,6 +343,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
         "patience": method.patience,
         "sensitivity": method.sensitivity,
         "refine": method.refine,
+        "refine_on_validation": method.refine_on_validation,
     }
 
 

@@ -67,6 +67,7 @@ METHODS: dict[str, Method] = {
         before="least-squares+distill",
         patience=3,
         refine=200,
+        refine_on_validation=0.5,
     ),
     # Whole layers dropped, adapters in the end layers; B: the rest distilled before.
     "fedot": Method(_FEDOT, drop_layers),

@@ -309,7 +309,7 @@ def _refinement(refined: Metrics, metric: str) -> str:
     )
     kept = "kept" if refined["kept"] else "not kept"
     return (
-        f"Refinement, {refined['steps']} steps on public rows: validation loss "
+        f"Refinement, {refined['steps']} steps without labels: validation loss "
         f"{loss[0]} to {loss[1]}, {metric} {score[0]} to {score[1]}; {kept}."
     )
 

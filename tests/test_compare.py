@@ -274,24 +274,31 @@ def test_results_that_only_look_alike_are_refused(
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_results_from_before_sensitivity_know_that_they_had_none(
-    spec_file, engine, tmp_path, capsys, older
+@pytest.mark.parametrize(
+    ("part", "setting"),
+    [
+        ("sensitivity", "align.sensitivity"),
+        ("refine_on_validation", "plug-in.validation-share"),
+    ],
+)
+def test_results_from_before_there_was_a_choice_know_that_they_had_none(
+    spec_file, engine, tmp_path, capsys, older, part, setting
 ):
     out, only = tmp_path / "out", ("--only", "aligned-k0.5-lr0.001-s0")
     compared(spec_file, out, *only)
     (place,) = out.glob("cells/*.json")
     found = json.loads(place.read_text())
-    del found["recipe"]["sensitivity"], found["config"]["align.sensitivity"]
+    del found["recipe"][part], found["config"][setting]
     if older:
         del found["recipe"]  # so did results before that
     place.write_text(json.dumps(found))
     compared(spec_file, out, *only)
     assert len(engine) == 1  # it is still the same
-    spec_file.write_text(f"{SPEC}align.sensitivity = 0.5\n")
+    spec_file.write_text(f"{SPEC}{setting} = 0.5\n")
     capsys.readouterr()
     assert compared(spec_file, out, *only) == 2
     (error,) = errors(capsys)
-    assert "'sensitivity': 0.0" in error and "'sensitivity': 0.5" in error
+    assert f"'{part}': 0.0" in error and f"'{part}': 0.5" in error
 
 
 def test_a_stopped_cell_does_not_go_on_with_other_nodes(spec_file, engine, tmp_path):
