@@ -30,12 +30,7 @@ _SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
 FORMAT = 4  # of the files; rises when older ones can no longer be read
 
 # The refinement comes after all that checkpoints are made of.
-REFINEMENT_KEYS = {
-    "plug-in.batch-size",
-    "plug-in.lr",
-    "plug-in.steps",
-    "plug-in.validation-share",
-}
+REFINEMENT_KEYS = {key for key in flat_defaults() if key.startswith("plug-in.")}
 # Settings that may differ between a run and its continuation: they say where things
 # are, how long to wait, and what a step may cost. What stands in places is compared by
 # content.

@@ -104,7 +104,10 @@ class RunDirectory:
         hits: Mapping[str, str],
     ) -> None:
         """Write everything that a finished run has, maybe over an earlier end of it."""
-        (self.path / "summary.json").unlink(missing_ok=True)
+        try:
+            (self.path / "summary.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise self._refused(error) from error
         self._write("manifest.json", _pretty(manifest))
         self._write("hits.json", _pretty(dict(hits)))
         rounds, metric = self._rounds, server.metric

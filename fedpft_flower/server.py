@@ -489,8 +489,8 @@ class ProxyServer:
     def _refinement_batches(self) -> Iterator[Batch]:
         """Return endless public inputs, and inputs of validation rows among them."""
         assert self._public is not None
-        seed, size = self.config.seed, self.config.plug_in.batch_size
-        seed = derive_seed(seed, "refine")
+        size = self.config.plug_in.batch_size
+        seed = derive_seed(self.config.seed, "refine")
         public = endless_batches(self._public, size, seed)
         share = self.method.refine_on_validation
         if not share or self._objective == "generate":  # there inputs say what is right

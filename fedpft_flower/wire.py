@@ -371,13 +371,11 @@ class Store:
 
     def _prune(self) -> None:
         copies = [self.directory(content) for content in self.hashes()]
-        for old in sorted(copies, key=last_used)[: -self.KEEP]:
+        drafts = self._root.glob("*.partial")  # of processes that were killed, maybe
+        for old in [*sorted(copies, key=last_used)[: -self.KEEP], *drafts]:
             if time.time() - last_used(old) < self.UNUSED_SECONDS:
                 continue
             shutil.rmtree(old, ignore_errors=True)
-        for draft in self._root.glob("*.partial"):  # what a killed process left
-            if time.time() - draft.stat().st_mtime > self.UNUSED_SECONDS:
-                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _read(directory: Path, content: str) -> tuple[dict[str, Tensor], str] | None:
