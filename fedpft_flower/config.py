@@ -109,6 +109,8 @@ class DataConfig:
     public_split: str = "train"
     # A seeded sample of so many, streamed where it is on a hub; 0 takes all.
     public_rows: int = 4000
+    # Of these the rows, drawn at random, that so many tokens make; 0 takes all.
+    public_tokens: int = 0
     # Public texts longer than `max_length`: "cut", or made "blocks" of that length; ""
     # does what is done with the texts of the task.
     public_long: str = ""
@@ -508,6 +510,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "data.min-words": (0, 1e6, True),
     "data.max-length": (2, 1e6, True),
     "data.public-rows": (0, 1e12, True),
+    "data.public-tokens": (0, 1e15, True),
     "partition.classes": (1, 1e6, True),
     "partition.alpha": (0, 1e9, False),
     "train.clients-per-round": (0, 1e9, True),

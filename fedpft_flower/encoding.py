@@ -5,6 +5,7 @@ new process does not tokenise its rows again each round.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -292,6 +293,32 @@ def encode_public(
     # Pairs are made of the sentences of whole texts already.
     blocks = blocks and "text_pair" not in rows.column_names
     return TextRows(rows, processor, config.max_length, blocks)
+
+
+def within_tokens(rows: Rows, tokens: int, seed: int) -> Rows:
+    """Return rows drawn at random, as many as the budget holds whole, or all.
+
+    Args:
+        rows: of texts.
+        tokens: the budget; 0 sets none.
+        seed: of the draw; a smaller budget has a part of a larger one's rows.
+
+    Raises:
+        FedPFTError: the budget holds none.
+    """
+    lengths = rows.lengths()
+    if not tokens or sum(lengths) <= tokens:
+        return rows
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    used = itertools.accumulate(lengths[row] for row in order)
+    held = sum(1 for _ in itertools.takewhile(lambda total: total <= tokens, used))
+    if not held:
+        raise FedPFTError(
+            f"data.public-tokens = {tokens} holds no public row; the first that was "
+            f"drawn has {lengths[order[0]]} tokens"
+        )
+    return Part(rows, order[:held])
 
 
 def hold_out(rows: Rows, count: int, seed: int) -> tuple[Part, Part]:

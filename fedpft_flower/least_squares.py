@@ -141,7 +141,8 @@ def refit(
     if len(batches) < 2:
         raise FedPFTError(
             "least squares needs two batches of public rows, one to learn from and one "
-            "held out; raise data.public-rows or lower align.batch-size"
+            "held out; raise data.public-rows or data.public-tokens, or lower "
+            "align.batch-size"
         )
     fm.eval()
     sub_fm.eval()

@@ -50,6 +50,7 @@ from fedpft_flower.encoding import (
     mixed_batches,
     processor_files,
     shuffled_batches,
+    within_tokens,
 )
 from fedpft_flower.evaluation import judge, metric_of
 from fedpft_flower.foundation import FoundationModel
@@ -265,7 +266,9 @@ class ProxyServer:
     def encode_public(self, rows: Dataset) -> Rows:
         """Encode public rows, whose labels are not used."""
         kind, data = self._modality, self.config.data
-        return encode_public(rows, self._processor, kind, data, self._objective)
+        public = encode_public(rows, self._processor, kind, data, self._objective)
+        seed = derive_seed(self.config.seed, "public tokens")
+        return within_tokens(public, data.public_tokens, seed)
 
     def check_clients(self, nodes: int) -> int:
         """Return how many of so many nodes train in a round.
@@ -658,7 +661,8 @@ class ProxyServer:
             if fit.held_out_after > fit.held_out_before:
                 logger.warning(
                     "least squares: layer %d is worse on the tokens held out; raise "
-                    "data.public-rows, align.calibration-tokens or align.ridge",
+                    "data.public-rows, data.public-tokens, align.calibration-tokens or "
+                    "align.ridge",
                     fit.layer,
                 )
 
@@ -710,8 +714,9 @@ class ProxyServer:
             tokens += count_tokens(model, batch)
         if tokens < LEAST_TOKENS * most:
             logger.warning(
-                "%d public tokens for %d kept neurons a layer are few; raise "
-                "data.public-rows or align.calibration-tokens to %d tokens or more",
+                "%d public tokens for %d kept neurons a layer are few; let "
+                "data.public-rows, data.public-tokens and align.calibration-tokens "
+                "give %d or more",
                 tokens,
                 most,
                 LEAST_TOKENS * most,
@@ -729,8 +734,8 @@ class ProxyServer:
             if not count:
                 raise FedPFTError(
                     f"align.patience = {schedule.patience}, but of {len(rows)} public "
-                    "rows none can be held out; raise data.public-rows to 5 or more, "
-                    "or set align.patience = 0"
+                    "rows none can be held out; raise data.public-rows or "
+                    "data.public-tokens, or set align.patience = 0"
                 )
             kept_back, rows = hold_out(rows, count, derive_seed(seed, "held out"))
             held_out = list(shuffled_batches(kept_back, align.batch_size, seed))

@@ -168,9 +168,15 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     are aligned on inputs like the task's.
 
     Raises:
-        FedPFTError: there is no public corpus, or it cannot be read.
+        FedPFTError: there is no public corpus, it cannot be read, or a budget of
+            tokens is set for images.
     """
     task = task_of(config.task)
+    if config.public_tokens and task.modality == "image":
+        raise FedPFTError(
+            f"data.public-tokens = {config.public_tokens} bounds public texts, and "
+            f"data.task = {config.task!r} has images; use data.public-rows"
+        )
     if config.public_path:
         public = _own_public(config, seed)
     elif task.public is not None:

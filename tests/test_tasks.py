@@ -300,6 +300,8 @@ def test_digits_public_images_are_apart():
     task, public = load_task(DIGITS, 0), load_public(DIGITS, 0)
     assert len(task.train) == 1000 and len(public) == 300
     assert set(public.column_names) == {"image"}
+    with pytest.raises(FedPFTError, match=r"bounds public texts.* data.public-rows"):
+        load_public(replace(DIGITS, public_tokens=9), 0)
 
 
 def test_pairs_are_encoded_together(bert_directory, tmp_path):
