@@ -45,7 +45,7 @@ from fedpft_flower.strategies import inner_strategy, memory_of, remember
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
 from fedpft_flower.wire import CountingGrid, Ledger, pack_tensors, tensors_hash
-from fedpft_flower.wording import size
+from fedpft_flower.wording import percent, size
 
 logger = logging.getLogger(__name__)
 
@@ -345,12 +345,19 @@ class _Run:
         entry["seconds"], self._began = now - self._began, now
         if self.strategy.privacy is not None:
             entry["privacy"] = self.strategy.privacy.spent()
-        self.directory.add_round(entry)
         if scores:
             self._judge(current, scores[f"fm-{self._metric}"])
+        entry["last"] = bool(last or self.strategy.stopped)
+        self.directory.add_round(entry)
         self._save(current)
         release()  # virtual clients may share this GPU
         logger.info("%s", self._line(current, entry))
+        if self.strategy.stopped:
+            logger.info(
+                "early stop: %d evaluations without a better one than round %d's",
+                self._misses,
+                self.best_round,
+            )
         return MetricRecord(scores) if scores else None
 
     def _gradient(self, current: int, entry: Metrics) -> Metrics:
@@ -372,12 +379,6 @@ class _Run:
     def _stop_early(self) -> None:
         patience = self.config.early_stop
         self.strategy.stopped = bool(patience) and self._misses >= patience
-        if self.strategy.stopped:
-            logger.info(
-                "early stop: %d evaluations without a better one than round %d's",
-                self._misses,
-                self.best_round,
-            )
 
     def _save(self, current: int) -> None:
         strategy = self.strategy
@@ -537,7 +538,7 @@ def _show(summary: Metrics, metric: str) -> None:
             for name, found in summary["more-tests"].items()
             for model, key in (("FM", "fm"), ("sub-FM", "sub-fm"))
         ),
-        ("FM weights never sent", f"{100 * summary['share-withheld']:.1f} %"),
+        ("FM weights never sent", percent(summary["share-withheld"])),
         (
             "bytes per client, once (install)",
             size(summary["bytes-install-per-client"]),

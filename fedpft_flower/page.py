@@ -19,6 +19,7 @@ from fedpft_flower.wording import (
     count_nodes,
     data_name,
     last_part,
+    percent,
     shown_settings,
     size,
 )
@@ -184,7 +185,7 @@ def _tiles(summary: Metrics, metric: str, plan: Plan) -> Markup:
     if not plan.is_whole:
         tiles.append(("sub-FM after", _score(after[f"sub-fm-{metric}"])))
     tiles += [
-        ("FM weights never sent", _percent(summary["share-withheld"])),
+        ("FM weights never sent", percent(summary["share-withheld"])),
         ("to and from clients", size(summary["bytes-down"] + summary["bytes-up"])),
         ("client failures", str(summary["failures"])),
     ]
@@ -625,7 +626,3 @@ def _table(
 def _score(value: float) -> str:
     """Return a metric or loss; of a large one, four digits."""
     return f"{value:.3f}" if abs(value) < 1000 or math.isnan(value) else f"{value:.4g}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

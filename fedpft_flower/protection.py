@@ -14,6 +14,7 @@ from torch import Tensor
 from fedpft_flower.codec import decode_weights, encode_weights
 from fedpft_flower.evaluation import is_better
 from fedpft_flower.wire import bits
+from fedpft_flower.wording import percent
 
 Figures = dict[str, Any]
 
@@ -154,7 +155,7 @@ def _share_rows(figures: Figures) -> Iterable[dict[str, str]]:
         ),
     ):
         share = figures[key]
-        yield _row(name, f"{100 * share:.1f} % ({share * total / 1e6:.2f} M)", note)
+        yield _row(name, f"{percent(share)} ({share * total / 1e6:.2f} M)", note)
 
 
 def _refitted(figures: Figures) -> str:
@@ -240,7 +241,7 @@ def _minus(scores: Mapping[str, Any], metric: str, gap: float) -> str:
 def _likeness(found: Mapping[str, Any]) -> str:
     text = (
         f"state error {found['state_error']:.3f}, agreement "
-        f"{100 * found['agreement']:.1f} %"
+        f"{percent(found['agreement'])}"
     )
     if found.get("fm_loss") is not None:
         text += (

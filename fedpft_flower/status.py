@@ -71,10 +71,14 @@ class Status:
         if self.locked is None:
             return f"not finished; last written {duration(self.age)} ago"
         if self.locked:
-            over = self.rounds and self.rounds[-1]["round"] == self.config.rounds
-            doing = "ending: refinement, test, results" if over else "running"
+            doing = "ending: refinement, test, results" if self.is_over else "running"
             return f"{doing}; last written {duration(self.age)} ago"
         return f"stopped {duration(self.age)} ago; go on with resume={self.path}"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no round is to come: all are done, or the run was to stop here."""
+        return bool(self.rounds) and self.rounds[-1].get("last", False)
 
     @property
     def seconds_left(self) -> float | None:
@@ -82,10 +86,9 @@ class Status:
         seconds: list[float] = [
             entry["seconds"] for entry in self.rounds if entry["round"]
         ]
-        left = self.config.rounds - len(seconds)
-        if self.finished or not seconds or not left:
+        if self.finished or self.is_over or not seconds:
             return None
-        return statistics.median(seconds) * left
+        return statistics.median(seconds) * (self.config.rounds - len(seconds))
 
     def nodes(self) -> dict[str, tuple[int, int, str]]:
         """Return for every node: its last round, rounds it took, how the last went."""

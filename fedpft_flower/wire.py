@@ -274,7 +274,7 @@ class Store:
     """
 
     # Copies beyond the newest so many are removed, if no run used them for so long.
-    KEEP, UNUSED_SECONDS = 4, 3600.0
+    KEEP, UNUSED_SECONDS = 4, 600.0
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root or cache_dir() / "sub-fms"
