@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 from datasets import Dataset
 
 from deploy.processes import Deployment
-from fedpft_flower.app import quiet
 from fedpft_flower.commands import print_own, read_config
 from fedpft_flower.config import DataConfig, FedPFTError
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
+from fedpft_flower.software import quiet
 from fedpft_flower.tasks import load_public, load_task
 
 HERE = Path(__file__).resolve().parent

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedpft_flower.architectures import FFN
-from fedpft_flower.batches import Batch, real_tokens
+from fedpft_flower.batches import Batch, inputs_of, real_tokens
 
 # Called with the layer's place in the list and its activations [tokens, N].
 Watcher = Callable[[int, Tensor], None]
@@ -46,8 +46,7 @@ def watch(
     try:
         for batch in batches:
             mask = batch.get("attention_mask")
-            inputs = {name: part for name, part in batch.items() if name != "labels"}
-            model.base_model(**inputs)
+            model.base_model(**inputs_of(batch))
     finally:
         model.train(was_training)
         for handle in handles:

@@ -4,15 +4,12 @@ import logging
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
@@ -27,12 +24,12 @@ from fedpft_flower.checkpoint import (
     identity,
 )
 from fedpft_flower.checks import check_run
-from fedpft_flower.config import MARK, Config, FedPFTError, names_in
+from fedpft_flower.config import MARK, Config, FedPFTError
 from fedpft_flower.devices import peak_memory, release
 from fedpft_flower.encoding import content_hash
 from fedpft_flower.evaluation import is_better
-from fedpft_flower.federation import Federation, RoundError
-from fedpft_flower.foundation import load_fm
+from fedpft_flower.federation import Federation, Node, RoundError
+from fedpft_flower.foundation import load_fm_of
 from fedpft_flower.images import check_images
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
@@ -40,7 +37,7 @@ from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
 from fedpft_flower.report import LOG, RunDirectory, aligned_error
 from fedpft_flower.server import Metrics, ProxyServer
-from fedpft_flower.software import source_hash, versions
+from fedpft_flower.software import quiet, source_hash, versions
 from fedpft_flower.strategies import inner_strategy, memory_of, remember
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
@@ -197,16 +194,7 @@ def load_server(
         FedPFTError: the FM cannot be loaded, or does not fit.
     """
     logger.info("loading FM %s", config.fm.name)
-    row = task_of(config.data.task)
-    fm = load_fm(
-        config.fm.name,
-        task.labels,
-        row.modality,
-        config.seed,
-        names_in(config.lora.head),
-        row.objective,
-        config.fm.dtype,
-    )
+    fm = load_fm_of(config, task.labels)
     return ProxyServer(config, fm, task, public, plan)
 
 
@@ -226,12 +214,26 @@ def _tell_rows(federation: Federation, task: TaskData, config: Config) -> None:
         return
     rows = sum(node.examples for node in nodes)
     logger.info("%d nodes, %d training rows", len(nodes), rows)
+    believed = [node for node in nodes if not node.partitions]
+    if config.weighting == "examples" and len(believed) > 2:
+        _tell_weight(max(believed, key=lambda node: node.examples), rows)
     everybody = all(node.partitions == len(nodes) for node in nodes)
     if task.train is not None and everybody and rows < len(task.train):
         logger.warning(
             "%d of %d training rows are in no partition",
             len(task.train) - rows,
             len(task.train),
+        )
+
+
+def _tell_weight(largest: Node, rows: int) -> None:
+    if 2 * largest.examples > rows:
+        logger.warning(
+            "%s says that it has %d of %d rows, which is its weight in the average; "
+            "if that may be wrong, set weighting = 'uniform'",
+            largest.key,
+            largest.examples,
+            rows,
         )
 
 
@@ -346,7 +348,7 @@ class _Run:
         if self.strategy.privacy is not None:
             entry["privacy"] = self.strategy.privacy.spent()
         if scores:
-            self._judge(current, scores[f"fm-{self._metric}"])
+            self._note_score(current, scores[f"fm-{self._metric}"])
         entry["last"] = bool(last or self.strategy.stopped)
         self.directory.add_round(entry)
         self._save(current)
@@ -368,7 +370,7 @@ class _Run:
         found = aligned_error(entry) or self.strategy.server.gradient_error()
         return {"gradient-error": found} if found else {}
 
-    def _judge(self, current: int, score: float) -> None:
+    def _note_score(self, current: int, score: float) -> None:
         best = self._best_score
         if best is None or is_better(self._metric, score, best):
             self.best_round, self._best_score, self._misses = current, score, 0
@@ -517,7 +519,7 @@ def _manifest(
         "sub-fm-sha256": federation.sub_fm,
         "adapter-sha256": tensors_hash(server.adapter),
         # Of what lies in adapter/: in the FM, after its refinement.
-        "plugged-in-sha256": tensors_hash(get_adapter(server.fm)),
+        "final-adapter-sha256": tensors_hash(get_adapter(server.fm)),
     }
 
 
@@ -597,12 +599,3 @@ def _kept(place: Path) -> Iterator[None]:
     finally:
         package.removeHandler(handler)
         handler.close()
-
-
-def quiet() -> None:
-    """Turn off the reports and progress bars of the libraries that load."""
-    # PEFT asks models for a name that transformers is about to drop.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()

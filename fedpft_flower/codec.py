@@ -26,7 +26,8 @@ def encode_weights(tensors: Mapping[str, Tensor], codec: str) -> dict[str, Tenso
     """Encode frozen weights.
 
     fp32, bf16 and fp16 convert every tensor of float32. int8 keeps a scale for each row
-    of a matrix, s = max|w| / 127, and round(w / s); other tensors stay float32.
+    of a matrix, s = max|w| / 127, and round(w / s), the usual symmetric quantisation;
+    other tensors stay float32.
 
     Args:
         tensors: weights by name.

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedpft_flower.architectures import AUTO_PROCESSORS, Architecture
 from fedpft_flower.batches import Batch
 from fedpft_flower.config import (
     DataConfig,
@@ -542,6 +543,30 @@ def _fingerprint(tokenizer: Any) -> str:
     for name, body in processor_files(tokenizer).items():
         digest.update(name.encode() + body)
     return digest.hexdigest()
+
+
+def load_processor(place: Path, row: Architecture) -> Any:
+    """Load the tokenizer or image processor of a model from its saved files.
+
+    Args:
+        place: their folder.
+        row: the model's family. Decoders count positions from the first token, so they
+            are padded at the end, which not every tokenizer saves.
+    """
+    processor = AUTO_PROCESSORS[row.modality].from_pretrained(
+        place, local_files_only=True, trust_remote_code=False
+    )
+    if row.decoder:
+        processor.padding_side = "right"
+    return processor
+
+
+def processor_from(files: Mapping[str, bytes], row: Architecture) -> Any:
+    """Load a processor as `load_processor` does, from the contents of its files."""
+    with TemporaryDirectory() as directory:
+        for name, body in files.items():
+            (Path(directory) / name).write_bytes(body)
+        return load_processor(Path(directory), row)
 
 
 def processor_files(processor: Any) -> dict[str, bytes]:

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 EARLIER = 8  # sub-FMs that a change can start from; a node with an older one gets all
 LONGEST_KEY = 200  # characters of a node's name
+MOST_HELD = 1000  # sub-FMs that a node may say that it holds
 
 
 # A node reads its rows before it answers; but for longer than this, or than
@@ -111,6 +112,12 @@ def _introduction(
         held = {str(content) for content in json.loads(said["held"])}
     except (RecursionError, TypeError, ValueError) as error:
         raise FedPFTError(f"it says that it holds {said['held'][:40]!r}") from error
+    longest = max(map(len, [said["store"], *held]))
+    if longest > LONGEST_KEY or len(held) > MOST_HELD:
+        raise FedPFTError(
+            f"it says that it holds {len(held)} sub-FMs, and names of {longest} "
+            f"characters; {MOST_HELD} and {LONGEST_KEY} are believed"
+        )
     node = Node(
         key,
         said["named"],
@@ -221,6 +228,7 @@ class Federation:
         """
         # Whatever it was may be mended: each may try again, but for doubles.
         online = set(self.grid.get_node_ids())
+        self._replaced &= online  # one that was gone and is back is no old self
         self._doubles = {
             n: (old, why)
             for n, (old, why) in self._doubles.items()

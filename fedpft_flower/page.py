@@ -120,7 +120,7 @@ def render_page(
     Args:
         config: the effective configuration, flat.
         rounds: the objects of `metrics.jsonl`.
-        summary: of `summary.json`; `protection` and `privacy` may be absent.
+        summary: of `summary.json`.
         manifest: of `manifest.json`.
 
     Raises:
@@ -224,12 +224,12 @@ def _what(
         ),
     ]
     rows += [
-        (f"{name}, SHA-256", element("span", manifest.get(key, "-"), class_="hash"))
+        (f"{name}, SHA-256", element("span", manifest[key], class_="hash"))
         for name, key in (
             ("FM", "fm-sha256"),
             ("sub-FM", "sub-fm-sha256"),
             ("averaged adapter", "adapter-sha256"),
-            ("adapter in the FM", "plugged-in-sha256"),
+            ("final adapter, in the FM", "final-adapter-sha256"),
         )
     ]
     splits = [
@@ -275,7 +275,7 @@ def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
         summary[f"test-{when}"] for when in ("before", "plain", "after")
     )
     names = [metric, *sorted(_names(after) - {metric, "loss"}), "loss"]
-    refined = summary.get("refinement", {})
+    refined = summary["refinement"]
     rows = [
         ("FM before", "test", before, "fm"),
         ("FM, plugged in", "test", plain, "fm"),
@@ -284,7 +284,7 @@ def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
         rows.append(("FM, refined", "test", after, "fm"))
     if not plan.is_whole:
         rows.append(("sub-FM", "test", after, "sub-fm"))
-    for split, found in sorted(summary.get("more-tests", {}).items()):
+    for split, found in sorted(summary["more-tests"].items()):
         rows.append(("FM", split, found, "fm"))
         if not plan.is_whole:
             rows.append(("sub-FM", split, found, "sub-fm"))
@@ -545,13 +545,10 @@ def _time(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
 
 
 def _protection(summary: Metrics, rounds: Sequence[Metrics]) -> list[Markup]:
-    parts = list[Markup]()
-    if sheet := summary.get("protection"):
-        rows = [[row["name"], row["value"], row["note"]] for row in sheet["rows"]]
-        parts.append(_table(["what", "value", "note"], rows, set()))
-    else:
-        parts.append(_nothing("This run has no protection sheet."))
-    if privacy := summary.get("privacy"):
+    sheet = summary["protection"]["rows"]
+    rows = [[row["name"], row["value"], row["note"]] for row in sheet]
+    parts = [_table(["what", "value", "note"], rows, set())]
+    if privacy := summary["privacy"]:
         told = ", ".join(f"{name} {value}" for name, value in privacy.items())
         parts.append(element("p", f"Differential privacy: {told}."))
     spent = [

@@ -30,7 +30,7 @@ from datasets import (
     load_from_disk,
 )
 
-from fedpft_flower.config import FedPFTError, Modality
+from fedpft_flower.config import FedPFTError, Modality, OwnRowsError, first_line
 from fedpft_flower.disk import existing_path, private_cache
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,10 @@ def _named(path: str, key: str, place: Path | None) -> Iterator[None]:
         ) from None
     except Exception as error:  # datasets raises many kinds, all about this one path
         what = "cannot be read" if place else "is no path here, and the hub has it not"
-        raise FedPFTError(f"{key} = {path!r} {what} ({_reason(error)})") from error
+        raise OwnRowsError(
+            f"{key} = {path!r} {what} ({_reason(error)})",
+            f"{key} {what}; this node's log says more",
+        ) from error
 
 
 def _looks_like_path(path: str) -> bool:
@@ -344,7 +347,7 @@ def _reason(error: BaseException) -> str:
     """Return the first line of the error at the bottom, and what may help."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = (str(error).strip() or repr(error)).splitlines()[0]
+    line = first_line(error)
     if isinstance(error, UnicodeDecodeError):
         return f"{line}; save it as UTF-8"
     if "Error tokenizing" in line:

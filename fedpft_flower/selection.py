@@ -117,7 +117,7 @@ def output_metric(evidence: Evidence) -> Tensor:
 
     s = tr(W C W^T) / tr(W K W^T) makes beta (`align.jacobian-weight`) a share; lambda
     is `align.ridge`. C is the covariance, or E[a a^T] where `down` has no bias that
-    could take up a mean.
+    could take up a mean. The metric is ours: the paper scores weights alone.
     """
     ffn, seen, align = evidence.ffn, evidence.seen, evidence.align
     assert seen.gram is not None
@@ -145,7 +145,8 @@ def greedy_columns(
 
     The error of a choice S is min over V of tr((V P_S - W) M (V P_S - W)^T); each step
     takes argmax_i sum_r T[r, i]^2 / d_i of the residual T = W M and diagonal d, and
-    updates both by one column of a pivoted Cholesky factor.
+    updates both by one column of a pivoted Cholesky factor. That is orthogonal least
+    squares (Chen, Billings and Luo 1989), for all rows of W at once.
 
     Args:
         target: W M [D, N], float64.
@@ -234,6 +235,10 @@ def score(
 
     Returns:
         One tensor [N] a layer.
+
+    Raises:
+        FedPFTError: there is no such selection, or the FM's hidden states are not
+            finite.
 
     Raises:
         FedPFTError: there is no selection of this name.

@@ -49,6 +49,7 @@ from fedpft_flower.encoding import (
     hold_out,
     mixed_batches,
     processor_files,
+    processor_from,
     shuffled_batches,
     within_tokens,
 )
@@ -58,7 +59,7 @@ from fedpft_flower.least_squares import Fit, refit
 from fedpft_flower.likeness import likeness
 from fedpft_flower.methods import method_of
 from fedpft_flower.moments import count_tokens
-from fedpft_flower.package import Package
+from fedpft_flower.package import Package, check_processor_file
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
 from fedpft_flower.quantisation import check_frozen
@@ -125,15 +126,18 @@ class ProxyServer:
                 is needed and there is none.
         """
         self.config, self.method = config, method_of(config)
-        self._processor = fm.processor
         # Before it is used: whether rows were encoded earlier must not change them.
         self._processor_files = processor_files(fm.processor)
+        for name in self._processor_files:  # what no node would take ends here
+            check_processor_file(name)
+        # Rows are encoded here as at the nodes: by what was saved.
+        self._processor = processor_from(self._processor_files, fm.architecture)
         self._head = fm.head
         self._modality, self._objective = fm.architecture.modality, fm.objective
         # What a run is judged by.
         self.metric = metric_of(config.data)
         self._model_config = config_fields(fm.model.config)
-        config_from(self._model_config)  # what no node would take ends here
+        config_from(self._model_config)  # the same
         _check_length(config.data.max_length, fm)
         if self.method.needs_public and public is None:
             raise FedPFTError(
@@ -198,7 +202,7 @@ class ProxyServer:
             model, name, counts, batches, config.align, config.seed, sensitivity
         )
         sizes = list(map(size_of, layers_of(model), ffns))
-        plan = self.method.plan(scores, sizes, config.sub_fm)
+        plan = self.method.planner(scores, sizes, config.sub_fm)
         self.selection_seconds = time.monotonic() - began
         return plan
 
@@ -398,6 +402,9 @@ class ProxyServer:
 
         Returns:
             What selection and alignment used, and the gradient error before and after.
+
+        Raises:
+            FedPFTError: there are too few public rows, or what they give is not finite.
         """
         metrics: Metrics = {"selection-seconds": self.selection_seconds}
         if self._public is not None:
@@ -431,7 +438,8 @@ class ProxyServer:
                 needed when `wants_activity(current)`.
 
         Raises:
-            FedPFTError: the adapter does not fit or is not finite.
+            FedPFTError: the adapter does not fit or is not finite, or an alignment that
+                is due has nothing to go by, or a loss that is not finite.
         """
         self._plug_in(adapter)
         if not self._realigns_after(current):

@@ -14,6 +14,7 @@ from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.server import Metrics, ProxyServer, average_rates
 from fedpft_flower.strategies import shortage
+from fedpft_flower.tasks import task_of
 from fedpft_flower.wire import (
     ARRAYS,
     METRICS,
@@ -87,7 +88,8 @@ class FedPFT(Strategy):
         """Run the rounds behind `done`, until the last one, `stopped`, or no privacy.
 
         Takes the place of Flower's loop, which can neither resume, try a round again,
-        nor stop early; the arguments and hooks are the same.
+        nor stop early; the arguments are the same, and so are the hooks of training.
+        Those of federated evaluation are not called: only the server evaluates.
 
         Raises:
             RoundError: a round failed as often as `train.max-retries` allows.
@@ -334,10 +336,10 @@ class FedPFT(Strategy):
         good, bad = [], {}
         for reply in replies:
             name = federation.sender(reply)
-            reason = self._problem(reply)
+            reason = one_line(self._problem(reply))
             if reason:
                 logger.warning("%s is left out: %s", name, reason)
-                bad[name] = one_line(reason)
+                bad[name] = reason
             else:
                 good.append(reply)
         answered = {federation.grid.node_of(reply) for reply in replies}
@@ -382,7 +384,7 @@ class FedPFT(Strategy):
     def _check(self, reply: Message) -> None:
         content = reply.content
         found = [*content.array_records, *content.metric_records]
-        if found != [ARRAYS, METRICS]:
+        if found != [ARRAYS, METRICS] or content.config_records:
             raise FedPFTError("it is not one adapter with metrics")
         statistics, others = split_rates(metrics_of(reply))
         known, told = train_metrics(self.server.config), metrics_of(reply)
@@ -393,6 +395,7 @@ class FedPFT(Strategy):
                 raise FedPFTError(f"{name} = {told[name]} is outside [0, {most:g}]")
         if type(told["num-examples"]) is not int or not told["num-examples"]:
             raise FedPFTError("num-examples is not positive and whole")
+        self._check_examples(told["num-examples"], reply)
         current = self.federation.grid.ledger.round
         self.server.check_rates(unpack_rates(statistics), current)
         adapter = unpack_tensors(arrays_of(reply))
@@ -401,6 +404,20 @@ class FedPFT(Strategy):
         moved = self.server.check_update(adapter)
         if self.privacy is not None:
             self.privacy.check_moved(moved, self.server.adapter)
+
+    def _check_examples(self, count: int, reply: Message) -> None:
+        """Refuse more rows than the node greeted with: they are its weight.
+
+        Of plain texts blocks are counted, and a text makes as many as it is long.
+        """
+        node = self.federation.nodes.get(self.federation.grid.node_of(reply))
+        task = self.server.config.data.task
+        if node is None or task_of(task).objective == "generate":
+            return
+        if count > node.examples:
+            raise FedPFTError(
+                f"num-examples = {count}, but it came with {node.examples} rows"
+            )
 
 
 def _named(reasons: Mapping[str, str]) -> list[str]:

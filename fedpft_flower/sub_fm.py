@@ -31,7 +31,7 @@ from fedpft_flower.plan import MOST_LAYERS, Plan
 # Bounds on what a received config may ask for.
 MOST_ENTRIES, MOST, MOST_FLOAT = 100_000, 2e7, 1e12
 # Fields that models of many families read although their configs declare none such.
-_UNDECLARED = {"head_dim"}
+_UNDECLARED = {"head_dim", "is_causal"}
 
 
 def build_sub_fm(

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import psutil
@@ -129,7 +128,7 @@ def wait_until_up(
         try:
             with urlopen(url, timeout=2, context=trust):
                 return
-        except (URLError, OSError):
+        except OSError:
             time.sleep(0.2)
     tail = log.read_text(errors="replace").strip().splitlines()[-3:]
     raise FedPFTError(f"the SuperLink did not start: {' | '.join(tail)}")

@@ -20,6 +20,7 @@ from fedpft_flower.config import (
     FedPFTError,
     Modality,
     Objective,
+    OwnRowsError,
     PartitionConfig,
     derive_seed,
     names_in,
@@ -109,7 +110,7 @@ def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
 
     Raises:
         FedPFTError: the files cannot be read or have other columns, or a label is
-            outside the set.
+            outside the set (an `OwnRowsError` where that quotes the rows).
     """
     task = task_of(config.task)
     if task.inputs is None:
@@ -591,9 +592,12 @@ def _labelled(part: Dataset, names: Sequence[str], split: str) -> Dataset:
     places = {name: i for i, name in enumerate(names)}
     outside = sorted(set(texts) - places.keys())
     if outside:
-        raise FedPFTError(
-            f"label {outside[0]!r} in {split} is outside the label set "
-            f"({', '.join(names)}); mend the data or set data.labels"
+        known = f"the label set ({', '.join(names)})"
+        raise OwnRowsError(
+            f"label {outside[0]!r} in {split} is outside {known}; mend the data or set "
+            "data.labels",
+            f"{len(outside)} labels in {split} are outside {known}; this node's log "
+            "has one of them",
         )
     rest = part.remove_columns("label")
     return rest.add_column("label", [places[text] for text in texts])

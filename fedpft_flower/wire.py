@@ -50,19 +50,20 @@ from fedpft_flower.codec import (
     encode_weights,
     recode,
 )
-from fedpft_flower.config import Config, FedPFTError, one_line
+from fedpft_flower.config import Config, FedPFTError, OwnRowsError, one_line
 from fedpft_flower.disk import cache_dir, last_used
-from fedpft_flower.package import Package
+from fedpft_flower.package import Package, check_processor_file
 from fedpft_flower.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
-# What Flower raises where a reply is not what it says; connections fail otherwise.
+# What Flower raises where a reply is not what it says, or says that it is more than
+# there is room for; connections fail otherwise.
 _UNREADABLE = (
     *(AttributeError, LookupError, RecursionError, TypeError, ValueError),
-    *(DecodeError, struct.error),
+    *(DecodeError, MemoryError, struct.error),
 )
 _EXPIRED = {3, 4}  # Flower's error codes for a message and a reply that lived too long
 PACKAGE = "package"  # key of a package's JSON in an install
@@ -135,21 +136,24 @@ def one_line_errors(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     def handle(message: Message, context: Context) -> Message:
+        told = ""  # where it is not the whole reason
         try:
             return handler(message, context)
         except FedPFTError as error:
             reason = str(error)
+            if isinstance(error, OwnRowsError) and "data-path" in context.node_config:
+                told = error.told
         except Exception as error:  # a hostile message may raise anything
             logger.exception("a message could not be handled")
             what = f"{type(error).__name__}: {last_line(str(error))}"
             kind = message.metadata.message_type
             reason = f"a {kind} message cannot be handled ({what}); see this node's log"
-        site = context.node_config.get("site")
-        reason = one_line(f"{site}: {reason}" if site else reason)
-        logger.error("%s", reason)
+        logger.error("%s", one_line(reason))
         if context.run_config.get("privacy.mechanism", "none") != "none":
-            reason = one_line(f"{site}: {UNTOLD}" if site else UNTOLD)
-        return Message(Error(REFUSED, reason), reply_to=message)
+            told = UNTOLD
+        site, told = context.node_config.get("site"), told or reason
+        whole = one_line(f"{site}: {told}" if site else told)
+        return Message(Error(REFUSED, whole), reply_to=message)
 
     return handle
 
@@ -261,8 +265,6 @@ def package_hash(tensors: Mapping[str, Tensor], text: str) -> str:
 
 # ------------------------------------------------------------------------- the store
 
-# What tokenizers and image processors are saved as; nothing there runs or is unpickled.
-_PROCESSOR_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _HASH = re.compile("[0-9a-f]{64}")
 
 
@@ -326,13 +328,7 @@ class Store:
             (draft / "package.json").write_text(text, encoding="utf-8")
             (draft / "processor").mkdir()
             for name, body in json.loads(text)["files"].items():
-                if Path(name).name != name:
-                    raise FedPFTError(f"processor file name {name!r} leaves its folder")
-                if Path(name).suffix not in _PROCESSOR_SUFFIXES:
-                    raise FedPFTError(
-                        f"processor file {name!r} is none of "
-                        f"{', '.join(_PROCESSOR_SUFFIXES)}, which hold data only"
-                    )
+                check_processor_file(name)
                 (draft / "processor" / name).write_bytes(base64.b64decode(body))
             if _read(draft, content) is None:
                 raise FedPFTError(
@@ -373,7 +369,9 @@ class Store:
         copies = [self.directory(content) for content in self.hashes()]
         drafts = self._root.glob("*.partial")  # of processes that were killed, maybe
         for old in [*sorted(copies, key=last_used)[: -self.KEEP], *drafts]:
-            if time.time() - last_used(old) < self.UNUSED_SECONDS:
+            # What is being written is older than its newest file.
+            used = max(map(last_used, [old, *old.glob("*")]))
+            if time.time() - used < self.UNUSED_SECONDS:
                 continue
             shutil.rmtree(old, ignore_errors=True)
 
@@ -383,9 +381,14 @@ def _read(directory: Path, content: str) -> tuple[dict[str, Tensor], str] | None
     try:
         text = (directory / "package.json").read_text(encoding="utf-8")
         tensors = load_file(directory / "weights")
-    except Exception:  # safetensors has no public error class for a cut file
+        if package_hash(tensors, text) != content:
+            return None
+        for name, body in json.loads(text)["files"].items():
+            if (directory / "processor" / name).read_bytes() != base64.b64decode(body):
+                return None
+    except (OSError, ValueError, SafetensorError):  # gone, no UTF-8, cut
         return None
-    return (tensors, text) if package_hash(tensors, text) == content else None
+    return tensors, text
 
 
 # --------------------------------------------------------------- changes of a package

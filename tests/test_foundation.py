@@ -1,17 +1,21 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from fedpft_flower import foundation
-from fedpft_flower.config import DataConfig, FedPFTError
-from fedpft_flower.encoding import encode
+from fedpft_flower.architectures import ARCHITECTURES, ffns_of, new_model
+from fedpft_flower.config import DataConfig, FedPFTError, SubFMConfig
+from fedpft_flower.encoding import encode, processor_files, processor_from
 from fedpft_flower.foundation import load_fm
+from fedpft_flower.planners import keep_all
+from fedpft_flower.sub_fm import build_skeleton, config_fields, config_from
 from tests.conftest import write_llama
 from tests.families import tiny_model
 
@@ -195,3 +199,55 @@ def test_a_decoder_that_looks_both_ways_generates_no_text(tmp_path):
     fm.config.save_pretrained(tmp_path)
     with pytest.raises(FedPFTError, match="is no decoder and cannot generate text"):
         load_fm(str(tmp_path), (), "text", 0, objective="generate")
+
+
+def test_a_decoder_whose_config_says_is_causal_false_looks_both_ways_at_nodes_too(
+    tmp_path,
+):
+    write_llama(tmp_path, "classify")
+    told = json.loads((tmp_path / "config.json").read_text()) | {"is_causal": False}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    fm = load(tmp_path).model.eval()
+    scores = [torch.zeros(ffn.width) for ffn in ffns_of(fm)]
+    plan = keep_all(scores, (), SubFMConfig())
+    rebuilt = build_skeleton(config_from(config_fields(fm.config)), plan)
+    rebuilt.load_state_dict(fm.state_dict(), assign=True)
+    batch = {"input_ids": torch.arange(3, 9)[None]}
+    with torch.no_grad():
+        expected = fm(**batch).logits
+        assert torch.equal(rebuilt.eval()(**batch).logits, expected)
+        fm.config.is_causal = True
+        assert not torch.allclose(fm(**batch).logits, expected)
+    with pytest.raises(FedPFTError, match="is no decoder and cannot generate text"):
+        load_fm(str(tmp_path), (), "text", 0, objective="generate")
+
+
+def test_token_types_are_made_for_models_that_know_some(bert_directory, tmp_path):
+    assert "token_type_ids" in load(bert_directory).processor("good", "bad")
+    for family, sizes in (("gpt2", {}), ("roberta", {"type_vocab_size": 1})):
+        row, place = ARCHITECTURES[family], tmp_path / family
+        config = tiny_model(family).config
+        config.update(sizes)
+        new_model(row, config, "classify").save_pretrained(place)
+        for path in Path(bert_directory).glob("*token*"):
+            shutil.copy(path, place)
+        processor = load(place).processor
+        assert "token_type_ids" not in processor("good", "bad")
+        saved = processor_from(processor_files(processor), row)
+        assert "token_type_ids" not in saved("good", "bad")  # as a node has it
+
+
+def test_quantised_weights_are_refused(bert_directory, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "is_quantized", True, raising=False)
+    with pytest.raises(FedPFTError, match="has quantised weights"):
+        load(bert_directory)
+
+
+def test_rows_are_encoded_at_the_server_as_at_a_node(tmp_path):
+    """By what was saved: a tokenizer may know more than it writes."""
+    fm = load(llama_directory(tmp_path, padding=0))
+    files = processor_files(fm.processor)
+    again = processor_from(files, fm.architecture)
+    assert again.padding_side == "right"
+    texts = ["good film", "very bad </s> film"]
+    assert again(texts)["input_ids"] == fm.processor(texts)["input_ids"]

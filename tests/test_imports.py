@@ -31,6 +31,11 @@ def imported(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
+            if node.module == "fedpft_flower":
+                names = [alias.name for alias in node.names]
+                yield from (
+                    f"{node.module}.{name}" for name in names if name in MODULES
+                )
             yield node.module
 
 

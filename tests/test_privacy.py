@@ -429,6 +429,15 @@ def test_a_node_measures_no_activity_with_differential_privacy(
     assert len(rounds[1]["failures"]) == CLIENTS
 
 
+def test_a_node_measures_no_activity_that_was_not_to_leave(
+    local_grid, settings, monkeypatch
+):
+    monkeypatch.setattr(ProxyServer, "wants_activity", lambda self, current: True)
+    settings |= {"align.activity": "public", "rounds": 1}
+    with pytest.raises(FedPFTError, match="were not to leave"):
+        run(local_grid, settings)
+
+
 # -------------------------------------------------------------------------- refusals
 
 
