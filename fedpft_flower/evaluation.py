@@ -123,9 +123,10 @@ def predict(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
         batch = rows.batch(chosen)
         order += chosen
         labels.append(batch.pop("labels"))
-        logits.append(model(**batch).logits.float().cpu())
+        logits.append(model(**batch).logits.float())
     back = torch.tensor(order).argsort()
-    return torch.cat(logits)[back], torch.cat(labels)[back]
+    # Here, since a GPU is waited for where its numbers are fetched.
+    return torch.cat(logits).cpu()[back], torch.cat(labels)[back]
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from fedpft_flower.codec import REFUSED
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.protection import Exposure
+from fedpft_flower.refusals import REFUSED
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import differences, source_hash, versions
 from fedpft_flower.wire import (
@@ -25,6 +25,7 @@ from fedpft_flower.wire import (
     CountingGrid,
     config_of,
     make_delta,
+    message_bytes,
     metrics_of,
     pack_tensors,
     package_hash,
@@ -189,6 +190,8 @@ class Federation:
         self._earlier: dict[str, dict[str, Tensor]] = {}
         self._tensors: dict[str, Tensor] = {}
         self._text = ""
+        # Base -> bytes of an install from there, by kind; "" for a whole one.
+        self._sizes: dict[str, dict[str, int]] = {}
         # What nodes were given, against the FM's own parameters.
         self.exposure = Exposure()
         self._exposed = ""  # hash of the sub-FM that was counted last
@@ -277,6 +280,7 @@ class Federation:
         if content != self._current:
             self._remember()
             self._current, self._tensors, self._text = content, tensors, text
+            self._sizes = {}
             self._earlier = {
                 name: _shared(old, tensors) for name, old in self._earlier.items()
             }
@@ -322,8 +326,9 @@ class Federation:
                 continue
             # What a node of its own would have received, whether sent or not.
             base = self._base({self.nodes[node].installed})
-            message = self._message(node, content(base))
-            self.grid.ledger.count("down", message, sent=False)
+            if base not in self._sizes:
+                self._sizes[base] = message_bytes(self._message(node, content(base)))
+            self.grid.ledger.add("down", self._sizes[base], sent=False)
             self.nodes[node].installed = self._current
         return [node for node in asked if node in self.nodes]
 

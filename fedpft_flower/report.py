@@ -8,12 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # the ServerApp may run in a thread and has no display
-
 import tomli_w
-from matplotlib import pyplot as plt
 from safetensors import SafetensorError
 
 from fedpft_flower.adapters import export_adapter
@@ -229,6 +224,12 @@ _MARGINS = {
 
 def draw_curves(rounds: list[Metrics], metric: str, path: Path) -> None:
     """Draw a metric, the loss, bytes and gradient error against rounds."""
+    # Here, since nothing is drawn before the end.
+    import matplotlib
+
+    matplotlib.use("Agg")  # the ServerApp may run in a thread and has no display
+    from matplotlib import pyplot as plt
+
     figure, panels = plt.subplots(2, 2, figsize=(10, 7), gridspec_kw=_MARGINS)
     score, loss, data, gradient = panels.flat
     for name, label in (("fm", "FM, plugged in"), ("sub-fm", "sub-FM")):

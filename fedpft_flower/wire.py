@@ -29,7 +29,6 @@ from flwr.app import (
     Array,
     ArrayRecord,
     Context,
-    Error,
     Message,
     MetricRecord,
     RecordDict,
@@ -41,9 +40,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpft_flower.codec import (
-    REFUSED,
-    UNTOLD,
-    codec_of,
     decode_arrays,
     decode_weights,
     encode_arrays,
@@ -52,8 +48,10 @@ from fedpft_flower.codec import (
 )
 from fedpft_flower.config import Config, FedPFTError, OwnRowsError, one_line
 from fedpft_flower.disk import cache_dir, last_used
+from fedpft_flower.mods import codec_of
 from fedpft_flower.package import Package, check_processor_file
 from fedpft_flower.plan import Plan
+from fedpft_flower.refusals import UNTOLD, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +150,7 @@ def one_line_errors(handler: Handler) -> Handler:
         if context.run_config.get("privacy.mechanism", "none") != "none":
             told = UNTOLD
         site, told = context.node_config.get("site"), told or reason
-        whole = one_line(f"{site}: {told}" if site else told)
-        return Message(Error(REFUSED, whole), reply_to=message)
+        return refusal(message, f"{site}: {told}" if site else told)
 
     return handle
 
@@ -474,7 +471,16 @@ class Ledger:
         Returns:
             Its bytes, all kinds together.
         """
-        sizes = message_bytes(message)
+        return self.add(direction, message_bytes(message), logical, sent)
+
+    def add(
+        self,
+        direction: str,
+        sizes: Mapping[str, int],
+        logical: bool = True,
+        sent: bool = True,
+    ) -> int:
+        """Count what a message has, kind -> bytes; return the sum."""
         for kind, size in sizes.items():
             self.logical[self.round, direction, kind] += size if logical else 0
             self.sent[self.round, direction, kind] += size if sent else 0
@@ -567,7 +573,7 @@ def unpack_rates(metrics: Mapping[str, Any]) -> list[Tensor]:
 class CountingGrid(Grid):
     """Count the bytes of every exchange, poll promptly, and know who replied."""
 
-    POLL_SECONDS = 0.2
+    POLL_SECONDS, LEAST_SECONDS = 0.2, 0.02  # between two questions for replies
 
     def __init__(self, grid: Grid, ledger: Ledger) -> None:
         self._grid, self.ledger = grid, ledger
@@ -680,6 +686,7 @@ class CountingGrid(Grid):
         replies: list[Message] = []
         deadline = None if timeout is None else time.monotonic() + timeout
         while waiting:
+            began = time.monotonic()
             for reply in self.pull_messages(list(waiting)):
                 answered = reply.metadata.reply_to_message_id
                 if answered not in waiting:
@@ -689,7 +696,9 @@ class CountingGrid(Grid):
                 replies.append(reply)
             if not waiting or (deadline and time.monotonic() > deadline):
                 break
-            time.sleep(self.POLL_SECONDS)
+            # A cheap question is asked often, an expensive one seldom.
+            took = time.monotonic() - began
+            time.sleep(min(self.POLL_SECONDS, max(self.LEAST_SECONDS, 10 * took)))
         return replies
 
     def send_and_receive(

@@ -1,6 +1,8 @@
 """The levels of docs/architecture.md, enforced, and what a new process loads."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,17 @@ def test_a_handler_in_a_new_process_loads_only_what_it_needs(handler, needed, sp
     loaded = ask(handler).loaded
     assert needed <= loaded
     assert not spared & loaded
+
+
+def test_the_client_app_itself_loads_next_to_nothing():
+    """Flower's simulation loads it before it starts Ray."""
+    spared = sorted(MODELS | OTHERS | {"torch", "datasets", "pandas"})
+    code = f"import sys, client_app; print([n for n in {spared} if n in sys.modules])"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == "[]"

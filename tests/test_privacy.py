@@ -19,9 +19,9 @@ from fedpft_flower import commands, report, strategy
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.checks import check_run
 from fedpft_flower.client import forget_sub_fm
-from fedpft_flower.codec import UNTOLD
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.privacy import NO_MEAN, Privacy, check_private
+from fedpft_flower.refusals import UNTOLD
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.strategies import STRATEGIES, inner_strategy
 from fedpft_flower.wire import Store
