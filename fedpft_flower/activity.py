@@ -105,3 +105,14 @@ def inactive_rates(
         count.float() / max(total, 1)
         for count, total in zip(counts, tokens, strict=True)
     ]
+
+
+def average_rates(
+    rates: Sequence[Sequence[Tensor]], weights: Sequence[int]
+) -> list[Tensor]:
+    """Average the clients' inactive rates, layer by layer, weighted by examples."""
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    return [
+        torch.einsum("c,ck->k", shares, torch.stack(layer).double()).float()
+        for layer in zip(*[list(client) for client in rates], strict=True)
+    ]

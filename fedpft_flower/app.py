@@ -36,6 +36,7 @@ from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
 from fedpft_flower.report import LOG, RunDirectory, aligned_error
+from fedpft_flower.sampling import check_clients
 from fedpft_flower.server import Metrics, ProxyServer
 from fedpft_flower.software import quiet, source_hash, versions
 from fedpft_flower.strategies import inner_strategy, memory_of, remember
@@ -101,7 +102,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     federation.meet(config.train.nodes_awaited)
     if saved is not None:
         check_partitions(saved.state, federation.partitions)
-    clients = server.check_clients(len(federation.nodes))
+    clients = check_clients(config.train, len(federation.nodes))
     inner = inner_strategy(config.strategy, config.strategy_args, clients)
     _tell_rows(federation, task, config)
     privacy = None

@@ -196,12 +196,19 @@ def _tiles(summary: Metrics, metric: str, plan: Plan) -> Markup:
 def _what(
     settings: Mapping[str, Scalar], summary: Metrics, manifest: Metrics, plan: Plan
 ) -> list[Markup]:
+    facts = [*_facts(settings, summary, manifest, plan), *_hashes(manifest)]
+    return [_pairs(facts), _splits(manifest), _settings(settings)]
+
+
+def _facts(
+    settings: Mapping[str, Scalar], summary: Metrics, manifest: Metrics, plan: Plan
+) -> list[tuple[str, object]]:
     nodes, labels = manifest["nodes"], manifest["labels"]
     cut = (
         f"{len(plan.layers)} of {len(plan.widths)} layers kept, {len(plan.compressed)} "
         "of them compressed"
     )
-    rows: list[tuple[str, object]] = [
+    return [
         ("method", settings["method"]),
         ("aggregation strategy", settings["strategy"]),
         ("FM", settings["fm.name"]),
@@ -223,7 +230,10 @@ def _what(
             for node, own in sorted(manifest.get("node-versions", {}).items())
         ),
     ]
-    rows += [
+
+
+def _hashes(manifest: Metrics) -> list[tuple[str, object]]:
+    return [
         (f"{name}, SHA-256", element("span", manifest[key], class_="hash"))
         for name, key in (
             ("FM", "fm-sha256"),
@@ -232,6 +242,9 @@ def _what(
             ("final adapter, in the FM", "final-adapter-sha256"),
         )
     ]
+
+
+def _splits(manifest: Metrics) -> Markup:
     splits = [
         [
             name,
@@ -241,24 +254,25 @@ def _what(
         ]
         for name, split in sorted(manifest["splits"].items())
     ]
+    titles = ["split", "rows", "from", "SHA-256"]
+    return _table(titles, splits, {1}, "Rows at the server")
+
+
+def _settings(settings: Mapping[str, Scalar]) -> Markup:
     whole = [
         (key, element("code", repr(value) if isinstance(value, str) else str(value)))
         for key, value in sorted(settings.items())
     ]
-    return [
-        _pairs(rows),
-        _table(["split", "rows", "from", "SHA-256"], splits, {1}, "Rows at the server"),
+    return element(
+        "details",
+        element("summary", "The whole effective configuration"),
         element(
-            "details",
-            element("summary", "The whole effective configuration"),
-            element(
-                "p",
-                "Of paths the last part; config.toml beside this page has them whole.",
-                class_="quiet",
-            ),
-            _pairs(whole),
+            "p",
+            "Of paths the last part; config.toml beside this page has them whole.",
+            class_="quiet",
         ),
-    ]
+        _pairs(whole),
+    )
 
 
 def _best(summary: Metrics) -> str:

@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -40,7 +39,7 @@ from fedpft_flower.alignment import (
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.batches import Batch
 from fedpft_flower.config import Config, FedPFTError, Objective, derive_seed
-from fedpft_flower.descent import Progress, Schedule, Trainable
+from fedpft_flower.descent import Schedule, Trainable
 from fedpft_flower.encoding import (
     Rows,
     encode,
@@ -62,6 +61,7 @@ from fedpft_flower.moments import count_tokens
 from fedpft_flower.package import Package, check_processor_file
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
+from fedpft_flower.progress import Shown, Told
 from fedpft_flower.quantisation import check_frozen
 from fedpft_flower.refinement import refine
 from fedpft_flower.selection import score, selection_of
@@ -93,7 +93,6 @@ HELD_OUT_BATCHES = 2
 CALIBRATION_TOKENS, LEAST_TOKENS = 40, 25
 # Of a layer's neurons: how many the selection is given tokens for.
 USUAL_SHARE = 0.25
-PROGRESS_SECONDS = 10.0
 
 Metrics = dict[str, Any]
 
@@ -197,7 +196,7 @@ class ProxyServer:
             # Whatever is kept, so that a smaller sub-FM's neurons are in a larger one.
             looked_at = max(1, round(USUAL_SHARE * max(cut)))
             calibration, sensitivity = self._calibration(model, looked_at)
-            batches = _Shown(calibration, "choosing neurons")
+            batches = Shown(calibration, "choosing neurons")
         scores = score(
             model, name, counts, batches, config.align, config.seed, sensitivity
         )
@@ -273,44 +272,6 @@ class ProxyServer:
         public = encode_public(rows, self._processor, kind, data, self._objective)
         seed = derive_seed(self.config.seed, "public tokens")
         return within_tokens(public, data.public_tokens, seed)
-
-    def check_clients(self, nodes: int) -> int:
-        """Return how many of so many nodes train in a round.
-
-        Raises:
-            FedPFTError: more clients per round, or replies, are asked for than that.
-        """
-        count, train = self._clients(nodes), self.config.train
-        for key, wanted, there, what in (
-            ("clients-per-round", count, nodes, "nodes"),
-            ("min-replies", train.min_replies, count, "clients a round"),
-        ):
-            if wanted > there:
-                raise FedPFTError(
-                    f"train.{key} = {wanted}, but there are {there} {what}; lower it "
-                    "or add nodes"
-                )
-        return count
-
-    def _clients(self, nodes: int) -> int:
-        train = self.config.train
-        return train.clients_per_round or max(1, int(train.fraction * nodes))
-
-    def sample(self, keys: Sequence[str], current: int) -> list[str]:
-        """Choose the clients of a round; all nodes where fewer than due are there."""
-        return self._draw(keys, self._clients(len(keys)), "sample", current)
-
-    def stand_ins(
-        self, keys: Sequence[str], count: int, current: int, attempt: int
-    ) -> list[str]:
-        """Choose up to `count` clients for those that went away during a round."""
-        return self._draw(keys, count, "stand-in", current, attempt)
-
-    def _draw(self, keys: Sequence[str], count: int, *purpose: str | int) -> list[str]:
-        """Draw without replacement, by a generator of this run's own; sorted."""
-        generator = np.random.default_rng(derive_seed(self.config.seed, *purpose))
-        size = min(count, len(keys))
-        return sorted(generator.choice(sorted(keys), size=size, replace=False).tolist())
 
     def lr(self, current: int) -> float:
         """Return the learning rate of a round."""
@@ -467,7 +428,7 @@ class ProxyServer:
         if not steps or self.plan.is_whole:
             return {}
         batches = self._refinement_batches()
-        told, (before, _) = _Told("refine"), self._judge("fm", "validation")
+        told, (before, _) = Told("refine"), self._judge("fm", "validation")
         try:
             refine(self.fm, self.sub_fm, batches, self._schedule(plug.lr, steps), told)
         except FedPFTError as error:  # the trained adapter is worth keeping
@@ -747,7 +708,7 @@ class ProxyServer:
                 )
             kept_back, rows = hold_out(rows, count, derive_seed(seed, "held out"))
             held_out = list(shuffled_batches(kept_back, align.batch_size, seed))
-        told = _Told(what)
+        told = Told(what)
         self._forget("sub-fm")
         last = distil(
             self.fm,
@@ -781,17 +742,6 @@ class ProxyServer:
         return islice(shuffled_batches(self._public, size, seed), ACTIVITY_BATCHES)
 
 
-def average_rates(
-    rates: Sequence[Sequence[Tensor]], weights: Sequence[int]
-) -> list[Tensor]:
-    """Average the clients' inactive rates, layer by layer, weighted by examples."""
-    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    return [
-        torch.einsum("c,ck->k", shares, torch.stack(layer).double()).float()
-        for layer in zip(*[list(client) for client in rates], strict=True)
-    ]
-
-
 def _check_length(length: int, fm: FoundationModel) -> None:
     positions = getattr(fm.model.config, "max_position_embeddings", None)
     if fm.architecture.modality != "text" or positions is None:
@@ -809,59 +759,3 @@ def _prefixed(model: str, metrics: Metrics) -> Metrics:
 
 def _digits(right: Sequence[bool]) -> str:
     return "".join("1" if one else "0" for one in right)
-
-
-class _Shown:
-    """Hold batches that tell every few seconds how far a pass over them is."""
-
-    def __init__(self, batches: Sequence[Batch], what: str) -> None:
-        self._batches, self._what = batches, what
-
-    def __iter__(self) -> Iterator[Batch]:
-        began = shown = time.monotonic()
-        for number, batch in enumerate(self._batches):
-            now = time.monotonic()
-            if now - shown >= PROGRESS_SECONDS:
-                shown, share = now, 100 * number / len(self._batches)
-                logger.info("%s: %3.0f %%, %.0f s", self._what, share, now - began)
-            yield batch
-
-
-class _Told:
-    """Log a line every few seconds, and the last one; remember first and last step."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._shown = what, time.monotonic()
-        self._steps: list[Progress] = []
-
-    def __call__(self, progress: Progress) -> None:
-        self._steps = [*self._steps[:1], progress]
-        now, held_out = time.monotonic(), progress.held_out
-        if progress.done or now - self._shown >= PROGRESS_SECONDS:
-            self._shown = now
-            logger.info(
-                "%s: %3.0f %%, %d steps, %d tokens, loss %.4f%s, %.0f s",
-                self._what,
-                100 * progress.share,
-                progress.steps,
-                progress.tokens,
-                progress.loss,
-                f" (held out {held_out:.4f})" if held_out is not None else "",
-                progress.seconds,
-            )
-        if progress.done and progress.share < 1.0:
-            logger.info(
-                "%s: ended, the held-out loss no longer falls; its best weights stay",
-                self._what,
-            )
-
-    def metrics(self) -> Metrics:
-        """Return what was used, and the loss of the first and the last step."""
-        first, last = self._steps[0], self._steps[-1]
-        return {
-            "steps": last.steps,
-            "tokens": last.tokens,
-            "seconds": last.seconds,
-            "loss-first": first.loss,
-            "loss-last": last.loss,
-        }

@@ -8,11 +8,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from torch import Tensor
 
+from fedpft_flower.activity import average_rates
 from fedpft_flower.adapters import Adapter
 from fedpft_flower.config import FedPFTError, one_line
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.privacy import Privacy
-from fedpft_flower.server import Metrics, ProxyServer, average_rates
+from fedpft_flower.sampling import sample, stand_ins
+from fedpft_flower.server import Metrics, ProxyServer
 from fedpft_flower.strategies import shortage
 from fedpft_flower.tasks import task_of
 from fedpft_flower.wire import (
@@ -195,16 +197,17 @@ class FedPFT(Strategy):
 
     def _choose(self, current: int) -> list[int]:
         """Return the nodes to ask: at a new try those that failed, or stand-ins."""
+        config = self.server.config
         nodes = {n.key: number for number, n in self.federation.nodes.items()}
         if not self._asked:
-            self._asked = self.server.sample(list(nodes), current)
+            self._asked = sample(config, list(nodes), current)
         lacking = [key for key in self._asked if key not in self._good]
         there = [key for key in lacking if key in nodes]
         others = sorted(nodes.keys() - {*self._asked})
         gone = len(lacking) - len(there)
-        stand_ins = self.server.stand_ins(others, gone, current, self._attempt)
-        self._asked += stand_ins
-        return [nodes[key] for key in sorted([*there, *stand_ins])]
+        new = stand_ins(config, others, gone, current, self._attempt)
+        self._asked += new
+        return [nodes[key] for key in sorted([*there, *new])]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.plain_loop import load
-from fedpft_flower import server
+from fedpft_flower import progress, server
 from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, Config, FedPFTError
 from fedpft_flower.moments import (
@@ -296,9 +296,9 @@ def test_an_unknown_selection_is_refused():
 
 
 def test_a_pass_over_public_batches_tells_how_far_it_is(monkeypatch, caplog):
-    monkeypatch.setattr(server, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     with caplog.at_level(logging.INFO):
-        assert list(server._Shown([1, 2, 3, 4], "choosing neurons")) == [1, 2, 3, 4]
+        assert list(progress.Shown([1, 2, 3, 4], "choosing neurons")) == [1, 2, 3, 4]
     assert "choosing neurons:  50 %" in caplog.text
 
 
