@@ -6,8 +6,8 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +157,8 @@ def run_experiment(
             federation = share.federation(nodes, gpus_here())
             copy_app(app, home / "app")
             wait()
-            checked = ThreadPoolExecutor(1).submit(_check, config)
-
-            def shown(line: str) -> None:
-                if checked.done():
-                    checked.result()
-                show(line)
-
-            failure = run_app(home, home / "app", federation, environment, shown)
-            checked.result()
-            return failure
+            meanwhile = partial(_check, config)
+            return run_app(home, home / "app", federation, environment, show, meanwhile)
 
 
 def _check(config: Config) -> None:

@@ -436,7 +436,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="where results are kept (default: ~/fedpft-runs/compare-SPEC)",
+        help="where results are kept (default: compare-SPEC among the runs)",
     )
     parser.add_argument("--only", default="", help="cells whose name has this text")
     parser.add_argument(

@@ -30,6 +30,7 @@ from fedpft_flower.config import (
     Modality,
     Objective,
     derive_seed,
+    first_line,
 )
 from fedpft_flower.disk import keep, last_used, private_cache
 from fedpft_flower.images import crop_and_flip, decoded_images
@@ -574,11 +575,42 @@ def load_processor(place: Path, row: Architecture) -> Any:
 
 
 def processor_from(files: Mapping[str, bytes], row: Architecture) -> Any:
-    """Load a processor as `load_processor` does, from the contents of its files."""
+    """Load a processor as `load_processor` does, from the contents of its files.
+
+    Raises:
+        FedPFTError: `transformers` does not load it from them.
+    """
     with TemporaryDirectory() as directory:
         for name, body in files.items():
             (Path(directory) / name).write_bytes(body)
-        return load_processor(Path(directory), row)
+        try:
+            return load_processor(Path(directory), row)
+        except Exception as error:  # a tokenizer's own class raises almost anything
+            raise FedPFTError(
+                "the FM's processor cannot be loaded from the files that it saves "
+                f"({first_line(error)}), so no node could have it; give the FM one of "
+                "the classes that transformers saves whole"
+            ) from error
+
+
+# Words, numbers, signs and another script: what every tokenizer makes many tokens of.
+_PROBE = "Neurons of feed-forward networks, 12.5 % kept: naïve or not? 神经元"
+
+
+def check_same_tokens(one: Any, other: Any) -> None:
+    """Check that a tokenizer encodes as it did before it was saved.
+
+    Raises:
+        FedPFTError: it does not, so that nodes would see other tokens than the FM was
+            made for.
+    """
+    first, second = one(_PROBE)["input_ids"], other(_PROBE)["input_ids"]
+    if first != second:
+        raise FedPFTError(
+            f"the FM's tokenizer ({type(one).__name__}) encodes otherwise once it was "
+            f"saved (one text as {len(first)} and {len(second)} tokens), as nodes get "
+            "it; give the FM a tokenizer.json"
+        )
 
 
 def processor_files(processor: Any) -> dict[str, bytes]:

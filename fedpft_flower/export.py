@@ -163,10 +163,10 @@ def adapter_of(run: FinishedRun) -> dict[str, Tensor]:
         raise FedPFTError(
             f"cannot read {weights} ({error}); give a run directory that is whole"
         ) from error
-    if tensors_hash(adapter) != run.manifest["final-adapter-sha256"]:
+    if tensors_hash(adapter) != run.manifest.get("final-adapter-sha256"):
         raise FedPFTError(
-            f"{weights} is not the adapter that the run ended with (its SHA-256 is "
-            "another); give a run directory that is whole"
+            f"{weights} is not the adapter that the run ended with (manifest.json has "
+            "another SHA-256, or none); give a run directory that is whole"
         )
     return adapter
 

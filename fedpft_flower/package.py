@@ -10,7 +10,7 @@ from fedpft_flower.config import FedPFTError, Objective
 from fedpft_flower.plan import Plan
 
 # What tokenizers and image processors are saved as; nothing there runs or is unpickled.
-_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".codes")
+_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 
 
 def check_processor_file(name: str) -> None:

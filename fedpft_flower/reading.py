@@ -79,9 +79,8 @@ def read_splits(
         if place is not None:
             return _read_directory(place, modality, subset, separator)
         if not (hub and is_on_hub(path)):
-            raise FedPFTError(
-                f"{key} = {path!r} does not exist; give a path or hub name"
-            )
+            remedy = "does not exist; give a path or hub name"
+            raise OwnRowsError(f"{key} = {path!r} {remedy}", f"{key} {remedy}")
         return _read_hub(path, subset)
 
 
@@ -125,9 +124,10 @@ def _named(path: str, key: str, place: Path | None) -> Iterator[None]:
         with _quiet():
             yield
     except FedPFTError as error:
-        raise FedPFTError(
-            f"{key} = {path!r}: {error}" if place else str(error)
-        ) from None
+        if place is None:
+            raise
+        told = error.told if isinstance(error, OwnRowsError) else str(error)
+        raise OwnRowsError(f"{key} = {path!r}: {error}", f"{key}: {told}") from None
     except Exception as error:  # datasets raises many kinds, all about this one path
         what = "cannot be read" if place else "is no path here, and the hub has it not"
         raise OwnRowsError(
@@ -449,9 +449,14 @@ def cast_input(part: Dataset, column: str) -> Dataset:
     try:
         return part.cast_column(column, wanted)
     except (TypeError, ValueError, pa.ArrowException) as error:
-        raise FedPFTError(
-            f"column for {column} holds {part.features[column]}, which is no {column}; "
-            "name another column"
+        held = part.features[column]  # of labels it has the names
+        what, remedy = (
+            f"column for {column} holds",
+            f"which is no {column}; name another",
+        )
+        raise OwnRowsError(
+            f"{what} {held}, {remedy} column",
+            f"{what} {type(held).__name__}, {remedy} column",
         ) from error
 
 

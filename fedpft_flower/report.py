@@ -175,6 +175,8 @@ class FinishedRun:
             )
             rounds = read_rounds(path)
             config = Config.from_run_config(manifest["config"])
+            if not rounds:
+                raise ValueError(f"{ROUNDS} has no round")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FedPFTError(f"cannot read {path}: {error!r}") from error
         return cls(path, config, rounds, summary, manifest)

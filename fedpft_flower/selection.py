@@ -239,9 +239,6 @@ def score(
     Raises:
         FedPFTError: there is no such selection, or the FM's hidden states are not
             finite.
-
-    Raises:
-        FedPFTError: there is no selection of this name.
     """
     row = selection_of(name)
     generator = torch.Generator().manual_seed(derive_seed(seed, "saliency"))

@@ -42,6 +42,7 @@ from fedpft_flower.config import Config, FedPFTError, Objective, derive_seed
 from fedpft_flower.descent import Schedule, Trainable
 from fedpft_flower.encoding import (
     Rows,
+    check_same_tokens,
     encode,
     encode_public,
     endless_batches,
@@ -131,6 +132,8 @@ class ProxyServer:
             check_processor_file(name)
         # Rows are encoded here as at the nodes: by what was saved.
         self._processor = processor_from(self._processor_files, fm.architecture)
+        if fm.architecture.modality == "text":
+            check_same_tokens(fm.processor, self._processor)
         self._head = fm.head
         self._modality, self._objective = fm.architecture.modality, fm.objective
         # What a run is judged by.

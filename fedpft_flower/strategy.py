@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class FedPFT(Strategy):
     """Train adapters on the sub-FM and plug them into the server's FM.
 
-    Sampling, learning rate and alignment are the `ProxyServer`'s; averaging is the
+    Learning rate and alignment are the `ProxyServer`'s; averaging is the
     inner Flower strategy's, where there is `privacy` with clipping and noise.
     """
 
@@ -344,6 +344,7 @@ class FedPFT(Strategy):
                 logger.warning("%s is left out: %s", name, reason)
                 bad[name] = reason
             else:
+                self._bound_weight(name, reply)
                 good.append(reply)
         answered = {federation.grid.node_of(reply) for reply in replies}
         for node, name in names.items():
@@ -398,7 +399,6 @@ class FedPFT(Strategy):
                 raise FedPFTError(f"{name} = {told[name]} is outside [0, {most:g}]")
         if type(told["num-examples"]) is not int or not told["num-examples"]:
             raise FedPFTError("num-examples is not positive and whole")
-        self._check_examples(told["num-examples"], reply)
         current = self.federation.grid.ledger.round
         self.server.check_rates(unpack_rates(statistics), current)
         adapter = unpack_tensors(arrays_of(reply))
@@ -408,19 +408,24 @@ class FedPFT(Strategy):
         if self.privacy is not None:
             self.privacy.check_moved(moved, self.server.adapter)
 
-    def _check_examples(self, count: int, reply: Message) -> None:
-        """Refuse more rows than the node greeted with: they are its weight.
+    def _bound_weight(self, name: str, reply: Message) -> None:
+        """Let a reply weigh no more than the rows that its node came with.
 
-        Of plain texts blocks are counted, and a text makes as many as it is long.
+        Where text is generated blocks are counted, and a text makes as many as it is
+        long: there what a node says is its weight.
         """
         node = self.federation.nodes.get(self.federation.grid.node_of(reply))
-        task = self.server.config.data.task
+        task, said = self.server.config.data.task, metrics_of(reply)["num-examples"]
         if node is None or task_of(task).objective == "generate":
             return
-        if count > node.examples:
-            raise FedPFTError(
-                f"num-examples = {count}, but it came with {node.examples} rows"
+        if said > node.examples:
+            logger.warning(
+                "%s says that it learnt from %d rows and came with %d, which count",
+                name,
+                said,
+                node.examples,
             )
+            reply.content.metric_records[METRICS]["num-examples"] = node.examples
 
 
 def _named(reasons: Mapping[str, str]) -> list[str]:

@@ -219,6 +219,7 @@ def run_app(
     federation: str,
     environment: Mapping[str, str],
     show: Callable[[str], None],
+    meanwhile: Callable[[], None],
 ) -> Failure | None:
     """Run an app by `flwr run`, and stream what it says.
 
@@ -228,6 +229,7 @@ def run_app(
         federation: Flower's settings of the simulation.
         environment: of Flower's commands.
         show: takes every line of the stream.
+        meanwhile: what to do while it starts; what this raises stops it.
 
     Returns:
         None if the run completed.
@@ -248,6 +250,7 @@ def run_app(
     )
     lines: list[str] = []
     try:
+        meanwhile()
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(_ANSI.sub("", line.rstrip()))

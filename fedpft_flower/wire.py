@@ -143,9 +143,11 @@ def one_line_errors(handler: Handler) -> Handler:
                 told = error.told
         except Exception as error:  # a hostile message may raise anything
             logger.exception("a message could not be handled")
-            what = f"{type(error).__name__}: {last_line(str(error))}"
-            kind = message.metadata.message_type
-            reason = f"a {kind} message cannot be handled ({what}); see this node's log"
+            kind, name = message.metadata.message_type, type(error).__name__
+            cannot = f"a {kind} message cannot be handled ({name}"
+            reason = f"{cannot}: {last_line(str(error))}); see this node's log"
+            if "data-path" in context.node_config:  # it may quote a row
+                told = f"{cannot}); see this node's log"
         logger.error("%s", one_line(reason))
         if context.run_config.get("privacy.mechanism", "none") != "none":
             told = UNTOLD
@@ -366,11 +368,11 @@ class Store:
         copies = [self.directory(content) for content in self.hashes()]
         drafts = self._root.glob("*.partial")  # of processes that were killed, maybe
         for old in [*sorted(copies, key=last_used)[: -self.KEEP], *drafts]:
-            # What is being written is older than its newest file.
-            used = max(map(last_used, [old, *old.glob("*")]))
-            if time.time() - used < self.UNUSED_SECONDS:
-                continue
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process has renamed it
+                # What is being written is as old as its newest file.
+                used = max(map(last_used, [old, *old.glob("*")]))
+                if time.time() - used >= self.UNUSED_SECONDS:
+                    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read(directory: Path, content: str) -> tuple[dict[str, Tensor], str] | None:

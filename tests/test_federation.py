@@ -470,7 +470,6 @@ def poison(arrays):
         (with_arrays(lambda a: {k: v.astype(">f4") for k, v in a.items()}), ""),
         (with_metrics(lambda m: m.pop("peak-memory")), "its metrics are"),
         (with_metrics(lambda m: m.update({"num-examples": 0})), "not positive"),
-        (with_metrics(lambda m: m.update({"num-examples": 10**9})), "it came with"),
         (with_record("note"), "not one adapter with metrics"),
         (with_metrics(lambda m: m.update({"train_loss": np.inf})), "is outside [0"),
         (with_metrics(lambda m: m.update({"inactive-rates.0": [0.5]})), "shape"),
@@ -496,6 +495,21 @@ def test_a_bad_reply_is_left_out_named_and_counted(local_grid, settings, change,
     ]
     assert table["partition-000001"]["outcome"] == failures["partition-000001"]
     assert summary["failures"] == 1
+
+
+def test_a_reply_weighs_no_more_than_the_rows_that_its_node_came_with(
+    local_grid, settings
+):
+    settings |= {"rounds": 1, "train.clients-per-round": NODES}
+    run(local_grid, settings)
+    manifest = results(settings)[3]
+    boast = with_metrics(lambda m: m.update({"num-examples": 10**9}))
+    run(local_grid, settings, {1: broken(boast)})
+    place, boasted, _, unmoved = results(settings)
+    assert unmoved["adapter-sha256"] == manifest["adapter-sha256"]
+    client = boasted[1]["per-client"]["partition-000001"]
+    assert client["num-examples"] == manifest["nodes"]["partition-000001"]
+    assert "learnt from 1000000000 rows and came with" in (place / LOG).read_text()
 
 
 def test_what_a_client_says_reaches_log_and_terminal_as_one_line(local_grid, settings):
@@ -967,7 +981,7 @@ def test_the_same_sites_give_the_same_adapter_whatever_their_node_ids(
     [
         (
             {"data-path": "/no/such/file.csv"},
-            "data-path = '/no/such/file.csv' does not",
+            "south: data-path does not exist; give a path",
         ),
         ({"label-column": "mark"}, "no column 'mark'; this data has note, grade"),
         ({"site": "north"}, "are both north; give every node its own"),

@@ -7,14 +7,22 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, BertweetTokenizer, PreTrainedModel
 
 from fedpft_flower import foundation
+from fedpft_flower.app import load_rows
 from fedpft_flower.architectures import ARCHITECTURES, ffns_of, new_model
-from fedpft_flower.config import DataConfig, FedPFTError, SubFMConfig
-from fedpft_flower.encoding import encode, processor_files, processor_from
-from fedpft_flower.foundation import load_fm
+from fedpft_flower.config import Config, DataConfig, FedPFTError, SubFMConfig
+from fedpft_flower.encoding import (
+    check_same_tokens,
+    encode,
+    processor_files,
+    processor_from,
+)
+from fedpft_flower.foundation import load_fm, load_fm_of
+from fedpft_flower.package import check_processor_file
 from fedpft_flower.planners import keep_all
+from fedpft_flower.server import ProxyServer
 from fedpft_flower.sub_fm import build_skeleton, config_fields, config_from
 from tests.conftest import write_llama
 from tests.families import tiny_model
@@ -243,11 +251,46 @@ def test_quantised_weights_are_refused(bert_directory, monkeypatch):
         load(bert_directory)
 
 
-def test_rows_are_encoded_at_the_server_as_at_a_node(tmp_path):
+def test_rows_are_encoded_at_the_server_as_at_a_node(local_grid, settings, monkeypatch):
     """By what was saved: a tokenizer may know more than it writes."""
-    fm = load(llama_directory(tmp_path, padding=0))
-    files = processor_files(fm.processor)
-    again = processor_from(files, fm.architecture)
-    assert again.padding_side == "right"
-    texts = ["good film", "very bad </s> film"]
-    assert again(texts)["input_ids"] == fm.processor(texts)["input_ids"]
+    config = Config.from_run_config(settings)
+    task, public = load_rows(config)
+    fm = load_fm_of(config, task.labels)
+    saved = processor_files(fm.processor)
+    real = type(fm.processor).__call__
+
+    def louder(self, *texts, **options):
+        found = real(self, *texts, **options)
+        if self is fm.processor:
+            found["pixel_values"] = found["pixel_values"] + 1.0
+        return found
+
+    monkeypatch.setattr(type(fm.processor), "__call__", louder)
+    server = ProxyServer(config, fm, task, public)
+    assert server.package().processor_files == saved
+    node = processor_from(saved, fm.architecture)
+    expected = encode(task.test, node, "image", config.data).batch([0])["pixel_values"]
+    assert torch.equal(server.encode(task.test).batch([0])["pixel_values"], expected)
+    own = encode(task.test, fm.processor, "image", config.data).batch([0])
+    assert not torch.equal(own["pixel_values"], expected)
+
+
+def test_a_tokenizer_that_does_not_come_back_as_it_was_is_refused(tmp_path):
+    """BERTweet's loads merges with a count behind each, and saves them without."""
+    (tmp_path / "vocab.txt").write_text("of 9\nnet@@ 9\n")
+    merges = ["#version: 0.2", "o f</w> 9", "n e 9", "ne t 9", ""]
+    (tmp_path / "bpe.codes").write_text("\n".join(merges))
+    files = [str(tmp_path / name) for name in ("vocab.txt", "bpe.codes")]
+    tokenizer = BertweetTokenizer(*files)
+    place = tmp_path / "saved"
+    tokenizer.save_pretrained(place)
+    with pytest.raises(FedPFTError, match="encodes otherwise once it was saved"):
+        check_same_tokens(tokenizer, BertweetTokenizer.from_pretrained(place))
+    check_same_tokens(tokenizer, tokenizer)
+    with pytest.raises(FedPFTError, match=r"'bpe.codes' is none of"):
+        check_processor_file("bpe.codes")
+
+
+def test_files_of_no_processor_are_refused():
+    with pytest.raises(FedPFTError, match="so no node could have it"):
+        processor_from({"tokenizer.json": b"{"}, ARCHITECTURES["bert"])

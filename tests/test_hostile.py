@@ -140,7 +140,7 @@ def test_processor_files_hold_data_and_stay_in_their_folder(package, name, said)
 
 
 def test_what_tokenizers_are_saved_as_is_taken():
-    for name in ("vocab.txt", "bpe.codes", "spiece.model", "chat_template.jinja"):
+    for name in ("vocab.txt", "spiece.model", "chat_template.jinja"):
         check_processor_file(name)
 
 
