@@ -156,8 +156,8 @@ class TrainConfig:
     # 0 means `fraction` of the nodes, at least one.
     clients_per_round: int = 0
     fraction: float = 0.25
-    # Wait for so many nodes before the first round; 0 for what the nodes themselves say
-    # (num-partitions), or `clients-per-round`.
+    # Nodes that must be there before the first round, if more than `clients-per-round`.
+    # For as many as nodes say (num-partitions) it waits too, `wait-seconds` at most.
     min_nodes: int = 0
     # A round needs so many usable replies; with fewer it is tried again, `max-retries`
     # times, before the run ends.
@@ -369,7 +369,8 @@ class Config:
     # In which numbers the server computes products while it aligns and refines, as
     # `train.precision`; evaluations and gradient errors stay as the models are.
     server_precision: str = "fp32"
-    # How long the server waits for nodes to come online.
+    # How long the server waits for nodes to come online, and for their greeting, for
+    # which it is 300 s at least.
     wait_seconds: float = 60.0
     # How long the server waits for replies: the deadline of every exchange.
     timeout_seconds: float = 3600.0

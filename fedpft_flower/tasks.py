@@ -114,9 +114,10 @@ def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
     """
     task = task_of(config.task)
     if task.inputs is None:
-        raise FedPFTError(
-            f"data-path = {config.path!r} is not used by data.task = {config.task!r}; "
-            f"set data.task to {_own_tasks()}"
+        why = f"is not used by data.task = {config.task!r}; set data.task to"
+        raise OwnRowsError(
+            f"data-path = {config.path!r} {why} {_own_tasks()}",
+            f"data-path {why} {_own_tasks()}",
         )
     source = source_of(config, "data-path", hub=False)
     rows = _split(source, config.train_split, "train-split")
