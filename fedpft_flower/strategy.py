@@ -143,7 +143,9 @@ class FedPFT(Strategy):
             try:
                 messages = self.configure_train(current, arrays, request, grid)
                 replies = grid.send_and_receive(messages, timeout=timeout)
-                return self.aggregate_train(current, replies)
+                ended = self.aggregate_train(current, replies)
+                self._sent, self._good = [], {}  # as large as all clients' adapters
+                return ended
             except RoundError as error:
                 problem = error
                 logger.warning("try %d of %d failed: %s", attempt + 1, tries, error)
