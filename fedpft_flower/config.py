@@ -125,7 +125,8 @@ class DataConfig:
     public_split: str = "train"
     # A seeded sample of so many, streamed where it is on a hub; 0 takes all.
     public_rows: int = 4000
-    # Of these the rows, drawn at random, that so many tokens make; 0 takes all.
+    # Of these the rows, drawn at random, that so many tokens make; 0 takes all. With it
+    # `public-rows` may be 0: no more is fetched or tokenised than the budget needs.
     public_tokens: int = 0
     # Public texts longer than `max_length`: "cut", or made "blocks" of that length; ""
     # does what is done with the texts of the task.

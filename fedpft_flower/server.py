@@ -5,6 +5,7 @@ the same adapter as the same run through Flower.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -196,9 +197,12 @@ class ProxyServer:
         sensitivity: Sensitivity | None = None
         if cut and selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
-            # Whatever is kept, so that a smaller sub-FM's neurons are in a larger one.
-            looked_at = max(1, round(USUAL_SHARE * max(cut)))
-            calibration, sensitivity = self._calibration(model, looked_at)
+            # As many tokens whatever is kept, so that a smaller sub-FM's neurons are in
+            # a larger one; but enough for each that is kept.
+            most = max(c for c, width in zip(counts, widths, strict=True) if c < width)
+            enough = math.ceil(most * LEAST_TOKENS / CALIBRATION_TOKENS)
+            looked_at = max(round(USUAL_SHARE * max(cut)), enough)
+            calibration, sensitivity = self._calibration(model, looked_at, most)
             batches = Shown(calibration, "choosing neurons")
         scores = score(
             model, name, counts, batches, config.align, config.seed, sensitivity
@@ -273,6 +277,14 @@ class ProxyServer:
         """Encode public rows, whose labels are not used."""
         kind, data = self._modality, self.config.data
         public = encode_public(rows, self._processor, kind, data, self._objective)
+        found = sum(public.lengths())
+        if found < data.public_tokens:
+            logger.warning(
+                "data.public-tokens = %d, and the public rows have %d; raise "
+                "data.public-rows, or give more",
+                data.public_tokens,
+                found,
+            )
         seed = derive_seed(self.config.seed, "public tokens")
         return within_tokens(public, data.public_tokens, seed)
 
@@ -640,7 +652,7 @@ class ProxyServer:
 
         self._forget("sub-fm")
         most = max(len(self.plan.kept[layer]) for layer in self.plan.compressed)
-        batches, sensitivity = self._calibration(base_model(self.fm), most)
+        batches, sensitivity = self._calibration(base_model(self.fm), most, most)
         refit(
             self.fm,
             self.sub_fm,
@@ -657,26 +669,31 @@ class ProxyServer:
         }
 
     def _calibration(
-        self, model: PreTrainedModel, most: int
+        self, model: PreTrainedModel, size: int, kept: int
     ) -> tuple[list[Batch], Sensitivity | None]:
-        """Return public batches to keep so many neurons of a layer, and their weights.
+        """Return public batches of tokens for so many neurons, and their weights.
 
         The latter only where the method counts sensitivity; measured once for so many
         neurons, until the FM's adapter changes.
         """
-        batches = self._calibration_batches(model, most)
-        if most not in self._sensitive:
+        batches = self._calibration_batches(model, size, kept)
+        if size not in self._sensitive:
             model.eval()
             sites = streams(layers_of(model), ffns_of(model))
             share, seed = self.method.sensitivity, self.config.seed
-            self._sensitive[most] = measure(model, sites, batches, share, seed)
-        return batches, self._sensitive[most]
+            self._sensitive[size] = measure(model, sites, batches, share, seed)
+        return batches, self._sensitive[size]
 
-    def _calibration_batches(self, model: PreTrainedModel, most: int) -> list[Batch]:
-        """Return batches of enough public tokens to keep so many neurons of a layer."""
+    def _calibration_batches(
+        self, model: PreTrainedModel, size: int, kept: int
+    ) -> list[Batch]:
+        """Return batches of public tokens for so many neurons of a layer.
+
+        Where there are too few for those that are kept, it says so.
+        """
         assert self._public is not None
         align = self.config.align
-        wanted = align.calibration_tokens or CALIBRATION_TOKENS * most
+        wanted = align.calibration_tokens or CALIBRATION_TOKENS * size
         seed = derive_seed(self.config.seed, "calibration")
         batches, tokens = list[Batch](), 0
         for batch in shuffled_batches(self._public, align.batch_size, seed):
@@ -684,14 +701,14 @@ class ProxyServer:
                 break
             batches.append(batch)
             tokens += count_tokens(model, batch)
-        if tokens < LEAST_TOKENS * most:
+        if tokens < LEAST_TOKENS * kept:
             logger.warning(
                 "%d public tokens for %d kept neurons a layer are few; let "
                 "data.public-rows, data.public-tokens and align.calibration-tokens "
                 "give %d or more",
                 tokens,
-                most,
-                LEAST_TOKENS * most,
+                kept,
+                LEAST_TOKENS * kept,
             )
         return batches
 

@@ -292,7 +292,7 @@ def test_the_bundle_is_valid_small_and_holds_what_a_node_needs(tmp_path):
     assert bundle.stat().st_size < 1_000_000  # Flower takes ten times as much
     packed = set(zipfile.ZipFile(bundle).namelist())
     top = {name.split("/")[0] for name in packed}
-    assert top <= {*names, "fedpft_flower", "conf", ".info"}
+    assert top <= {*names, "fedpft_flower", ".info"}
     sources = {f"fedpft_flower/{p.name}" for p in (ROOT / "fedpft_flower").glob("*.py")}
     assert sources <= packed
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
