@@ -70,7 +70,7 @@ def energy(evidence: Evidence) -> Tensor:
     """Score neurons by the energy that they give to the output.
 
     s_i = sqrt(E[a_i^2]) ||W_out[:, i]||_2 (the score of Wanda, Sun et al. 2023, arXiv
-    2306.11695, summed over a column).
+    2306.11695, summed over a column). E is over tokens with the weights of `moments`.
 
     Returns:
         Scores [N], float64.
@@ -81,8 +81,9 @@ def energy(evidence: Evidence) -> Tensor:
 def variance(evidence: Evidence) -> Tensor:
     """Score neurons by how much the output varies with them.
 
-    s_i = sqrt(Var[a_i]) ||W_out[:, i]||_2: the mean of a neuron that is cut can move
-    into the bias (FLAP, An et al. 2023, arXiv 2312.11983), which the alignment "bias"
+    s_i = sqrt(Var[a_i]) ||W_out[:, i]||_2, over tokens with the weights of `moments`:
+    the mean of a neuron that is cut can move into the bias (FLAP, An et al. 2023, arXiv
+    2312.11983), which the alignment "bias"
     or "least-squares" does.
 
     Returns:
@@ -96,8 +97,8 @@ def greedy(evidence: Evidence) -> Tensor:
     """Score neurons by the order in which greedy column selection takes them.
 
     The target is the FFN's output, in the metric M = C + beta K (C: covariance of the
-    activations, K: Jacobian Gram). The order is nested: it does not depend on how many
-    neurons are kept.
+    activations, K: Jacobian Gram, both over tokens with the weights of `moments`). The
+    order is nested: it does not depend on how many neurons are kept.
 
     Returns:
         Scores [N], float64: N for the first, N - 1 for the second; those behind `count`

@@ -497,6 +497,22 @@ def test_a_bad_reply_is_left_out_named_and_counted(local_grid, settings, change,
     assert summary["failures"] == 1
 
 
+def test_a_machine_builds_a_sub_fm_once_for_all_its_nodes(
+    local_grid, settings, monkeypatch
+):
+    settings |= {"rounds": 3, "train.clients-per-round": NODES, "align.every": 2}
+    client.forget_sub_fm()
+    built, real = [], client.build_from_package
+
+    def counting(package, *arguments):
+        built.append(package)
+        return real(package, *arguments)
+
+    monkeypatch.setattr(client, "build_from_package", counting)
+    run(local_grid, settings)
+    assert len(built) == 2  # of fedpft: the first sub-FM, and the realigned one
+
+
 def test_a_reply_weighs_no_more_than_the_rows_that_its_node_came_with(
     local_grid, settings
 ):
