@@ -44,7 +44,7 @@ ROUNDS = 4
 AXES: dict[str, list[int]] = {
     "clients": [10, 100, 1_000],
     "layers": [6, 12, 24],
-    "rows": [8_000, 80_000, 800_000],
+    "rows": [1_000, 10_000, 100_000, 1_000_000],
 }
 SHOWN = {
     "clients": "clients a round, all of the federation",
