@@ -40,9 +40,12 @@ drills: .venv/installed ## what a deployment meets: kills, cut networks, full di
 compare: .venv/installed ## every method on the embedded task, 3 seeds: table and plots
 	@$(BIN)/fedpft-compare conf/compare/embedded.toml $(SET)
 
-bench: .venv/installed ## seconds of a round: Flower against a plain loop, 5 minutes
+bench: .venv/installed ## rounds, a client's step and the server's work against bare loops; idle cores, 10 minutes
 	@$(BIN)/python -m benchmarks.overhead --rounds 3 --repeats 2 --nodes $(NODES) \
 		align.steps=5 data.max-test-rows=50 $(SET)
+	@$(BIN)/python -m benchmarks.step --lengths 64 --repeats 5
+	@$(BIN)/python -m benchmarks.throughput --layers 6 --hidden 384 --rows 16 --length 64 \
+		--batches 5 --repeats 3
 
 check: .venv/installed ## lint, format check, types
 	@$(BIN)/ruff check .

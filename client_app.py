@@ -7,8 +7,7 @@ itself: a node that introduces itself waits for neither PyTorch models nor PEFT.
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedpft_flower.clipping import clipping_mod
-from fedpft_flower.codec import codec_mod
+from fedpft_flower.mods import clipping_mod, codec_mod
 
 app = ClientApp(mods=[codec_mod])
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from benchmarks import run_main, spread
 from benchmarks.plain_loop import load
-from fedpft_flower.app import quiet
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.server import Metrics
+from fedpft_flower.software import quiet
 
 # The first is what the others are compared with.
 RECIPES: dict[str, dict[str, Any]] = {

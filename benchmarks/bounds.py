@@ -32,6 +32,7 @@ from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import Rows
 from fedpft_flower.evaluation import evaluate, metric_of
+from fedpft_flower.sampling import sample
 from fedpft_flower.tasks import task_of
 from fedpft_flower.training import round_lr, train_adapter
 
@@ -89,7 +90,7 @@ def centralised_steps(loop: PlainLoop) -> list[int]:
     return [
         sum(
             client_steps(len(loop.rows(key)), loop.config.train)
-            for key in loop.server.sample(loop.keys, current)
+            for key in sample(loop.config, loop.keys, current)
         )
         for current in range(1, loop.config.rounds + 1)
     ]
@@ -98,7 +99,7 @@ def centralised_steps(loop: PlainLoop) -> list[int]:
 def local_steps(loop: PlainLoop, key: str) -> list[int]:
     """Return the steps of every stage of a client that trains alone."""
     config = loop.config
-    chosen = len(loop.server.sample(loop.keys, 1)) * config.rounds / len(loop.keys)
+    chosen = len(sample(config, loop.keys, 1)) * config.rounds / len(loop.keys)
     stages = max(1, round(chosen))
     steps = max(1, round(chosen * client_steps(len(loop.rows(key)), config.train)))
     return [steps * (i + 1) // stages - steps * i // stages for i in range(stages)]

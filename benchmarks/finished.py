@@ -1,15 +1,19 @@
-"""Measure runs that are finished: their directories in, a line of a table each out."""
+"""Make runs, and measure those that are finished, each in a line of a table."""
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datasets import Dataset
 
-from fedpft_flower.app import load_rows, load_server, quiet
+from benchmarks import ROOT
+from fedpft_flower.app import load_rows, load_server
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import FinishedRun
-from fedpft_flower.server import ProxyServer
+from fedpft_flower.report import ROUNDS, FinishedRun, read_rounds
+from fedpft_flower.server import Metrics, ProxyServer
+from fedpft_flower.software import quiet
 from fedpft_flower.tasks import TaskData
 
 
@@ -36,6 +40,35 @@ def measure_runs(
     print("|---" * len(titles) + "|")
     for place in options.runs:
         print(line(FinishedRun.read(place.absolute())), flush=True)
+
+
+def run_app(spec: Path, pairs: Sequence[str], nodes: int) -> None:
+    """Run an experiment by `fedpft-run`, whose progress goes to standard error.
+
+    Args:
+        spec: a TOML file of settings.
+        pairs: settings over it, key=value.
+        nodes: how many virtual clients.
+    """
+    command: list[str | Path] = [Path(sys.executable).with_name("fedpft-run"), spec]
+    options = [f"--nodes={nodes}", f"--app={ROOT}"]
+    ended = subprocess.run([*command, *pairs, *options], stdout=sys.stderr, check=False)
+    if ended.returncode:
+        sys.exit(f"the run of {spec} failed")
+
+
+def only_run(root: Path) -> tuple[Path, list[Metrics]]:
+    """Return the only run directory below a root, and the metrics of its rounds."""
+    (metrics,) = root.glob(f"*/{ROUNDS}")
+    return metrics.parent, read_rounds(metrics.parent)
+
+
+def start_up(place: Path, rounds: Sequence[Metrics], began: float) -> float:
+    """Return the seconds from `began` (clock time) until a run's first round."""
+    # The file was last written when the last round ended.
+    ended = (place / ROUNDS).stat().st_mtime
+    trained: float = sum(entry["seconds"] for entry in rounds[1:])
+    return ended - trained - began
 
 
 def server_of(run: FinishedRun) -> tuple[ProxyServer, TaskData, Dataset | None]:

@@ -42,9 +42,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from benchmarks import run_main, spread
 from benchmarks.plain_loop import load
 from fedpft_flower.adapters import base_model
-from fedpft_flower.app import quiet
 from fedpft_flower.architectures import architecture_of, ffns_of
-from fedpft_flower.batches import Batch
+from fedpft_flower.batches import Batch, inputs_of
 from fedpft_flower.codec import decode_weights, encode_weights
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError, derive_seed
@@ -58,6 +57,7 @@ from fedpft_flower.encoding import (
 )
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
+from fedpft_flower.software import quiet
 from fedpft_flower.sub_fm import build_skeleton, config_from, load_weights
 
 BATCH = 32
@@ -314,7 +314,7 @@ def hide(
 
 def hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the last hidden states [B, T, D]."""
-    inputs = {n: t.to(model.device) for n, t in batch.items() if n != "labels"}
+    inputs = {n: t.to(model.device) for n, t in inputs_of(batch).items()}
     states: Tensor = model.base_model(**inputs).last_hidden_state
     return states.float()
 

@@ -124,8 +124,8 @@ def answer(handler: str) -> None:
     at, cpu = time.monotonic(), time.process_time()
     if reply.has_error():
         raise FedPFTError(str(reply.error.reason))
-    # Linux counts in KB.
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    # Linux counts in KiB.
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     loaded = sorted({name.partition(".")[0] for name in sys.modules})
     print(json.dumps({"at": at, "cpu": cpu, "memory": memory, "loaded": loaded}))
 

@@ -12,11 +12,9 @@ median over repetitions, with the smallest and the largest behind it.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import ROOT, run_main, spread
+from benchmarks.finished import only_run, run_app, start_up
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import Adapter, export_adapter
 from fedpft_flower.commands import read_config
@@ -174,27 +173,18 @@ def run_plain_loop(config: Config, nodes: int, threads: int) -> None:
 def flower_side(conf: Path, pairs: Sequence[str], nodes: int, out: Path) -> Side:
     """Run the same by `fedpft-run`, whose progress goes to standard error."""
     began = time.time()
-    command: list[str | Path] = [Path(sys.executable).with_name("fedpft-run"), conf]
-    options = [f"--app={ROOT}", f"--nodes={nodes}"]
-    ended = subprocess.run(
-        [*command, *pairs, f"out-dir={out}", *options], stdout=sys.stderr, check=False
-    )
-    if ended.returncode:
-        sys.exit("the Flower run failed")
+    run_app(conf, [*pairs, f"out-dir={out}"], nodes)
     return read_side(out, began)
 
 
 def read_side(out: Path, began: float) -> Side:
     """Read the only run directory below `out`, of a run that began at this time."""
-    (metrics,) = out.glob("*/metrics.jsonl")
-    rounds = [json.loads(line) for line in metrics.read_text().splitlines()]
-    # It was last written when the last round ended.
-    trained = sum(entry["seconds"] for entry in rounds[1:])
-    log = metrics.with_name(LOG)
+    place, rounds = only_run(out)
+    log = place / LOG
     return Side(
-        start_up=metrics.stat().st_mtime - trained - began,
+        start_up=start_up(place, rounds, began),
         rounds=rounds,
-        adapter=load_file(metrics.parent / "adapter" / "adapter_model.safetensors"),
+        adapter=load_file(place / "adapter" / "adapter_model.safetensors"),
         until_app=first_line(log) - began if log.exists() else math.nan,
     )
 

@@ -12,13 +12,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from fedpft_flower.activity import inactive_rates
+from fedpft_flower.activity import average_rates, inactive_rates
 from fedpft_flower.adapters import Adapter, base_model, get_adapter, load_adapter
-from fedpft_flower.app import load_rows, load_server, quiet
+from fedpft_flower.app import load_rows, load_server
 from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.encoding import Rows, shuffled_batches
 from fedpft_flower.partitions import load_partition
-from fedpft_flower.server import Metrics, ProxyServer, average_rates
+from fedpft_flower.sampling import sample
+from fedpft_flower.server import Metrics, ProxyServer
+from fedpft_flower.software import quiet
 from fedpft_flower.sub_fm import compressed_ffns
 from fedpft_flower.tasks import TaskData
 from fedpft_flower.training import train_adapter
@@ -97,7 +99,7 @@ class PlainLoop:
         """
         server, config = self.server, self.config
         adapters, rates, weights = [], [], []
-        for key in server.sample(self.keys, current):
+        for key in sample(config, self.keys, current):
             rows = self.rows(key)
             load_adapter(server.sub_fm, server.adapter)
             if server.wants_activity(current):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import run_main
 from fedpft_flower.adapters import attach_adapter
+from fedpft_flower.architectures import architecture_of
 from fedpft_flower.config import Config, derive_seed
 from fedpft_flower.encoding import TextRows, endless_batches
 from fedpft_flower.foundation import load_fm
@@ -33,7 +34,8 @@ class MeanPooled(nn.Module):
             r=config.lora.r,
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
-            target_modules=["query", "key", "value", "attention.output.dense"],
+            init_lora_weights="gaussian" if config.lora.init == "gaussian" else True,
+            target_modules=list(architecture_of(fm.config).attention),
         )
         torch.manual_seed(derive_seed(seed, "lora"))
         self.base = peft.get_peft_model(fm.get_submodule("bert"), lora)

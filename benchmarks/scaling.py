@@ -14,7 +14,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from benchmarks import ROOT, run_main
+from benchmarks.finished import only_run, run_app, start_up
 from fedpft_flower.config import nest
 from fedpft_flower.disk import put
 
@@ -44,7 +44,7 @@ ROUNDS = 4
 AXES: dict[str, list[int]] = {
     "clients": [10, 100, 1_000],
     "layers": [6, 12, 24],
-    "rows": [8_000, 80_000, 800_000],
+    "rows": [1_000, 10_000, 100_000, 1_000_000],
 }
 SHOWN = {
     "clients": "clients a round, all of the federation",
@@ -178,23 +178,13 @@ def settings_of(place: Path) -> dict[str, str | int | float]:
 
 def _run(axis: str, value: int, clients: int, place: Path) -> Point:
     (place / "run.toml").write_text(tomli_w.dumps(nest(settings_of(place))))
-    command = [Path(sys.executable).with_name("fedpft-run"), place / "run.toml"]
     began = time.time()
-    ended = subprocess.run(
-        [*command, f"--nodes={clients}", f"--app={ROOT}"],
-        stdout=sys.stderr,
-        check=False,
-    )
-    if ended.returncode:
-        sys.exit(f"the run with {axis} = {value} failed")
-    (metrics,) = (place / "runs").glob("*/metrics.jsonl")
-    rounds = [json.loads(line) for line in metrics.read_text().splitlines()]
-    trained = sum(entry["seconds"] for entry in rounds[1:])
+    run_app(place / "run.toml", [], clients)
+    made, rounds = only_run(place / "runs")
     return Point(
         axis,
         value,
-        # The file was last written when the last round ended.
-        start=metrics.stat().st_mtime - trained - began,
+        start=start_up(made, rounds, began),
         seconds=statistics.median(entry["seconds"] for entry in rounds[2:]),
         server=max(entry["peak-memory-server"] for entry in rounds),
         client=max(entry["peak-memory-client"] for entry in rounds[1:]),

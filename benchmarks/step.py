@@ -23,7 +23,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks import run_main, spread
 from benchmarks.plain_loop import load
 from fedpft_flower.adapters import base_model
-from fedpft_flower.app import quiet
 from fedpft_flower.batches import Batch
 from fedpft_flower.commands import read_config
 from fedpft_flower.compute import Compute
@@ -31,6 +30,7 @@ from fedpft_flower.config import FedPFTError
 from fedpft_flower.devices import has_bf16
 from fedpft_flower.flops import flops_of
 from fedpft_flower.server import ProxyServer
+from fedpft_flower.software import quiet
 from fedpft_flower.training import add_gradients, recomputed, train_mode
 
 WARM_UP = 2

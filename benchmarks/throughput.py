@@ -26,9 +26,8 @@ from benchmarks.scaling import write_fm
 from benchmarks.step import seconds_of
 from fedpft_flower.adapters import attach_adapter, base_model
 from fedpft_flower.alignment import distil, layer_level
-from fedpft_flower.app import quiet
 from fedpft_flower.architectures import ffns_of, layers_of
-from fedpft_flower.batches import Batch
+from fedpft_flower.batches import Batch, inputs_of
 from fedpft_flower.compute import Compute
 from fedpft_flower.config import LoraConfig, SubFMConfig, TrainConfig
 from fedpft_flower.descent import Schedule
@@ -38,6 +37,7 @@ from fedpft_flower.evaluation import EVALUATION_BATCH, predict
 from fedpft_flower.flops import flops_of
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.planners import keep_salient, size_of
+from fedpft_flower.software import quiet
 from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns
 from fedpft_flower.training import train_adapter, train_mode
 
@@ -165,7 +165,7 @@ class Work:
     def bare_evaluate(self, precision: str) -> None:
         """Evaluate by a bare loop."""
         logits = [
-            self.fm(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            self.fm(**inputs_of(batch)).logits
             for batch in self.on_device(self.evaluated, EVALUATION_BATCH)
         ]
         torch.cat(logits).cpu()

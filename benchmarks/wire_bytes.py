@@ -10,7 +10,6 @@ own; its rate is measured before the run, while nothing else happens.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import defaultdict
@@ -19,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import ROOT, run_main
+from benchmarks.finished import only_run
 from benchmarks.tap import APP, STANDBY, Count, NodeTap, Tap
 from deploy.processes import Deployment
 from fedpft_flower.commands import read_config
@@ -53,8 +53,7 @@ def main() -> None:
             status = deployment.status("run", seconds=3600)
             if status != "finished:completed":
                 sys.exit(f"{deployment.log('run')}\nthe run is {status}")
-        (metrics,) = Path(place).glob("out/*/metrics.jsonl")
-        rounds = [json.loads(line) for line in metrics.read_text().splitlines()]
+        _, rounds = only_run(Path(place) / "out")
     print(table(rounds, total(tap.counts() for tap in taps)))
     print(f"\n{server_table(rounds, server.counts())}\n")
     for name, (up, down) in zip(["node", "ServerApp's side"], idle, strict=True):

@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 from datasets import Dataset
 
 from deploy.processes import Deployment
-from fedpft_flower.app import quiet
 from fedpft_flower.commands import print_own, read_config
 from fedpft_flower.config import DataConfig, FedPFTError
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
+from fedpft_flower.software import quiet
 from fedpft_flower.tasks import load_public, load_task
 
 HERE = Path(__file__).resolve().parent
@@ -35,9 +35,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("set", nargs="*", metavar="key=value", help="overrides")
+    parser.add_argument(
+        "--rows", type=Path, metavar="DIR", help="only write rows there, to try with"
+    )
     end_like_ctrl_c()
+    options = parser.parse_args()
     with one_line_end("interrupted; everything that was started is stopped"):
-        sys.exit(demonstrate(parser.parse_args().set))
+        if options.rows is None:
+            sys.exit(demonstrate(options.set))
+        quiet()
+        tell(f'data.labels = "{write_rows(options.rows)}"')
+        tell(f"rows: {options.rows.absolute()}")
 
 
 def demonstrate(pairs: Sequence[str]) -> int:

@@ -10,4 +10,5 @@ command -v ssh-keygen >/dev/null || { echo "error: ssh-keygen is missing; instal
 mkdir -p "$1"
 [ ! -e "$1/$2" ] || { echo "error: $1/$2 is there already; a node keeps its key" >&2; exit 2; }
 ssh-keygen -q -t ecdsa -b 384 -N "" -C "$2" -f "$1/$2"
+chmod 644 "$1/$2.pub"
 echo "$(cd "$1" && pwd)/$2.pub"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedpft_flower.architectures import FFN
-from fedpft_flower.batches import Batch, real_tokens
+from fedpft_flower.batches import Batch, inputs_of, real_tokens
 
 # Called with the layer's place in the list and its activations [tokens, N].
 Watcher = Callable[[int, Tensor], None]
@@ -46,8 +46,7 @@ def watch(
     try:
         for batch in batches:
             mask = batch.get("attention_mask")
-            inputs = {name: part for name, part in batch.items() if name != "labels"}
-            model.base_model(**inputs)
+            model.base_model(**inputs_of(batch))
     finally:
         model.train(was_training)
         for handle in handles:
@@ -105,4 +104,15 @@ def inactive_rates(
     return [
         count.float() / max(total, 1)
         for count, total in zip(counts, tokens, strict=True)
+    ]
+
+
+def average_rates(
+    rates: Sequence[Sequence[Tensor]], weights: Sequence[int]
+) -> list[Tensor]:
+    """Average the clients' inactive rates, layer by layer, weighted by examples."""
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    return [
+        torch.einsum("c,ck->k", shares, torch.stack(layer).double()).float()
+        for layer in zip(*[list(client) for client in rates], strict=True)
     ]

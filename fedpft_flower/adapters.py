@@ -18,7 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedpft_flower.architectures import architecture_of, layer_prefix
-from fedpft_flower.config import FedPFTError, LoraConfig, derive_seed, names_in
+from fedpft_flower.config import (
+    FedPFTError,
+    LoraConfig,
+    derive_seed,
+    first_line,
+    names_in,
+)
 from fedpft_flower.devices import let_inputs_follow
 from fedpft_flower.plan import Plan
 
@@ -65,10 +71,9 @@ def attach_adapter(
         try:
             adapted = peft.get_peft_model(model, lora)
         except (TypeError, ValueError) as error:  # a module that cannot be adapted
-            reason = str(error).splitlines()[0]
             raise FedPFTError(
-                f"lora.targets or lora.head cannot be adapted ({reason}); name linear "
-                "modules of the attention, and modules of the head"
+                f"lora.targets or lora.head cannot be adapted ({first_line(error)}); "
+                "name linear modules of the attention, and modules of the head"
             ) from error
     _check_head(adapted, head)
     for module in adapted.modules():

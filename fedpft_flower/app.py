@@ -4,15 +4,12 @@ import logging
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
@@ -27,25 +24,26 @@ from fedpft_flower.checkpoint import (
     identity,
 )
 from fedpft_flower.checks import check_run
-from fedpft_flower.config import MARK, Config, FedPFTError, names_in
+from fedpft_flower.config import MARK, Config, FedPFTError
 from fedpft_flower.devices import peak_memory, release
 from fedpft_flower.encoding import content_hash
 from fedpft_flower.evaluation import is_better
-from fedpft_flower.federation import Federation, RoundError
-from fedpft_flower.foundation import load_fm
+from fedpft_flower.federation import Federation, Node, RoundError
+from fedpft_flower.foundation import load_fm_of
 from fedpft_flower.images import check_images
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
 from fedpft_flower.report import LOG, RunDirectory, aligned_error
+from fedpft_flower.sampling import check_clients
 from fedpft_flower.server import Metrics, ProxyServer
-from fedpft_flower.software import source_hash, versions
+from fedpft_flower.software import quiet, source_hash, versions
 from fedpft_flower.strategies import inner_strategy, memory_of, remember
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
 from fedpft_flower.wire import CountingGrid, Ledger, pack_tensors, tensors_hash
-from fedpft_flower.wording import size
+from fedpft_flower.wording import percent, size
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +102,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     federation.meet(config.train.nodes_awaited)
     if saved is not None:
         check_partitions(saved.state, federation.partitions)
-    clients = server.check_clients(len(federation.nodes))
+    clients = check_clients(config.train, len(federation.nodes))
     inner = inner_strategy(config.strategy, config.strategy_args, clients)
     _tell_rows(federation, task, config)
     privacy = None
@@ -197,16 +195,7 @@ def load_server(
         FedPFTError: the FM cannot be loaded, or does not fit.
     """
     logger.info("loading FM %s", config.fm.name)
-    row = task_of(config.data.task)
-    fm = load_fm(
-        config.fm.name,
-        task.labels,
-        row.modality,
-        config.seed,
-        names_in(config.lora.head),
-        row.objective,
-        config.fm.dtype,
-    )
+    fm = load_fm_of(config, task.labels)
     return ProxyServer(config, fm, task, public, plan)
 
 
@@ -226,12 +215,26 @@ def _tell_rows(federation: Federation, task: TaskData, config: Config) -> None:
         return
     rows = sum(node.examples for node in nodes)
     logger.info("%d nodes, %d training rows", len(nodes), rows)
+    believed = [node for node in nodes if not node.partitions]
+    if config.weighting == "examples" and len(believed) > 2:
+        _tell_weight(max(believed, key=lambda node: node.examples), rows)
     everybody = all(node.partitions == len(nodes) for node in nodes)
     if task.train is not None and everybody and rows < len(task.train):
         logger.warning(
             "%d of %d training rows are in no partition",
             len(task.train) - rows,
             len(task.train),
+        )
+
+
+def _tell_weight(largest: Node, rows: int) -> None:
+    if 2 * largest.examples > rows:
+        logger.warning(
+            "%s says that it has %d of %d rows, which is its weight in the average; "
+            "if that may be wrong, set weighting = 'uniform'",
+            largest.key,
+            largest.examples,
+            rows,
         )
 
 
@@ -345,12 +348,19 @@ class _Run:
         entry["seconds"], self._began = now - self._began, now
         if self.strategy.privacy is not None:
             entry["privacy"] = self.strategy.privacy.spent()
-        self.directory.add_round(entry)
         if scores:
-            self._judge(current, scores[f"fm-{self._metric}"])
+            self._note_score(current, scores[f"fm-{self._metric}"])
+        entry["last"] = bool(last or self.strategy.stopped)
+        self.directory.add_round(entry)
         self._save(current)
         release()  # virtual clients may share this GPU
         logger.info("%s", self._line(current, entry))
+        if self.strategy.stopped:
+            logger.info(
+                "early stop: %d evaluations without a better one than round %d's",
+                self._misses,
+                self.best_round,
+            )
         return MetricRecord(scores) if scores else None
 
     def _gradient(self, current: int, entry: Metrics) -> Metrics:
@@ -361,7 +371,7 @@ class _Run:
         found = aligned_error(entry) or self.strategy.server.gradient_error()
         return {"gradient-error": found} if found else {}
 
-    def _judge(self, current: int, score: float) -> None:
+    def _note_score(self, current: int, score: float) -> None:
         best = self._best_score
         if best is None or is_better(self._metric, score, best):
             self.best_round, self._best_score, self._misses = current, score, 0
@@ -372,12 +382,6 @@ class _Run:
     def _stop_early(self) -> None:
         patience = self.config.early_stop
         self.strategy.stopped = bool(patience) and self._misses >= patience
-        if self.strategy.stopped:
-            logger.info(
-                "early stop: %d evaluations without a better one than round %d's",
-                self._misses,
-                self.best_round,
-            )
 
     def _save(self, current: int) -> None:
         strategy = self.strategy
@@ -516,7 +520,7 @@ def _manifest(
         "sub-fm-sha256": federation.sub_fm,
         "adapter-sha256": tensors_hash(server.adapter),
         # Of what lies in adapter/: in the FM, after its refinement.
-        "plugged-in-sha256": tensors_hash(get_adapter(server.fm)),
+        "final-adapter-sha256": tensors_hash(get_adapter(server.fm)),
     }
 
 
@@ -537,7 +541,7 @@ def _show(summary: Metrics, metric: str) -> None:
             for name, found in summary["more-tests"].items()
             for model, key in (("FM", "fm"), ("sub-FM", "sub-fm"))
         ),
-        ("FM weights never sent", f"{100 * summary['share-withheld']:.1f} %"),
+        ("FM weights never sent", percent(summary["share-withheld"])),
         (
             "bytes per client, once (install)",
             size(summary["bytes-install-per-client"]),
@@ -596,12 +600,3 @@ def _kept(place: Path) -> Iterator[None]:
     finally:
         package.removeHandler(handler)
         handler.close()
-
-
-def quiet() -> None:
-    """Turn off the reports and progress bars of the libraries that load."""
-    # PEFT asks models for a name that transformers is about to drop.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()

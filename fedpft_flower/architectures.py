@@ -154,6 +154,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
+    "ernie": replace(_BERT, head=("ernie.pooler", "classifier")),
     "electra": _BERT,
     "deberta-v2": replace(  # and version 3
         _BERT,
@@ -232,7 +233,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": _LLAMA,
     "gemma2": _LLAMA_NORMED,
     "gemma3_text": _LLAMA_NORMED,
+    "olmo": _LLAMA,
     "olmo2": _LLAMA_NORMED,
+    "olmo3": _LLAMA_NORMED,
+    "smollm3": _LLAMA,
+    "arcee": replace(_LLAMA, up=(("mlp.up_proj", 1),)),
+    "phi": replace(
+        _LLAMA,
+        up=(("mlp.fc1", 1),),
+        down="mlp.fc2",
+        attention=(
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.dense",
+        ),
+    ),
     "phi3": replace(
         _LLAMA,
         up=(("mlp.gate_up_proj", 2),),
@@ -364,7 +380,8 @@ def family_of(model_type: str) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise FedPFTError(
             f"unsupported model type {model_type!r}; supported: "
-            f"{', '.join(model_types())}; add a row in architectures.py"
+            f"{', '.join(model_types())}; add a row ARCHITECTURES[{model_type!r}] in "
+            "architectures.py (docs/families.md)"
         )
     return ARCHITECTURES[model_type]
 

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 
 
+def inputs_of(batch: Batch) -> Batch:
+    """Return a batch without its labels."""
+    return {name: values for name, values in batch.items() if name != "labels"}
+
+
 def hidden_states(output: Any) -> Tensor:
     """Return the hidden states [B, T, D] among what a layer returned."""
     found: Tensor = output[0] if isinstance(output, tuple) else output

@@ -17,7 +17,13 @@ from fedpft_flower.methods import METHODS
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import FinishedRun
 from fedpft_flower.tasks import task_of
-from fedpft_flower.wording import count_nodes, data_name, last_part, shown_settings
+from fedpft_flower.wording import (
+    count_nodes,
+    data_name,
+    last_part,
+    percent,
+    shown_settings,
+)
 
 # How the hub calls what an exported model does.
 _PIPELINES = {
@@ -176,7 +182,7 @@ def _training(run: FinishedRun) -> str:
         "the whole model"
         if plan.is_whole
         else f"{len(plan.layers)} of {len(plan.widths)} layers, {len(plan.compressed)} "
-        f"of them compressed; {100 * run.summary['share-withheld']:.1f} % of the "
+        f"of them compressed; {percent(run.summary['share-withheld'])} of the "
         "model's weights were never sent"
     )
     rows = [

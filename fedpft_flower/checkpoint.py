@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,7 +88,7 @@ class Checkpoints:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             put(self._place(checkpoint.round), write)
-        except Exception as error:  # safetensors has no public class for a full disk
+        except (OSError, SafetensorError) as error:  # the latter says "disk full" too
             raise FedPFTError(
                 f"cannot write a checkpoint in {self._root} ({error}); make room and "
                 f"resume with resume={self._root.parent}"
@@ -209,7 +210,7 @@ def check_partitions(saved: Mapping[str, Any], now: int) -> None:
     Raises:
         FedPFTError: the numbers differ.
     """
-    before = saved.get("partitions", 0)
+    before = saved["partitions"]
     if before and now and before != now:
         raise FedPFTError(
             f"resume: {now} nodes share the rows, in that run it was {before}; start "

@@ -15,7 +15,6 @@ from peft import PeftModel
 from fedpft_flower.activity import inactive_rates
 from fedpft_flower.adapters import attach_adapter, base_model, get_adapter, load_adapter
 from fedpft_flower.architectures import (
-    AUTO_PROCESSORS,
     Architecture,
     architecture_of,
     is_within,
@@ -28,7 +27,7 @@ from fedpft_flower.config import (
     derive_seed,
 )
 from fedpft_flower.devices import device_here, peak_memory, place, release
-from fedpft_flower.encoding import Rows, encode, shuffled_batches
+from fedpft_flower.encoding import Rows, encode, load_processor, shuffled_batches
 from fedpft_flower.flops import FlopMeter
 from fedpft_flower.node import Identity, identify, local_rows, own_training
 from fedpft_flower.package import Package
@@ -86,10 +85,11 @@ def train(message: Message, context: Context) -> Message:
     load_adapter(sub_fm.model, unpack_tensors(arrays_of(message)))
     metrics: dict[str, Any] = {}
     if request["measure-activity"]:
-        if config.privacy.on:
+        if config.privacy.on or config.align.activity != "clients":
             raise FedPFTError(
-                "the server asks for activity statistics, which have no noise; set "
-                "align.activity = 'public'"
+                "the server asks for activity statistics, which have no noise and were "
+                f"not to leave (align.activity = {config.align.activity!r}); with "
+                "privacy.mechanism set align.activity = 'public'"
             )
         metrics |= pack_rates(_measure(sub_fm, rows, own))
     seed = derive_seed(config.seed, "client", current, node.key)
@@ -169,11 +169,8 @@ def _load_sub_fm(
         package = package_from(held[1], held[0])
         model = build_from_package(package, lora, seed, frozen)
         architecture = architecture_of(base_model(model).config)
-        processor = AUTO_PROCESSORS[architecture.modality].from_pretrained(
-            Store().directory(content) / "processor",
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        files = Store().directory(content) / "processor"
+        processor = load_processor(files, architecture)
         # The model has the weights, on a GPU perhaps.
         package = replace(package, weights={})
         _HELD[key] = SubFM(model, package, processor, architecture, FlopMeter())

@@ -1,24 +1,18 @@
 """Send tensors with fewer bits: adapters in both directions, frozen weights once.
 
-The adapter's codec is outermost: `codec_mod` around the ClientApp and the grid wrapper
-at the server. Handlers, other mods (clipping, noise) and strategies see float32 only.
+The adapter's codec is outermost: `mods.codec_mod` around the ClientApp and the grid
+wrapper at the server. Handlers, other mods (clipping, noise) and strategies see
+float32 only.
 """
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
-from fedpft_flower.config import one_line
-
-ClientCall = Callable[[Message, Context], Message]
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-REFUSED = 2  # Flower's error code for a ClientApp that raised; its reason says more
-# With differential privacy, where a reason may quote a row or tell of one.
-UNTOLD = "this node cannot take part; with privacy.mechanism only its own log says why"
 _SCALE = "@scale"  # behind the name of an int8 tensor: its scales
 
 
@@ -26,7 +20,8 @@ def encode_weights(tensors: Mapping[str, Tensor], codec: str) -> dict[str, Tenso
     """Encode frozen weights.
 
     fp32, bf16 and fp16 convert every tensor of float32. int8 keeps a scale for each row
-    of a matrix, s = max|w| / 127, and round(w / s); other tensors stay float32.
+    of a matrix, s = max|w| / 127, and round(w / s), the usual symmetric quantisation;
+    other tensors stay float32.
 
     Args:
         tensors: weights by name.
@@ -106,27 +101,3 @@ def recode(
     for name, record in content.array_records.items():
         records[name] = change(record, codec)
     return RecordDict(records)
-
-
-def codec_of(message: Message) -> str:
-    """Return the codec that a message says its adapter travels in."""
-    if message.has_error():
-        return "fp32"
-    for record in message.content.config_records.values():
-        if "codec" in record:
-            return str(record["codec"])
-    return "fp32"
-
-
-def codec_mod(message: Message, context: Context, call_next: ClientCall) -> Message:
-    """Decode an adapter before the handler, and encode that of its reply (a mod)."""
-    codec = codec_of(message)
-    try:
-        message.content = recode(message.content, codec, decode_arrays)
-    except Exception as error:  # a hostile message may raise anything
-        reason = f"the received adapter cannot be decoded ({error}); mend the server"
-        return Message(Error(REFUSED, one_line(reason)), reply_to=message)
-    reply = call_next(message, context)
-    if not reply.has_error():
-        reply.content = recode(reply.content, codec, encode_arrays)
-    return reply

@@ -7,6 +7,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def run_experiment(
         None if the run completed.
 
     Raises:
-        FedPFTError: the configuration or the app is wrong; no run was started.
+        FedPFTError: the configuration or the app is wrong; what was started is stopped.
     """
     if not (app / "pyproject.toml").is_file() or not (app / "client_app.py").is_file():
         raise FedPFTError(f"--app {app} is not this Flower app; give its checkout")
@@ -149,17 +150,23 @@ def run_experiment(
         home = Path(place)
         (home / "run.toml").write_text(tomli_w.dumps(nest(config.flat())))
         with superlink(home) as (environment, wait):
-            # Here, since the libraries that these load take as long as the SuperLink.
-            from fedpft_flower.checks import check_run
+            # What this loads takes as long as the SuperLink, and what `_check` does as
+            # long as Flower needs to start the app.
             from fedpft_flower.devices import gpus_here
-            from fedpft_flower.tasks import check_kind
 
-            check_run(config)
-            check_kind(config.data, config.partition)
             federation = share.federation(nodes, gpus_here())
             copy_app(app, home / "app")
             wait()
-            return run_app(home, home / "app", federation, environment, show)
+            meanwhile = partial(_check, config)
+            return run_app(home, home / "app", federation, environment, show, meanwhile)
+
+
+def _check(config: Config) -> None:
+    from fedpft_flower.checks import check_run
+    from fedpft_flower.tasks import check_kind
+
+    check_run(config)
+    check_kind(config.data, config.partition)
 
 
 def read_config(conf: Path | None, pairs: Sequence[str]) -> Config:

@@ -7,7 +7,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from fedpft_flower.disk import lock, put
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.report import FinishedRun, is_finished, runs_root
 from fedpft_flower.spec import Cell, Spec
 from fedpft_flower.tables import Result, best_of, row_of, write_tables
 from fedpft_flower.wording import duration
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     end_like_ctrl_c()
     with one_line_end("interrupted; finished cells stay, the same command goes on"):
         spec = Spec(options.spec)
-        out = options.out or Path.home() / "fedpft-runs" / f"compare-{spec.place.stem}"
+        out = options.out or runs_root(Config().out_dir) / f"compare-{spec.place.stem}"
         share = share_of(options)
         comparison = Comparison(spec, out.absolute(), options.app, share)
         if not options.tables:
@@ -193,11 +193,16 @@ class Comparison:
         # A stopped run goes on only with as many nodes.
         runs = self.out / "runs" / f"{cell.name}-n{self.spec.nodes}"
         flat = config.flat() | {"out-dir": str(runs), "checkpoint.keep": 1}
-        place = _unkept(runs, flat)
-        if place is not None and _has_ended(place):
-            found: Path | _Failed = place
+        found: Path | _Failed
+        try:
+            place = _unkept(runs, flat)
+        except FedPFTError as error:
+            found = _Failed(str(error))
         else:
-            found = self._attempt(flat | {"resume": str(place or "")})
+            if place is not None and is_finished(place):
+                found = place
+            else:
+                found = self._attempt(flat | {"resume": str(place or "")})
         useless = isinstance(found, _Failed) and found.reason.startswith("resume: ")
         if useless and not config.privacy.on:  # releases that were made stay counted
             found = self._attempt(flat)
@@ -335,16 +340,9 @@ _FREE = _FREE_AT_END | {"align.sensitivity", "plug-in.validation-share"}
 def recipe_of(config: Config) -> dict[str, Any]:
     """Return what a method does, as its row and the settings say it."""
     method = method_of(config)
-    return {
-        "plan": method.plan.__name__,
-        "selection": method.selection,
-        "before": method.before,
-        "during": method.during,
-        "patience": method.patience,
-        "sensitivity": method.sensitivity,
-        "refine": method.refine,
-        "refine_on_validation": method.refine_on_validation,
-    }
+    told = {part.name: getattr(method, part.name) for part in fields(method)}
+    del told["paper"]  # what is cited shapes no result
+    return {"plan": told.pop("planner").__name__, **told}
 
 
 # What decides which of an FM's weights are hashed, and in which numbers.
@@ -382,14 +380,14 @@ def _without(found: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in keys}
 
 
-def _has_ended(place: Path) -> bool:
-    return (place / "summary.json").exists()  # it is written last
-
-
 def _unkept(runs: Path, flat: Mapping[str, Any]) -> Path | None:
     """Return the newest directory of a run of this configuration without a result.
 
     It was stopped, or ended and was not kept as a result, which removes checkpoints.
+
+    Raises:
+        FedPFTError: a directory with checkpoints cannot be read, so that it may be this
+            run's.
     """
     for directory in sorted(
         runs.glob("*/checkpoints"), key=lambda path: path.stat().st_mtime, reverse=True
@@ -397,15 +395,18 @@ def _unkept(runs: Path, flat: Mapping[str, Any]) -> Path | None:
         place = directory.parent
         if not any(directory.glob("round-*")):
             continue
-        ended = _has_ended(place)
+        ended = is_finished(place)
         try:
             told = (
                 json.loads((place / "manifest.json").read_text())["config"]
                 if ended
                 else flatten(tomllib.loads((place / "config.toml").read_text()))
             )
-        except (OSError, ValueError, LookupError):
-            continue
+        except (OSError, ValueError, LookupError) as error:
+            raise FedPFTError(
+                f"cannot read how {place} was run ({error!r}); mend it, or remove it "
+                "if nothing in it is wanted"
+            ) from error
         settings, free = flat_defaults() | told, _FREE_AT_END if ended else FREE_KEYS
         if all(settings.get(k) == v for k, v in flat.items() if k not in free):
             return place
@@ -435,7 +436,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="where results are kept (default: ~/fedpft-runs/compare-SPEC)",
+        help="where results are kept (default: compare-SPEC among the runs)",
     )
     parser.add_argument("--only", default="", help="cells whose name has this text")
     parser.add_argument(

@@ -8,7 +8,7 @@ kebab-case, with the section as prefix (`train.local-epochs`). The defaults here
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, cast, get_type_hints
 
@@ -37,6 +37,22 @@ class FedPFTError(Exception):
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
+
+
+class OwnRowsError(FedPFTError):
+    """Report what quotes rows or the names of their files.
+
+    Whoever owns the rows reads it in full; `told` is what a node says to the server.
+    """
+
+    def __init__(self, text: str, told: str) -> None:
+        super().__init__(text)
+        self.told = told
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind."""
+    return one_line((str(error).strip() or repr(error)).splitlines()[0])
 
 
 def one_line(text: str) -> str:
@@ -109,6 +125,9 @@ class DataConfig:
     public_split: str = "train"
     # A seeded sample of so many, streamed where it is on a hub; 0 takes all.
     public_rows: int = 4000
+    # Of these the rows, drawn at random, that so many tokens make; 0 takes all. With it
+    # `public-rows` may be 0: no more is fetched or tokenised than the budget needs.
+    public_tokens: int = 0
     # Public texts longer than `max_length`: "cut", or made "blocks" of that length; ""
     # does what is done with the texts of the task.
     public_long: str = ""
@@ -138,8 +157,8 @@ class TrainConfig:
     # 0 means `fraction` of the nodes, at least one.
     clients_per_round: int = 0
     fraction: float = 0.25
-    # Wait for so many nodes before the first round; 0 for what the nodes themselves say
-    # (num-partitions), or `clients-per-round`.
+    # Nodes that must be there before the first round, if more than `clients-per-round`.
+    # For as many as nodes say (num-partitions) it waits too, `wait-seconds` at most.
     min_nodes: int = 0
     # A round needs so many usable replies; with fewer it is tried again, `max-retries`
     # times, before the run ends.
@@ -248,8 +267,8 @@ class AlignConfig:
     # behind the last, were no new best; the best weights stay. 0 holds nothing out, -1
     # is the method's choice.
     patience: int = -1
-    # MB for the FM's hidden states of public rows, where the budget is larger than the
-    # public corpus: they are then computed once. 0 keeps none.
+    # MB for the FM's hidden states of public rows: what is kept is not computed again.
+    # 0 keeps none, but of rows held out (some MB, 256 at most).
     memory_mb: float = 0.0
     # Alignment during training, and neuron-level distillation.
     every: int = 5
@@ -351,7 +370,8 @@ class Config:
     # In which numbers the server computes products while it aligns and refines, as
     # `train.precision`; evaluations and gradient errors stay as the models are.
     server_precision: str = "fp32"
-    # How long the server waits for nodes to come online.
+    # How long the server waits for nodes to come online, and for their greeting, for
+    # which it is 300 s at least.
     wait_seconds: float = 60.0
     # How long the server waits for replies: the deadline of every exchange.
     timeout_seconds: float = 3600.0
@@ -508,6 +528,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "data.min-words": (0, 1e6, True),
     "data.max-length": (2, 1e6, True),
     "data.public-rows": (0, 1e12, True),
+    "data.public-tokens": (0, 1e15, True),
     "partition.classes": (1, 1e6, True),
     "partition.alpha": (0, 1e9, False),
     "train.clients-per-round": (0, 1e9, True),
@@ -581,50 +602,46 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _problems(config: Config) -> list[str]:
-    flat, found = config.flat(), []
+def _problems(config: Config) -> Iterator[str]:
+    flat = config.flat()
     for key, (low, high, closed) in _RANGES.items():
         value = flat[key]
         assert isinstance(value, int | float)
         inside = low <= value <= high if closed else low < value <= high
         if not inside:  # also true for NaN
             bracket = "[" if closed else "("
-            found.append(f"{key} = {value!r} is outside {bracket}{low:g}, {high:g}]")
+            yield f"{key} = {value!r} is outside {bracket}{low:g}, {high:g}]"
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
-            found.append(f"{key} = {flat[key]!r}; choose one of {', '.join(choices)}")
+            yield f"{key} = {flat[key]!r}; choose one of {', '.join(choices)}"
     if not config.fm.name.strip():
-        found.append("fm.name is empty; give a directory, a hub name, or 'minilm'")
-    for name, budget in (
-        ("align", ("steps", "tokens", "seconds")),
-        ("align", ("during-steps", "during-tokens", "during-seconds")),
-    ):
-        if not any(flat[f"{name}.{limit}"] for limit in budget):
-            keys = ", ".join(f"{name}.{limit}" for limit in budget)
-            found.append(f"{keys} are all 0; give at least one a positive budget")
+        yield "fm.name is empty; give a directory, a hub name, or 'minilm'"
+    for when in ("", "during-"):
+        keys = [f"align.{when}{limit}" for limit in ("steps", "tokens", "seconds")]
+        if not any(flat[key] for key in keys):
+            yield f"{', '.join(keys)} are all 0; give at least one a positive budget"
     share = config.align.sensitivity
     if -1 < share < 0:
-        found.append(f"align.sensitivity = {share:g}; give 0 to 0.999, or -1")
+        yield f"align.sensitivity = {share:g}; give 0 to 0.999, or -1"
     share = config.plug_in.validation_share
     if -1 < share < 0:
-        found.append(f"plug-in.validation-share = {share:g}; give 0 to 1, or -1")
+        yield f"plug-in.validation-share = {share:g}; give 0 to 1, or -1"
     steps = config.align.before.split("+")
     known, twice = set(steps) <= set(ALIGNMENTS), len(set(steps)) < len(steps)
     if config.align.before not in ("", "none") and (twice or not known):
-        found.append(
+        yield (
             f"align.before = {config.align.before!r}; choose 'none', or steps of "
             f"{', '.join(ALIGNMENTS)}, each once, joined by '+'"
         )
     template = config.data.prompt_template
     if template != "chat" and template.count("{prompt}") != 1:
-        found.append(
+        yield (
             f"data.prompt-template = {template!r} does not say once where the prompt "
             "is; write '{prompt}' there, or 'chat'"
         )
     for entry in names_in(config.sub_fm.whole_layers):
         if not re.fullmatch(r"-?\d{1,6}", entry):
-            found.append(
+            yield (
                 f"sub-fm.whole-layers = {config.sub_fm.whole_layers!r}: {entry!r} is "
                 "not a layer number; write them like '0,-1'"
             )
-    return found

@@ -2,11 +2,13 @@
 
 import resource
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # `fedpft-run` only counts GPUs
+    from transformers import PreTrainedModel
 
 
 def device_here() -> torch.device:
@@ -43,7 +45,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def place(model: PreTrainedModel, device: torch.device) -> None:
+def place(model: "PreTrainedModel", device: torch.device) -> None:
     """Move a model to a device, in place.
 
     Whatever it is called with then follows: to its device, and images into its numbers

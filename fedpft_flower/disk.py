@@ -73,7 +73,12 @@ def put(place: Path, write: Callable[[Path], Any]) -> None:
 
 
 def lock(path: Path) -> IO[bytes]:
-    """Lock a file for as long as it stays open; a killed process lets go of it."""
+    """Lock a file for as long as it stays open; a killed process lets go of it.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: it cannot be opened.
+    """
     file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,6 +5,7 @@ new process does not tokenise its rows again each round.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedpft_flower.architectures import AUTO_PROCESSORS, Architecture
 from fedpft_flower.batches import Batch
 from fedpft_flower.config import (
     DataConfig,
@@ -28,6 +30,7 @@ from fedpft_flower.config import (
     Modality,
     Objective,
     derive_seed,
+    first_line,
 )
 from fedpft_flower.disk import keep, last_used, private_cache
 from fedpft_flower.images import crop_and_flip, decoded_images
@@ -294,6 +297,32 @@ def encode_public(
     return TextRows(rows, processor, config.max_length, blocks)
 
 
+def within_tokens(rows: Rows, tokens: int, seed: int) -> Rows:
+    """Return rows drawn at random, as many as the budget holds whole, or all.
+
+    Args:
+        rows: of texts.
+        tokens: the budget; 0 sets none.
+        seed: of the draw; a smaller budget has a part of a larger one's rows.
+
+    Raises:
+        FedPFTError: the budget holds none.
+    """
+    lengths = rows.lengths()
+    if not tokens or sum(lengths) <= tokens:
+        return rows
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    used = itertools.accumulate(lengths[row] for row in order)
+    held = sum(1 for _ in itertools.takewhile(lambda total: total <= tokens, used))
+    if not held:
+        raise FedPFTError(
+            f"data.public-tokens = {tokens} holds no public row; the first that was "
+            f"drawn has {lengths[order[0]]} tokens"
+        )
+    return Part(rows, order[:held])
+
+
 def hold_out(rows: Rows, count: int, seed: int) -> tuple[Part, Part]:
     """Split rows at random: `count` that are held out, and all others."""
     generator = torch.Generator().manual_seed(seed)
@@ -373,7 +402,7 @@ def _kept(
     texts: Dataset, tokenizer: Any, how: str, tokenise: Callable[[], Tokens]
 ) -> Tokens:
     """Return the tokens of texts from the disk, or tokenise and keep them there."""
-    key = f"{content_hash(texts)}/{_fingerprint(tokenizer)}/{how}"
+    key = f"{_texts_hash(texts)}/{_fingerprint(tokenizer)}/{how}"
     place = (
         private_cache("encoded")
         / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
@@ -385,6 +414,18 @@ def _kept(
         kept = tokenise()
         _keep(kept, place)
     return kept
+
+
+def _texts_hash(texts: Dataset) -> str:
+    """Return a hash of texts as they lie in memory: of a million in a second.
+
+    Equal texts may lie otherwise and are then tokenised again.
+    """
+    digest = hashlib.sha256(json.dumps(texts.column_names).encode())
+    for table in texts.with_format("arrow").iter(batch_size=10_000):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
 def _tokenise(texts: Dataset, tokenizer: Any, longest: int, blocks: bool) -> Tokens:
@@ -515,6 +556,61 @@ def _fingerprint(tokenizer: Any) -> str:
     for name, body in processor_files(tokenizer).items():
         digest.update(name.encode() + body)
     return digest.hexdigest()
+
+
+def load_processor(place: Path, row: Architecture) -> Any:
+    """Load the tokenizer or image processor of a model from its saved files.
+
+    Args:
+        place: their folder.
+        row: the model's family. Decoders count positions from the first token, so they
+            are padded at the end, which not every tokenizer saves.
+    """
+    processor = AUTO_PROCESSORS[row.modality].from_pretrained(
+        place, local_files_only=True, trust_remote_code=False
+    )
+    if row.decoder:
+        processor.padding_side = "right"
+    return processor
+
+
+def processor_from(files: Mapping[str, bytes], row: Architecture) -> Any:
+    """Load a processor as `load_processor` does, from the contents of its files.
+
+    Raises:
+        FedPFTError: `transformers` does not load it from them.
+    """
+    with TemporaryDirectory() as directory:
+        for name, body in files.items():
+            (Path(directory) / name).write_bytes(body)
+        try:
+            return load_processor(Path(directory), row)
+        except Exception as error:  # a tokenizer's own class raises almost anything
+            raise FedPFTError(
+                "the FM's processor cannot be loaded from the files that it saves "
+                f"({first_line(error)}), so no node could have it; give the FM one of "
+                "the classes that transformers saves whole"
+            ) from error
+
+
+# Words, numbers, signs and another script: what every tokenizer makes many tokens of.
+_PROBE = "Neurons of feed-forward networks, 12.5 % kept: naïve or not? 神经元"
+
+
+def check_same_tokens(one: Any, other: Any) -> None:
+    """Check that a tokenizer encodes as it did before it was saved.
+
+    Raises:
+        FedPFTError: it does not, so that nodes would see other tokens than the FM was
+            made for.
+    """
+    first, second = one(_PROBE)["input_ids"], other(_PROBE)["input_ids"]
+    if first != second:
+        raise FedPFTError(
+            f"the FM's tokenizer ({type(one).__name__}) encodes otherwise once it was "
+            f"saved (one text as {len(first)} and {len(second)} tokens), as nodes get "
+            "it; give the FM a tokenizer.json"
+        )
 
 
 def processor_files(processor: Any) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,11 +16,32 @@ EVALUATION_BATCH = 64
 # Logits of a generating model are as long as the vocabulary for every token.
 GENERATION_BATCH = 8
 
-# Metrics of each objective, and whether more is better; the first is what a run is
-# judged by when `data.metric` names none. All have "loss" besides.
-METRICS: dict[Objective, dict[str, bool]] = {
-    "classify": {"accuracy": True, "macro-f1": True, "matthews": True},
-    "generate": {"perplexity": False, "token-accuracy": True, "exact-match": True},
+
+@dataclass(frozen=True)
+class Metric:
+    """Describe a metric."""
+
+    # Whether more is better.
+    rises: bool = True
+    # Whether differences are told in points, hundredths of it.
+    in_points: bool = True
+    # Whether it is a mean over rows, each right or wrong.
+    by_row: bool = False
+
+
+# Metrics of each objective; the first is what a run is judged by when `data.metric`
+# names none. All have "loss" besides.
+METRICS: dict[Objective, dict[str, Metric]] = {
+    "classify": {
+        "accuracy": Metric(by_row=True),
+        "macro-f1": Metric(),
+        "matthews": Metric(),
+    },
+    "generate": {
+        "perplexity": Metric(rises=False, in_points=False),
+        "token-accuracy": Metric(),
+        "exact-match": Metric(by_row=True),
+    },
 }
 
 
@@ -40,8 +62,13 @@ def metric_of(config: DataConfig) -> str:
 
 def is_better(metric: str, one: float, other: float) -> bool:
     """Tell whether the first value of a metric is better than the second."""
-    (rises,) = [named[metric] for named in METRICS.values() if metric in named]
-    return one > other if rises else one < other
+    return one > other if metric_row(metric).rises else one < other
+
+
+def metric_row(metric: str) -> Metric:
+    """Return the row of a metric."""
+    (row,) = [named[metric] for named in METRICS.values() if metric in named]
+    return row
 
 
 def evaluate(
@@ -96,9 +123,10 @@ def predict(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
         batch = rows.batch(chosen)
         order += chosen
         labels.append(batch.pop("labels"))
-        logits.append(model(**batch).logits.float().cpu())
+        logits.append(model(**batch).logits.float())
     back = torch.tensor(order).argsort()
-    return torch.cat(logits)[back], torch.cat(labels)[back]
+    # Here, since a GPU is waited for where its numbers are fetched.
+    return torch.cat(logits).cpu()[back], torch.cat(labels)[back]
 
 
 @torch.no_grad()

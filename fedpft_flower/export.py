@@ -18,20 +18,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedpft_flower.adapters import attach_adapter, export_adapter, load_adapter
-from fedpft_flower.app import quiet
 from fedpft_flower.card import Licence, Origin, render_card
-from fedpft_flower.config import FedPFTError, names_in
+from fedpft_flower.config import FedPFTError
 from fedpft_flower.disk import existing_path, put
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.foundation import (
     BUNDLED_HUB_NAME,
     BUNDLED_NAME,
     FoundationModel,
-    load_fm,
+    load_fm_of,
     source_of_fm,
 )
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import FinishedRun
+from fedpft_flower.software import quiet
 from fedpft_flower.sub_fm import frozen_weights
 from fedpft_flower.tasks import task_of
 from fedpft_flower.wire import tensors_hash
@@ -128,15 +128,7 @@ def _typed(name: str) -> str:
 def _load(run: FinishedRun) -> FoundationModel:
     """Load the FM as the run did, and make sure that it is the same."""
     config, task = run.config, task_of(run.config.data.task)
-    fm = load_fm(
-        config.fm.name,
-        run.manifest["labels"],
-        task.modality,
-        config.seed,
-        names_in(config.lora.head),
-        task.objective,
-        config.fm.dtype,
-    )
+    fm = load_fm_of(config, run.manifest["labels"])
     found = tensors_hash(frozen_weights(fm.model, fm.head))
     if found != run.manifest["fm-sha256"]:
         raise FedPFTError(
@@ -171,12 +163,10 @@ def adapter_of(run: FinishedRun) -> dict[str, Tensor]:
         raise FedPFTError(
             f"cannot read {weights} ({error}); give a run directory that is whole"
         ) from error
-    # Earlier runs did not note it.
-    known = run.manifest.get("plugged-in-sha256")
-    if known not in (None, tensors_hash(adapter)):
+    if tensors_hash(adapter) != run.manifest.get("final-adapter-sha256"):
         raise FedPFTError(
-            f"{weights} is not the adapter that the run ended with (its SHA-256 is "
-            "another); give a run directory that is whole"
+            f"{weights} is not the adapter that the run ended with (manifest.json has "
+            "another SHA-256, or none); give a run directory that is whole"
         )
     return adapter
 

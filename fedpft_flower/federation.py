@@ -11,9 +11,9 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
-from fedpft_flower.codec import REFUSED
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.protection import Exposure
+from fedpft_flower.refusals import REFUSED
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import differences, source_hash, versions
 from fedpft_flower.wire import (
@@ -25,6 +25,7 @@ from fedpft_flower.wire import (
     CountingGrid,
     config_of,
     make_delta,
+    message_bytes,
     metrics_of,
     pack_tensors,
     package_hash,
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 EARLIER = 8  # sub-FMs that a change can start from; a node with an older one gets all
 LONGEST_KEY = 200  # characters of a node's name
+MOST_HELD = 1000  # sub-FMs that a node may say that it holds
 
 
 # A node reads its rows before it answers; but for longer than this, or than
@@ -111,6 +113,12 @@ def _introduction(
         held = {str(content) for content in json.loads(said["held"])}
     except (RecursionError, TypeError, ValueError) as error:
         raise FedPFTError(f"it says that it holds {said['held'][:40]!r}") from error
+    longest = max(map(len, [said["store"], *held]))
+    if longest > LONGEST_KEY or len(held) > MOST_HELD:
+        raise FedPFTError(
+            f"it says that it holds {len(held)} sub-FMs, and names of {longest} "
+            f"characters; {MOST_HELD} and {LONGEST_KEY} are believed"
+        )
     node = Node(
         key,
         said["named"],
@@ -182,6 +190,8 @@ class Federation:
         self._earlier: dict[str, dict[str, Tensor]] = {}
         self._tensors: dict[str, Tensor] = {}
         self._text = ""
+        # Base -> bytes of an install from there, by kind; "" for a whole one.
+        self._sizes: dict[str, dict[str, int]] = {}
         # What nodes were given, against the FM's own parameters.
         self.exposure = Exposure()
         self._exposed = ""  # hash of the sub-FM that was counted last
@@ -221,6 +231,7 @@ class Federation:
         """
         # Whatever it was may be mended: each may try again, but for doubles.
         online = set(self.grid.get_node_ids())
+        self._replaced &= online  # one that was gone and is back is no old self
         self._doubles = {
             n: (old, why)
             for n, (old, why) in self._doubles.items()
@@ -269,6 +280,7 @@ class Federation:
         if content != self._current:
             self._remember()
             self._current, self._tensors, self._text = content, tensors, text
+            self._sizes = {}
             self._earlier = {
                 name: _shared(old, tensors) for name, old in self._earlier.items()
             }
@@ -314,8 +326,9 @@ class Federation:
                 continue
             # What a node of its own would have received, whether sent or not.
             base = self._base({self.nodes[node].installed})
-            message = self._message(node, content(base))
-            self.grid.ledger.count("down", message, sent=False)
+            if base not in self._sizes:
+                self._sizes[base] = message_bytes(self._message(node, content(base)))
+            self.grid.ledger.add("down", self._sizes[base], sent=False)
             self.nodes[node].installed = self._current
         return [node for node in asked if node in self.nodes]
 

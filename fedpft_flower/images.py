@@ -8,7 +8,7 @@ from datasets import Dataset
 from PIL import Image
 from PIL.Image import Transpose
 
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.config import OwnRowsError
 
 AT_ONCE = 8  # images in memory, which may be photographs
 
@@ -17,21 +17,21 @@ def check_images(rows: Dataset, split: str) -> None:
     """Decode every image of a data set once, so that a broken one is found early.
 
     Raises:
-        FedPFTError: an image cannot be decoded.
+        OwnRowsError: an image cannot be decoded.
     """
     rows_with = len(rows) if "image" in rows.column_names else 0
     for start in range(0, rows_with, AT_ONCE):
         try:
             decoded_images(rows, range(start, min(start + AT_ONCE, rows_with)))
-        except FedPFTError as error:
-            raise FedPFTError(f"{split}: {error}") from error
+        except OwnRowsError as error:
+            raise OwnRowsError(f"{split}: {error}", f"{split}: {error.told}") from error
 
 
 def decoded_images(rows: Dataset, indices: Sequence[int]) -> list[Any]:
     """Return the images of these rows, in RGB.
 
     Raises:
-        FedPFTError: one of them cannot be decoded.
+        OwnRowsError: one of them cannot be decoded.
     """
     try:
         return _decoded(rows, indices)
@@ -40,9 +40,10 @@ def decoded_images(rows: Dataset, indices: Sequence[int]) -> list[Any]:
             try:
                 _decoded(rows, [i])
             except Exception as error:
-                raise FedPFTError(
-                    f"the image of row {i} (counted from 0) cannot be decoded ({error})"
-                    "; mend it or leave it out"
+                what = f"the image of row {i} (counted from 0) cannot be decoded"
+                raise OwnRowsError(
+                    f"{what} ({error}); mend it or leave it out",
+                    f"{what}; this node's log says more",
                 ) from error
         raise
 

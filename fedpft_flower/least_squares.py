@@ -12,7 +12,7 @@ neurons (at the sub-FM's input) and of all the FM's neurons (at the FM's input),
 covariance of the sub-FM's inputs, s the ratio of the energies of output and Jacobian at
 the present columns; with layer scale, V and c are what reaches the residual stream. E
 is the mean over tokens with the weights of `moments`, or a mix of these and
-`sensitivity`; sums are float64, and so is the solution.
+`sensitivity`; sums are float64, and so is the solution. The objective is ours.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -136,12 +136,14 @@ def refit(
         sensitivity: of the batches' tokens, at the stream of every layer of the FM.
 
     Raises:
-        FedPFTError: there are too few public rows, or no bias to refit.
+        FedPFTError: there are too few public rows, no bias to refit, or hidden states
+            that are not finite.
     """
     if len(batches) < 2:
         raise FedPFTError(
             "least squares needs two batches of public rows, one to learn from and one "
-            "held out; raise data.public-rows or lower align.batch-size"
+            "held out; raise data.public-rows or data.public-tokens, or lower "
+            "align.batch-size"
         )
     fm.eval()
     sub_fm.eval()

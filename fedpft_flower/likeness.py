@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedpft_flower.adapters import base_model
 from fedpft_flower.alignment import outputs_of
 from fedpft_flower.architectures import layers_of
-from fedpft_flower.batches import Batch, real_answers, real_tokens
+from fedpft_flower.batches import Batch, inputs_of, real_answers, real_tokens
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def likeness(fm: PeftModel, sub_fm: PeftModel, batches: Iterable[Batch]) -> Like
     answers = same = targets = 0
     losses = [0.0, 0.0]
     for batch in batches:
-        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        inputs = inputs_of(batch)
         mask = inputs.get("attention_mask")
         (state, logits), (sub_state, sub_logits) = (
             _run(model, inputs) for model in (fm, sub_fm)

@@ -21,7 +21,7 @@ class Method:
     """
 
     paper: str
-    plan: Planner
+    planner: Planner
     selection: str = "norm"
     before: str = "none"
     during: str = "none"
@@ -90,9 +90,9 @@ def method_of(config: Config) -> Method:
     row = METHODS[config.method]
     if config.sub_fm.selection:
         selection_of(config.sub_fm.selection)
-    if row.plan is keep_all:  # there is nothing to select or to align
+    if row.planner is keep_all:  # there is nothing to select or to align
         return row
-    if row.plan is keep_salient:
+    if row.planner is keep_salient:
         row = replace(row, selection=config.sub_fm.selection or row.selection)
     patience, steps = config.align.patience, config.plug_in.steps
     share, own = config.align.sensitivity, config.plug_in.validation_share

@@ -7,7 +7,7 @@ A token weighs 1 / Var[x], the variance over the entries of its residual stream 
 behind the FFN in the FM. The norm that reads the stream (behind a post-LN FFN, before a
 pre-LN block) divides by its standard deviation, so this is how much an error of the
 token counts for all that follows; unweighted, the few tokens with a huge stream
-(attention sinks) outweigh all others.
+(attention sinks) outweigh all others. The weight is ours (docs/results.md).
 """
 
 import math
@@ -264,7 +264,7 @@ class Sums:
         """Return K = sum over pairs of blocks of (W Q W'^T) o E[g g'^T], float64.
 
         With a_i(h) the activation of neuron i, K_ij = E[(da_i/dh) Q (da'_j/dh)^T], so
-        that E||V J_a - W J_a'||^2 (in the metric Q) is a quadratic of V.
+        that E||V J_a - W J_a'||^2 (in the metric Q) is a quadratic of V (ours).
 
         Args:
             left: input weights W [N, D] of each block.
@@ -316,6 +316,9 @@ def neuron_moments(
         batches: public inputs.
         grams: whether to sum [N, N] products too.
         sensitivity: of the batches' tokens, at the stream of each of these layers.
+
+    Raises:
+        FedPFTError: the FM's hidden states are not finite.
     """
     sums = [Sums() for _ in ffns]
     for i, batch in enumerate(batches):

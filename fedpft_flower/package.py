@@ -1,12 +1,31 @@
 """Hold what a client needs of the sub-FM."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fedpft_flower.config import Objective
+from fedpft_flower.config import FedPFTError, Objective
 from fedpft_flower.plan import Plan
+
+# What tokenizers and image processors are saved as; nothing there runs or is unpickled.
+_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+
+
+def check_processor_file(name: str) -> None:
+    """Check that a file of a processor lies in its folder and holds data only.
+
+    Raises:
+        FedPFTError: it does not.
+    """
+    if Path(name).name != name:
+        raise FedPFTError(f"processor file name {name!r} leaves its folder")
+    if Path(name).suffix not in _SUFFIXES:
+        raise FedPFTError(
+            f"processor file {name!r} is none of {', '.join(_SUFFIXES)}, which hold "
+            "data only"
+        )
 
 
 @dataclass(frozen=True)

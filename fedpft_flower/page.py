@@ -19,6 +19,7 @@ from fedpft_flower.wording import (
     count_nodes,
     data_name,
     last_part,
+    percent,
     shown_settings,
     size,
 )
@@ -119,7 +120,7 @@ def render_page(
     Args:
         config: the effective configuration, flat.
         rounds: the objects of `metrics.jsonl`.
-        summary: of `summary.json`; `protection` and `privacy` may be absent.
+        summary: of `summary.json`.
         manifest: of `manifest.json`.
 
     Raises:
@@ -184,7 +185,7 @@ def _tiles(summary: Metrics, metric: str, plan: Plan) -> Markup:
     if not plan.is_whole:
         tiles.append(("sub-FM after", _score(after[f"sub-fm-{metric}"])))
     tiles += [
-        ("FM weights never sent", _percent(summary["share-withheld"])),
+        ("FM weights never sent", percent(summary["share-withheld"])),
         ("to and from clients", size(summary["bytes-down"] + summary["bytes-up"])),
         ("client failures", str(summary["failures"])),
     ]
@@ -195,12 +196,19 @@ def _tiles(summary: Metrics, metric: str, plan: Plan) -> Markup:
 def _what(
     settings: Mapping[str, Scalar], summary: Metrics, manifest: Metrics, plan: Plan
 ) -> list[Markup]:
+    facts = [*_facts(settings, summary, manifest, plan), *_hashes(manifest)]
+    return [_pairs(facts), _splits(manifest), _settings(settings)]
+
+
+def _facts(
+    settings: Mapping[str, Scalar], summary: Metrics, manifest: Metrics, plan: Plan
+) -> list[tuple[str, object]]:
     nodes, labels = manifest["nodes"], manifest["labels"]
     cut = (
         f"{len(plan.layers)} of {len(plan.widths)} layers kept, {len(plan.compressed)} "
         "of them compressed"
     )
-    rows: list[tuple[str, object]] = [
+    return [
         ("method", settings["method"]),
         ("aggregation strategy", settings["strategy"]),
         ("FM", settings["fm.name"]),
@@ -222,15 +230,21 @@ def _what(
             for node, own in sorted(manifest.get("node-versions", {}).items())
         ),
     ]
-    rows += [
-        (f"{name}, SHA-256", element("span", manifest.get(key, "-"), class_="hash"))
+
+
+def _hashes(manifest: Metrics) -> list[tuple[str, object]]:
+    return [
+        (f"{name}, SHA-256", element("span", manifest[key], class_="hash"))
         for name, key in (
             ("FM", "fm-sha256"),
             ("sub-FM", "sub-fm-sha256"),
             ("averaged adapter", "adapter-sha256"),
-            ("adapter in the FM", "plugged-in-sha256"),
+            ("final adapter, in the FM", "final-adapter-sha256"),
         )
     ]
+
+
+def _splits(manifest: Metrics) -> Markup:
     splits = [
         [
             name,
@@ -240,24 +254,25 @@ def _what(
         ]
         for name, split in sorted(manifest["splits"].items())
     ]
+    titles = ["split", "rows", "from", "SHA-256"]
+    return _table(titles, splits, {1}, "Rows at the server")
+
+
+def _settings(settings: Mapping[str, Scalar]) -> Markup:
     whole = [
         (key, element("code", repr(value) if isinstance(value, str) else str(value)))
         for key, value in sorted(settings.items())
     ]
-    return [
-        _pairs(rows),
-        _table(["split", "rows", "from", "SHA-256"], splits, {1}, "Rows at the server"),
+    return element(
+        "details",
+        element("summary", "The whole effective configuration"),
         element(
-            "details",
-            element("summary", "The whole effective configuration"),
-            element(
-                "p",
-                "Of paths the last part; config.toml beside this page has them whole.",
-                class_="quiet",
-            ),
-            _pairs(whole),
+            "p",
+            "Of paths the last part; config.toml beside this page has them whole.",
+            class_="quiet",
         ),
-    ]
+        _pairs(whole),
+    )
 
 
 def _best(summary: Metrics) -> str:
@@ -274,7 +289,7 @@ def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
         summary[f"test-{when}"] for when in ("before", "plain", "after")
     )
     names = [metric, *sorted(_names(after) - {metric, "loss"}), "loss"]
-    refined = summary.get("refinement", {})
+    refined = summary["refinement"]
     rows = [
         ("FM before", "test", before, "fm"),
         ("FM, plugged in", "test", plain, "fm"),
@@ -283,7 +298,7 @@ def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
         rows.append(("FM, refined", "test", after, "fm"))
     if not plan.is_whole:
         rows.append(("sub-FM", "test", after, "sub-fm"))
-    for split, found in sorted(summary.get("more-tests", {}).items()):
+    for split, found in sorted(summary["more-tests"].items()):
         rows.append(("FM", split, found, "fm"))
         if not plan.is_whole:
             rows.append(("sub-FM", split, found, "sub-fm"))
@@ -544,13 +559,10 @@ def _time(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
 
 
 def _protection(summary: Metrics, rounds: Sequence[Metrics]) -> list[Markup]:
-    parts = list[Markup]()
-    if sheet := summary.get("protection"):
-        rows = [[row["name"], row["value"], row["note"]] for row in sheet["rows"]]
-        parts.append(_table(["what", "value", "note"], rows, set()))
-    else:
-        parts.append(_nothing("This run has no protection sheet."))
-    if privacy := summary.get("privacy"):
+    sheet = summary["protection"]["rows"]
+    rows = [[row["name"], row["value"], row["note"]] for row in sheet]
+    parts = [_table(["what", "value", "note"], rows, set())]
+    if privacy := summary["privacy"]:
         told = ", ".join(f"{name} {value}" for name, value in privacy.items())
         parts.append(element("p", f"Differential privacy: {told}."))
     spent = [
@@ -625,7 +637,3 @@ def _table(
 def _score(value: float) -> str:
     """Return a metric or loss; of a large one, four digits."""
     return f"{value:.3f}" if abs(value) < 1000 or math.isnan(value) else f"{value:.4g}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

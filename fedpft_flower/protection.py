@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from fedpft_flower.codec import decode_weights, encode_weights
-from fedpft_flower.evaluation import is_better
+from fedpft_flower.evaluation import is_better, metric_row
 from fedpft_flower.wire import bits
+from fedpft_flower.wording import percent
 
 Figures = dict[str, Any]
-
-# Metrics that are means over rows, of which hits tell intervals.
-BY_ROW = ("accuracy", "exact-match")
 
 
 class Exposure:
@@ -114,7 +112,7 @@ def protection(
         "capability-gap-before": _gap(before, metric),
         "theft-gap": _gap(after, metric),
         "theft-gap-interval": _paired_interval(hits["fm"], hits["sub-fm"])
-        if metric in BY_ROW
+        if metric_row(metric).by_row
         else None,
         "public": {when: dict(found) for when, found in likeness.items()},
         "bytes-up": dict(up),
@@ -154,7 +152,7 @@ def _share_rows(figures: Figures) -> Iterable[dict[str, str]]:
         ),
     ):
         share = figures[key]
-        yield _row(name, f"{100 * share:.1f} % ({share * total / 1e6:.2f} M)", note)
+        yield _row(name, f"{percent(share)} ({share * total / 1e6:.2f} M)", note)
 
 
 def _refitted(figures: Figures) -> str:
@@ -208,7 +206,8 @@ def _client_rows(figures: Figures) -> Iterable[dict[str, str]]:
         if spent
         else "adapters hold what was learnt from the rows; statistics are how often "
         "neurons were inactive; control is names, versions of libraries, which sub-FMs "
-        "are held, counts, losses, seconds and memory" + uncounted,
+        "are held, counts, losses, seconds and memory; not counted are the reasons of "
+        "failures, which may name columns" + uncounted,
     )
     yield _row(
         "differential privacy",
@@ -240,7 +239,7 @@ def _minus(scores: Mapping[str, Any], metric: str, gap: float) -> str:
 def _likeness(found: Mapping[str, Any]) -> str:
     text = (
         f"state error {found['state_error']:.3f}, agreement "
-        f"{100 * found['agreement']:.1f} %"
+        f"{percent(found['agreement'])}"
     )
     if found.get("fm_loss") is not None:
         text += (

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import (
+    Callable,
     Collection,
     Iterable,
     Iterator,
@@ -30,12 +31,13 @@ from datasets import (
     load_from_disk,
 )
 
-from fedpft_flower.config import FedPFTError, Modality
+from fedpft_flower.config import FedPFTError, Modality, OwnRowsError, first_line
 from fedpft_flower.disk import existing_path, private_cache
 
 logger = logging.getLogger(__name__)
 
 Splits = Mapping[str, Dataset]
+Row = Mapping[str, Any]
 
 _FORMATS = {
     ".csv": "csv",
@@ -43,12 +45,13 @@ _FORMATS = {
     ".json": "json",
     ".jsonl": "json",
     ".parquet": "parquet",
+    ".txt": "text",  # a row a line, in the column `text`
 }
 # Of a JSON Lines file that `datasets` reads at once: a column has one type in them.
 JSON_BYTES = 1 << 28
 # Rows of a streamed data set that a sample is drawn from.
 BUFFER = 5000
-_TABLES = {*_FORMATS, ".arrow"}
+_TABLES = {*_FORMATS, ".arrow"} - {".txt"}  # which in a directory may say anything
 
 
 def read_splits(
@@ -79,9 +82,8 @@ def read_splits(
         if place is not None:
             return _read_directory(place, modality, subset, separator)
         if not (hub and is_on_hub(path)):
-            raise FedPFTError(
-                f"{key} = {path!r} does not exist; give a path or hub name"
-            )
+            remedy = "does not exist; give a path or hub name"
+            raise OwnRowsError(f"{key} = {path!r} {remedy}", f"{key} {remedy}")
         return _read_hub(path, subset)
 
 
@@ -91,9 +93,14 @@ def is_on_hub(path: str) -> bool:
 
 
 def read_sample(
-    path: str, key: str, subset: str, split: str, count: int, seed: int
+    path: str,
+    key: str,
+    subset: str,
+    split: str,
+    seed: int,
+    enough: Callable[[Iterator[Row]], Iterator[Row]],
 ) -> Dataset:
-    """Return so many rows of a hub data set, without fetching it whole.
+    """Return some rows of a hub data set, without fetching it whole.
 
     Shards are read in a random order, and rows drawn from a buffer of some thousands.
 
@@ -102,8 +109,8 @@ def read_sample(
         key: the setting that says so, for messages.
         subset: the configuration of the data set, or "".
         split: which one.
-        count: how many rows at most.
         seed: of the choice.
+        enough: ends the stream of rows where there are enough.
 
     Raises:
         FedPFTError: there is nothing that `datasets` reads, or no such split.
@@ -113,8 +120,8 @@ def read_sample(
         for column, feature in (stream.features or {}).items():
             if isinstance(feature, Image):  # as its bytes, not as its pixels
                 stream = stream.cast_column(column, Image(decode=False))
-        chosen = stream.shuffle(seed=seed % 2**32, buffer_size=BUFFER).take(count)
-        rows = list(chosen)
+        stream = stream.shuffle(seed=seed % 2**32, buffer_size=BUFFER)
+        rows = list(enough(iter(stream)))
     return Dataset.from_list(rows, features=stream.features)
 
 
@@ -125,17 +132,21 @@ def _named(path: str, key: str, place: Path | None) -> Iterator[None]:
         with _quiet():
             yield
     except FedPFTError as error:
-        raise FedPFTError(
-            f"{key} = {path!r}: {error}" if place else str(error)
-        ) from None
+        if place is None:
+            raise
+        told = error.told if isinstance(error, OwnRowsError) else str(error)
+        raise OwnRowsError(f"{key} = {path!r}: {error}", f"{key}: {told}") from None
     except Exception as error:  # datasets raises many kinds, all about this one path
         what = "cannot be read" if place else "is no path here, and the hub has it not"
-        raise FedPFTError(f"{key} = {path!r} {what} ({_reason(error)})") from error
+        raise OwnRowsError(
+            f"{key} = {path!r} {what} ({_reason(error)})",
+            f"{key} {what}; this node's log says more",
+        ) from error
 
 
 def _looks_like_path(path: str) -> bool:
     """Tell a path from a hub name, which is `name` or `owner/name`."""
-    suffix = Path(path).suffix.lower()
+    suffix = _suffix(Path(path))
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or suffix in _TABLES
 
 
@@ -151,18 +162,22 @@ _SYNONYMS = {
 }
 
 
+def _suffix(path: Path) -> str:
+    """Return what tells the format of a file; of a packed one (.gz) what is before."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
 def _read_file(place: Path, separator: str) -> Splits:
-    if place.suffix.lower() not in _FORMATS:
+    if _suffix(place) not in _FORMATS:
         raise FedPFTError(
-            f"unknown file type {place.suffix.lower()!r}; give one of "
-            f"{', '.join(_FORMATS)}"
+            f"unknown file type {_suffix(place)!r}; give one of {', '.join(_FORMATS)}"
         )
     return {"train": _read_tables([place], separator)}
 
 
 def _read_tables(files: Sequence[Path], separator: str) -> Dataset:
     """Read files of one type that hold the rows of one split."""
-    suffix = files[0].suffix.lower()
+    suffix = _suffix(files[0])
     rows: Dataset = load_dataset(
         _FORMATS[suffix],
         data_files={"train": list(map(str, files))},
@@ -179,7 +194,7 @@ def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
     Raises:
         FedPFTError: rows have more fields than the header.
     """
-    suffixes = {file.suffix.lower() for file in files}
+    suffixes = {_suffix(file) for file in files}
     formats = {_FORMATS.get(suffix) for suffix in suffixes}
     if formats == {"json"}:
         return {"chunksize": JSON_BYTES}
@@ -222,7 +237,7 @@ def _read_directory(
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     cache = str(private_cache("rows"))
     found = list(place.rglob("*"))
-    tables = [path for path in found if path.suffix.lower() in _TABLES]
+    tables = [path for path in found if _suffix(path) in _TABLES]
     if modality == "image" and not tables:
         return _read_images(place, cache)
     if _is_described(place):  # else a hub's subset, as of the run, means nothing here
@@ -230,7 +245,7 @@ def _read_directory(
         return described
     if splits := _split_files(place, tables, modality):
         return {name: _read_tables(ones, separator) for name, ones in splits.items()}
-    suffixes = {path.suffix.lower() for path in found if path.is_file()}
+    suffixes = {_suffix(path) for path in found if path.is_file()}
     formats = {_FORMATS.get(suffix) for suffix in suffixes - {".md", ""}}
     options = {} if None in formats else _options(tables, separator)
     rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
@@ -296,13 +311,13 @@ def _split_files(
     `validation_matched` and `validation_mismatched` would be one split. Here several
     names of one role to evaluate are several splits.
     """
-    suffixes = {path.suffix.lower() for path in tables}
+    suffixes = {_suffix(path) for path in tables}
     known = {".parquet"} if modality == "image" else _FORMATS.keys()
     if len(suffixes) != 1 or not suffixes <= known:
         return {}
     roles: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(tables):
-        match = _SPLIT_FILE.fullmatch(path.stem.lower())
+        match = _SPLIT_FILE.fullmatch(Path(path.name.lower().removesuffix(".gz")).stem)
         if path.parent != place or match is None:
             return {}
         role = _SYNONYMS.get(match["role"], match["role"])
@@ -344,7 +359,7 @@ def _reason(error: BaseException) -> str:
     """Return the first line of the error at the bottom, and what may help."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = (str(error).strip() or repr(error)).splitlines()[0]
+    line = first_line(error)
     if isinstance(error, UnicodeDecodeError):
         return f"{line}; save it as UTF-8"
     if "Error tokenizing" in line:
@@ -446,9 +461,14 @@ def cast_input(part: Dataset, column: str) -> Dataset:
     try:
         return part.cast_column(column, wanted)
     except (TypeError, ValueError, pa.ArrowException) as error:
-        raise FedPFTError(
-            f"column for {column} holds {part.features[column]}, which is no {column}; "
-            "name another column"
+        held = part.features[column]  # of labels it has the names
+        what, remedy = (
+            f"column for {column} holds",
+            f"which is no {column}; name another",
+        )
+        raise OwnRowsError(
+            f"{what} {held}, {remedy} column",
+            f"{what} {type(held).__name__}, {remedy} column",
         ) from error
 
 

@@ -5,7 +5,8 @@ The FM's logits are made to follow those of the sub-FM, both with the adapter, o
 public rows, and on the server's validation rows without their labels where the method
 says so: the mean over rows, or over tokens where every token has logits,
 of KL(p_sub || p_FM). Only the FM's LoRA
-changes, not its head, and not the sub-FM.
+changes, not its head, and not the sub-FM. The loss is that of distillation (Hinton et
+al. 2015, arXiv 1503.02531) at temperature 1; to refine so is ours.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedpft_flower.adapters import base_model
-from fedpft_flower.batches import Batch, real_logits
+from fedpft_flower.batches import Batch, inputs_of, real_logits
 from fedpft_flower.descent import Progress, Schedule, descend
 
 
@@ -63,7 +64,7 @@ def refine(
     lora = [p for name, p in fm.named_parameters() if ".lora_" in name]
 
     def loss_of(batch: Batch) -> tuple[Tensor, int]:
-        inputs = {name: values for name, values in batch.items() if name != "labels"}
+        inputs = inputs_of(batch)
         with torch.no_grad():
             teacher = real_logits(sub_fm, inputs)
         mask = batch.get("attention_mask")

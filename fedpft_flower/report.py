@@ -8,12 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # the ServerApp may run in a thread and has no display
-
 import tomli_w
-from matplotlib import pyplot as plt
 from safetensors import SafetensorError
 
 from fedpft_flower.adapters import export_adapter
@@ -24,6 +19,27 @@ from fedpft_flower.page import render_page
 from fedpft_flower.server import Metrics, ProxyServer
 
 LOG = "run.log"  # what the run said, with the time
+ROUNDS, SUMMARY = "metrics.jsonl", "summary.json"
+
+
+def runs_root(out_dir: str) -> Path:
+    """Return where run directories are, for this `out-dir`."""
+    if out_dir == Config().out_dir:
+        out_dir = os.environ.get("FEDPFT_OUT") or out_dir
+    # The working directory is that of a SuperLink started who knows where.
+    return Path.home() / os.path.expanduser(out_dir)  # noqa: PTH111
+
+
+def is_finished(place: Path) -> bool:
+    """Tell whether a run directory is that of a finished run."""
+    return (place / SUMMARY).is_file()  # it is written last
+
+
+def read_rounds(place: Path) -> list[Metrics]:
+    """Return the metrics of the rounds that a run directory has, maybe none yet."""
+    path = place / ROUNDS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 class RunDirectory:
@@ -37,11 +53,7 @@ class RunDirectory:
         Raises:
             FedPFTError: the directory cannot be written, or another run writes there.
         """
-        chosen = config.out_dir
-        if chosen == Config().out_dir:
-            chosen = os.environ.get("FEDPFT_OUT") or chosen
-        # The working directory is that of a SuperLink started who knows where.
-        root = Path.home() / os.path.expanduser(chosen)  # noqa: PTH111
+        root = runs_root(config.out_dir)
         config = replace(config, out_dir=str(root))
         self.path = root / str(run_id)
         if config.resume:
@@ -77,7 +89,7 @@ class RunDirectory:
         """Add one object to `metrics.jsonl`."""
         self._rounds.append(metrics)
         lines = [json.dumps(entry, sort_keys=True) for entry in self._rounds]
-        self._write("metrics.jsonl", "\n".join(lines) + "\n")
+        self._write(ROUNDS, "\n".join(lines) + "\n")
 
     def go_back(self, current: int) -> None:
         """Keep the metrics of the rounds up to this one, as a resumed run begins.
@@ -85,7 +97,7 @@ class RunDirectory:
         Raises:
             FedPFTError: the metrics of these rounds are not all there.
         """
-        place = self.path / "metrics.jsonl"
+        place = self.path / ROUNDS
         try:
             lines = place.read_text(encoding="utf-8").splitlines()
             self._rounds = [json.loads(line) for line in lines[: current + 1]]
@@ -105,7 +117,7 @@ class RunDirectory:
     ) -> None:
         """Write everything that a finished run has, maybe over an earlier end of it."""
         try:
-            (self.path / "summary.json").unlink(missing_ok=True)
+            (self.path / SUMMARY).unlink(missing_ok=True)
         except OSError as error:
             raise self._refused(error) from error
         self._write("manifest.json", _pretty(manifest))
@@ -116,7 +128,7 @@ class RunDirectory:
         self._write(
             "report.html", render_page(manifest["config"], rounds, summary, manifest)
         )
-        self._write("summary.json", _pretty(summary))  # last: the run is complete
+        self._write(SUMMARY, _pretty(summary))  # last: the run is complete
 
     def _write(self, name: str, text: str) -> None:
         self._put(name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -151,19 +163,20 @@ class FinishedRun:
         Raises:
             FedPFTError: it is none, or its files cannot be read.
         """
-        if not (path / "summary.json").is_file():  # it is written last
+        if not is_finished(path):
             raise FedPFTError(
-                f"{path} is not the directory of a finished run (no summary.json); "
+                f"{path} is not the directory of a finished run (no {SUMMARY}); "
                 "give the one that a run printed, or let it end first"
             )
         try:
             summary, manifest = (
                 json.loads((path / name).read_text(encoding="utf-8"))
-                for name in ("summary.json", "manifest.json")
+                for name in (SUMMARY, "manifest.json")
             )
-            lines = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            rounds = [json.loads(line) for line in lines]
+            rounds = read_rounds(path)
             config = Config.from_run_config(manifest["config"])
+            if not rounds:
+                raise ValueError(f"{ROUNDS} has no round")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FedPFTError(f"cannot read {path}: {error!r}") from error
         return cls(path, config, rounds, summary, manifest)
@@ -213,6 +226,12 @@ _MARGINS = {
 
 def draw_curves(rounds: list[Metrics], metric: str, path: Path) -> None:
     """Draw a metric, the loss, bytes and gradient error against rounds."""
+    # Here, since nothing is drawn before the end.
+    import matplotlib
+
+    matplotlib.use("Agg")  # the ServerApp may run in a thread and has no display
+    from matplotlib import pyplot as plt
+
     figure, panels = plt.subplots(2, 2, figsize=(10, 7), gridspec_kw=_MARGINS)
     score, loss, data, gradient = panels.flat
     for name, label in (("fm", "FM, plugged in"), ("sub-fm", "sub-FM")):

@@ -70,7 +70,7 @@ def energy(evidence: Evidence) -> Tensor:
     """Score neurons by the energy that they give to the output.
 
     s_i = sqrt(E[a_i^2]) ||W_out[:, i]||_2 (the score of Wanda, Sun et al. 2023, arXiv
-    2306.11695, summed over a column).
+    2306.11695, summed over a column). E is over tokens with the weights of `moments`.
 
     Returns:
         Scores [N], float64.
@@ -81,8 +81,9 @@ def energy(evidence: Evidence) -> Tensor:
 def variance(evidence: Evidence) -> Tensor:
     """Score neurons by how much the output varies with them.
 
-    s_i = sqrt(Var[a_i]) ||W_out[:, i]||_2: the mean of a neuron that is cut can move
-    into the bias (FLAP, An et al. 2023, arXiv 2312.11983), which the alignment "bias"
+    s_i = sqrt(Var[a_i]) ||W_out[:, i]||_2, over tokens with the weights of `moments`:
+    the mean of a neuron that is cut can move into the bias (FLAP, An et al. 2023, arXiv
+    2312.11983), which the alignment "bias"
     or "least-squares" does.
 
     Returns:
@@ -96,8 +97,8 @@ def greedy(evidence: Evidence) -> Tensor:
     """Score neurons by the order in which greedy column selection takes them.
 
     The target is the FFN's output, in the metric M = C + beta K (C: covariance of the
-    activations, K: Jacobian Gram). The order is nested: it does not depend on how many
-    neurons are kept.
+    activations, K: Jacobian Gram, both over tokens with the weights of `moments`). The
+    order is nested: it does not depend on how many neurons are kept.
 
     Returns:
         Scores [N], float64: N for the first, N - 1 for the second; those behind `count`
@@ -117,7 +118,7 @@ def output_metric(evidence: Evidence) -> Tensor:
 
     s = tr(W C W^T) / tr(W K W^T) makes beta (`align.jacobian-weight`) a share; lambda
     is `align.ridge`. C is the covariance, or E[a a^T] where `down` has no bias that
-    could take up a mean.
+    could take up a mean. The metric is ours: the paper scores weights alone.
     """
     ffn, seen, align = evidence.ffn, evidence.seen, evidence.align
     assert seen.gram is not None
@@ -145,7 +146,8 @@ def greedy_columns(
 
     The error of a choice S is min over V of tr((V P_S - W) M (V P_S - W)^T); each step
     takes argmax_i sum_r T[r, i]^2 / d_i of the residual T = W M and diagonal d, and
-    updates both by one column of a pivoted Cholesky factor.
+    updates both by one column of a pivoted Cholesky factor. That is orthogonal least
+    squares (Chen, Billings and Luo 1989), for all rows of W at once.
 
     Args:
         target: W M [D, N], float64.
@@ -236,7 +238,8 @@ def score(
         One tensor [N] a layer.
 
     Raises:
-        FedPFTError: there is no selection of this name.
+        FedPFTError: there is no such selection, or the FM's hidden states are not
+            finite.
     """
     row = selection_of(name)
     generator = torch.Generator().manual_seed(derive_seed(seed, "saliency"))

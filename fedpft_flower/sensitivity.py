@@ -10,7 +10,7 @@ classifier reads one token of its last layer: an error of the others there costs
 nothing, and unweighted they are nearly all that an alignment looks at. No labels are
 needed. The weights are those of the FM as it is: while an adapter trains, other tokens
 may come to matter. The more unequal they are, the fewer tokens an estimate really rests
-on.
+on. Measure and weights are ours.
 """
 
 from collections.abc import Iterable, Sequence

@@ -5,13 +5,13 @@ the same adapter as the same run through Flower.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -40,16 +40,19 @@ from fedpft_flower.alignment import (
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.batches import Batch
 from fedpft_flower.config import Config, FedPFTError, Objective, derive_seed
-from fedpft_flower.descent import Progress, Schedule, Trainable
+from fedpft_flower.descent import Schedule, Trainable
 from fedpft_flower.encoding import (
     Rows,
+    check_same_tokens,
     encode,
     encode_public,
     endless_batches,
     hold_out,
     mixed_batches,
     processor_files,
+    processor_from,
     shuffled_batches,
+    within_tokens,
 )
 from fedpft_flower.evaluation import judge, metric_of
 from fedpft_flower.foundation import FoundationModel
@@ -57,9 +60,10 @@ from fedpft_flower.least_squares import Fit, refit
 from fedpft_flower.likeness import likeness
 from fedpft_flower.methods import method_of
 from fedpft_flower.moments import count_tokens
-from fedpft_flower.package import Package
+from fedpft_flower.package import Package, check_processor_file
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
+from fedpft_flower.progress import Shown, Told
 from fedpft_flower.quantisation import check_frozen
 from fedpft_flower.refinement import refine
 from fedpft_flower.selection import score, selection_of
@@ -91,7 +95,6 @@ HELD_OUT_BATCHES = 2
 CALIBRATION_TOKENS, LEAST_TOKENS = 40, 25
 # Of a layer's neurons: how many the selection is given tokens for.
 USUAL_SHARE = 0.25
-PROGRESS_SECONDS = 10.0
 
 Metrics = dict[str, Any]
 
@@ -124,15 +127,20 @@ class ProxyServer:
                 is needed and there is none.
         """
         self.config, self.method = config, method_of(config)
-        self._processor = fm.processor
         # Before it is used: whether rows were encoded earlier must not change them.
         self._processor_files = processor_files(fm.processor)
+        for name in self._processor_files:  # what no node would take ends here
+            check_processor_file(name)
+        # Rows are encoded here as at the nodes: by what was saved.
+        self._processor = processor_from(self._processor_files, fm.architecture)
+        if fm.architecture.modality == "text":
+            check_same_tokens(fm.processor, self._processor)
         self._head = fm.head
         self._modality, self._objective = fm.architecture.modality, fm.objective
         # What a run is judged by.
         self.metric = metric_of(config.data)
         self._model_config = config_fields(fm.model.config)
-        config_from(self._model_config)  # what no node would take ends here
+        config_from(self._model_config)  # the same
         _check_length(config.data.max_length, fm)
         if self.method.needs_public and public is None:
             raise FedPFTError(
@@ -189,15 +197,18 @@ class ProxyServer:
         sensitivity: Sensitivity | None = None
         if cut and selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
-            # Whatever is kept, so that a smaller sub-FM's neurons are in a larger one.
-            looked_at = max(1, round(USUAL_SHARE * max(cut)))
-            calibration, sensitivity = self._calibration(model, looked_at)
-            batches = _Shown(calibration, "choosing neurons")
+            # As many tokens whatever is kept, so that a smaller sub-FM's neurons are in
+            # a larger one; but enough for each that is kept.
+            most = max(c for c, width in zip(counts, widths, strict=True) if c < width)
+            enough = math.ceil(most * LEAST_TOKENS / CALIBRATION_TOKENS)
+            looked_at = max(round(USUAL_SHARE * max(cut)), enough)
+            calibration, sensitivity = self._calibration(model, looked_at, most)
+            batches = Shown(calibration, "choosing neurons")
         scores = score(
             model, name, counts, batches, config.align, config.seed, sensitivity
         )
         sizes = list(map(size_of, layers_of(model), ffns))
-        plan = self.method.plan(scores, sizes, config.sub_fm)
+        plan = self.method.planner(scores, sizes, config.sub_fm)
         self.selection_seconds = time.monotonic() - began
         return plan
 
@@ -265,45 +276,17 @@ class ProxyServer:
     def encode_public(self, rows: Dataset) -> Rows:
         """Encode public rows, whose labels are not used."""
         kind, data = self._modality, self.config.data
-        return encode_public(rows, self._processor, kind, data, self._objective)
-
-    def check_clients(self, nodes: int) -> int:
-        """Return how many of so many nodes train in a round.
-
-        Raises:
-            FedPFTError: more clients per round, or replies, are asked for than that.
-        """
-        count, train = self._clients(nodes), self.config.train
-        for key, wanted, there, what in (
-            ("clients-per-round", count, nodes, "nodes"),
-            ("min-replies", train.min_replies, count, "clients a round"),
-        ):
-            if wanted > there:
-                raise FedPFTError(
-                    f"train.{key} = {wanted}, but there are {there} {what}; lower it "
-                    "or add nodes"
-                )
-        return count
-
-    def _clients(self, nodes: int) -> int:
-        train = self.config.train
-        return train.clients_per_round or max(1, int(train.fraction * nodes))
-
-    def sample(self, keys: Sequence[str], current: int) -> list[str]:
-        """Choose the clients of a round; all nodes where fewer than due are there."""
-        return self._draw(keys, self._clients(len(keys)), "sample", current)
-
-    def stand_ins(
-        self, keys: Sequence[str], count: int, current: int, attempt: int
-    ) -> list[str]:
-        """Choose up to `count` clients for those that went away during a round."""
-        return self._draw(keys, count, "stand-in", current, attempt)
-
-    def _draw(self, keys: Sequence[str], count: int, *purpose: str | int) -> list[str]:
-        """Draw without replacement, by a generator of this run's own; sorted."""
-        generator = np.random.default_rng(derive_seed(self.config.seed, *purpose))
-        size = min(count, len(keys))
-        return sorted(generator.choice(sorted(keys), size=size, replace=False).tolist())
+        public = encode_public(rows, self._processor, kind, data, self._objective)
+        found = sum(public.lengths())
+        if found < data.public_tokens:
+            logger.warning(
+                "data.public-tokens = %d, and the public rows have %d; raise "
+                "data.public-rows, or give more",
+                data.public_tokens,
+                found,
+            )
+        seed = derive_seed(self.config.seed, "public tokens")
+        return within_tokens(public, data.public_tokens, seed)
 
     def lr(self, current: int) -> float:
         """Return the learning rate of a round."""
@@ -395,6 +378,9 @@ class ProxyServer:
 
         Returns:
             What selection and alignment used, and the gradient error before and after.
+
+        Raises:
+            FedPFTError: there are too few public rows, or what they give is not finite.
         """
         metrics: Metrics = {"selection-seconds": self.selection_seconds}
         if self._public is not None:
@@ -428,7 +414,8 @@ class ProxyServer:
                 needed when `wants_activity(current)`.
 
         Raises:
-            FedPFTError: the adapter does not fit or is not finite.
+            FedPFTError: the adapter does not fit or is not finite, or an alignment that
+                is due has nothing to go by, or a loss that is not finite.
         """
         self._plug_in(adapter)
         if not self._realigns_after(current):
@@ -456,7 +443,7 @@ class ProxyServer:
         if not steps or self.plan.is_whole:
             return {}
         batches = self._refinement_batches()
-        told, (before, _) = _Told("refine"), self._judge("fm", "validation")
+        told, (before, _) = Told("refine"), self._judge("fm", "validation")
         try:
             refine(self.fm, self.sub_fm, batches, self._schedule(plug.lr, steps), told)
         except FedPFTError as error:  # the trained adapter is worth keeping
@@ -658,13 +645,14 @@ class ProxyServer:
             if fit.held_out_after > fit.held_out_before:
                 logger.warning(
                     "least squares: layer %d is worse on the tokens held out; raise "
-                    "data.public-rows, align.calibration-tokens or align.ridge",
+                    "data.public-rows, data.public-tokens, align.calibration-tokens or "
+                    "align.ridge",
                     fit.layer,
                 )
 
         self._forget("sub-fm")
         most = max(len(self.plan.kept[layer]) for layer in self.plan.compressed)
-        batches, sensitivity = self._calibration(base_model(self.fm), most)
+        batches, sensitivity = self._calibration(base_model(self.fm), most, most)
         refit(
             self.fm,
             self.sub_fm,
@@ -681,26 +669,31 @@ class ProxyServer:
         }
 
     def _calibration(
-        self, model: PreTrainedModel, most: int
+        self, model: PreTrainedModel, size: int, kept: int
     ) -> tuple[list[Batch], Sensitivity | None]:
-        """Return public batches to keep so many neurons of a layer, and their weights.
+        """Return public batches of tokens for so many neurons, and their weights.
 
         The latter only where the method counts sensitivity; measured once for so many
         neurons, until the FM's adapter changes.
         """
-        batches = self._calibration_batches(model, most)
-        if most not in self._sensitive:
+        batches = self._calibration_batches(model, size, kept)
+        if size not in self._sensitive:
             model.eval()
             sites = streams(layers_of(model), ffns_of(model))
             share, seed = self.method.sensitivity, self.config.seed
-            self._sensitive[most] = measure(model, sites, batches, share, seed)
-        return batches, self._sensitive[most]
+            self._sensitive[size] = measure(model, sites, batches, share, seed)
+        return batches, self._sensitive[size]
 
-    def _calibration_batches(self, model: PreTrainedModel, most: int) -> list[Batch]:
-        """Return batches of enough public tokens to keep so many neurons of a layer."""
+    def _calibration_batches(
+        self, model: PreTrainedModel, size: int, kept: int
+    ) -> list[Batch]:
+        """Return batches of public tokens for so many neurons of a layer.
+
+        Where there are too few for those that are kept, it says so.
+        """
         assert self._public is not None
         align = self.config.align
-        wanted = align.calibration_tokens or CALIBRATION_TOKENS * most
+        wanted = align.calibration_tokens or CALIBRATION_TOKENS * size
         seed = derive_seed(self.config.seed, "calibration")
         batches, tokens = list[Batch](), 0
         for batch in shuffled_batches(self._public, align.batch_size, seed):
@@ -708,13 +701,14 @@ class ProxyServer:
                 break
             batches.append(batch)
             tokens += count_tokens(model, batch)
-        if tokens < LEAST_TOKENS * most:
+        if tokens < LEAST_TOKENS * kept:
             logger.warning(
-                "%d public tokens for %d kept neurons a layer are few; raise "
-                "data.public-rows or align.calibration-tokens to %d tokens or more",
+                "%d public tokens for %d kept neurons a layer are few; let "
+                "data.public-rows, data.public-tokens and align.calibration-tokens "
+                "give %d or more",
                 tokens,
-                most,
-                LEAST_TOKENS * most,
+                kept,
+                LEAST_TOKENS * kept,
             )
         return batches
 
@@ -729,12 +723,12 @@ class ProxyServer:
             if not count:
                 raise FedPFTError(
                     f"align.patience = {schedule.patience}, but of {len(rows)} public "
-                    "rows none can be held out; raise data.public-rows to 5 or more, "
-                    "or set align.patience = 0"
+                    "rows none can be held out; raise data.public-rows or "
+                    "data.public-tokens, or set align.patience = 0"
                 )
             kept_back, rows = hold_out(rows, count, derive_seed(seed, "held out"))
             held_out = list(shuffled_batches(kept_back, align.batch_size, seed))
-        told = _Told(what)
+        told = Told(what)
         self._forget("sub-fm")
         last = distil(
             self.fm,
@@ -768,17 +762,6 @@ class ProxyServer:
         return islice(shuffled_batches(self._public, size, seed), ACTIVITY_BATCHES)
 
 
-def average_rates(
-    rates: Sequence[Sequence[Tensor]], weights: Sequence[int]
-) -> list[Tensor]:
-    """Average the clients' inactive rates, layer by layer, weighted by examples."""
-    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    return [
-        torch.einsum("c,ck->k", shares, torch.stack(layer).double()).float()
-        for layer in zip(*[list(client) for client in rates], strict=True)
-    ]
-
-
 def _check_length(length: int, fm: FoundationModel) -> None:
     positions = getattr(fm.model.config, "max_position_embeddings", None)
     if fm.architecture.modality != "text" or positions is None:
@@ -796,59 +779,3 @@ def _prefixed(model: str, metrics: Metrics) -> Metrics:
 
 def _digits(right: Sequence[bool]) -> str:
     return "".join("1" if one else "0" for one in right)
-
-
-class _Shown:
-    """Hold batches that tell every few seconds how far a pass over them is."""
-
-    def __init__(self, batches: Sequence[Batch], what: str) -> None:
-        self._batches, self._what = batches, what
-
-    def __iter__(self) -> Iterator[Batch]:
-        began = shown = time.monotonic()
-        for number, batch in enumerate(self._batches):
-            now = time.monotonic()
-            if now - shown >= PROGRESS_SECONDS:
-                shown, share = now, 100 * number / len(self._batches)
-                logger.info("%s: %3.0f %%, %.0f s", self._what, share, now - began)
-            yield batch
-
-
-class _Told:
-    """Log a line every few seconds, and the last one; remember first and last step."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._shown = what, time.monotonic()
-        self._steps: list[Progress] = []
-
-    def __call__(self, progress: Progress) -> None:
-        self._steps = [*self._steps[:1], progress]
-        now, held_out = time.monotonic(), progress.held_out
-        if progress.done or now - self._shown >= PROGRESS_SECONDS:
-            self._shown = now
-            logger.info(
-                "%s: %3.0f %%, %d steps, %d tokens, loss %.4f%s, %.0f s",
-                self._what,
-                100 * progress.share,
-                progress.steps,
-                progress.tokens,
-                progress.loss,
-                f" (held out {held_out:.4f})" if held_out is not None else "",
-                progress.seconds,
-            )
-        if progress.done and progress.share < 1.0:
-            logger.info(
-                "%s: ended, the held-out loss no longer falls; its best weights stay",
-                self._what,
-            )
-
-    def metrics(self) -> Metrics:
-        """Return what was used, and the loss of the first and the last step."""
-        first, last = self._steps[0], self._steps[-1]
-        return {
-            "steps": last.steps,
-            "tokens": last.tokens,
-            "seconds": last.seconds,
-            "loss-first": first.loss,
-            "loss-last": last.loss,
-        }

@@ -1,7 +1,8 @@
-"""Say which code and which libraries run here."""
+"""Say which code and which libraries run here, and keep these from talking."""
 
 import hashlib
 import platform
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,19 @@ def source_hash() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def quiet() -> None:
+    """Turn off the reports and progress bars of the libraries that load."""
+    # Here, since a node's process may load neither.
+    import datasets
+    import transformers
+
+    # PEFT asks models for a name that transformers is about to drop.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 @cache

@@ -152,7 +152,7 @@ class Spec:
             FedPFTError: the settings name a number of neurons too.
         """
         config = self._config(task, partition, method)
-        if METHODS[config.method].plan is keep_all:
+        if METHODS[config.method].planner is keep_all:
             return [1.0]
         if config.sub_fm.keep_neurons:
             if "kept" in self._table:

@@ -1,7 +1,6 @@
 """Show how a run stands, from its directory alone (`fedpft-status`)."""
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -14,7 +13,7 @@ from fedpft_flower.config import Config, FedPFTError, flatten, one_line
 from fedpft_flower.disk import last_used
 from fedpft_flower.endings import one_line_end
 from fedpft_flower.evaluation import metric_of
-from fedpft_flower.report import LOG
+from fedpft_flower.report import LOG, is_finished, read_rounds, runs_root
 from fedpft_flower.server import Metrics
 from fedpft_flower.wording import duration, last_part, size
 
@@ -46,7 +45,7 @@ class Status:
         try:
             flat = flatten(tomllib.loads((path / "config.toml").read_text()))
             config = Config.from_run_config(flat)
-            rounds = [json.loads(line) for line in _lines(path / "metrics.jsonl")]
+            rounds = read_rounds(path)
             written = max(map(last_used, path.iterdir()))
         except (OSError, ValueError) as error:
             raise FedPFTError(
@@ -58,7 +57,7 @@ class Status:
             config,
             rounds,
             _lines(path / LOG),
-            (path / "summary.json").is_file(),
+            is_finished(path),
             _is_locked(path / ".lock"),
             time.time() - written,
         )
@@ -71,10 +70,14 @@ class Status:
         if self.locked is None:
             return f"not finished; last written {duration(self.age)} ago"
         if self.locked:
-            over = self.rounds and self.rounds[-1]["round"] == self.config.rounds
-            doing = "ending: refinement, test, results" if over else "running"
+            doing = "ending: refinement, test, results" if self.is_over else "running"
             return f"{doing}; last written {duration(self.age)} ago"
         return f"stopped {duration(self.age)} ago; go on with resume={self.path}"
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether no round is to come: all are done, or it stopped early."""
+        return bool(self.rounds) and self.rounds[-1].get("last", False)
 
     @property
     def seconds_left(self) -> float | None:
@@ -82,10 +85,9 @@ class Status:
         seconds: list[float] = [
             entry["seconds"] for entry in self.rounds if entry["round"]
         ]
-        left = self.config.rounds - len(seconds)
-        if self.finished or not seconds or not left:
+        if self.finished or self.is_over or not seconds:
             return None
-        return statistics.median(seconds) * left
+        return statistics.median(seconds) * (self.config.rounds - len(seconds))
 
     def nodes(self) -> dict[str, tuple[int, int, str]]:
         """Return for every node: its last round, rounds it took, how the last went."""
@@ -196,8 +198,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     with one_line_end():
-        root = os.environ.get("FEDPFT_OUT") or Config().out_dir
-        place = options.run or _newest(Path.home() / Path(root).expanduser())
+        place = options.run or _newest(runs_root(Config().out_dir))
         status = Status.read(place.expanduser().absolute())
         print(render(status), flush=True)
         while options.watch and not status.finished and status.locked is not False:

@@ -8,12 +8,15 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from torch import Tensor
 
+from fedpft_flower.activity import average_rates
 from fedpft_flower.adapters import Adapter
 from fedpft_flower.config import FedPFTError, one_line
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.privacy import Privacy
-from fedpft_flower.server import Metrics, ProxyServer, average_rates
+from fedpft_flower.sampling import sample, stand_ins
+from fedpft_flower.server import Metrics, ProxyServer
 from fedpft_flower.strategies import shortage
+from fedpft_flower.tasks import task_of
 from fedpft_flower.wire import (
     ARRAYS,
     METRICS,
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 class FedPFT(Strategy):
     """Train adapters on the sub-FM and plug them into the server's FM.
 
-    Sampling, learning rate and alignment are the `ProxyServer`'s; averaging is the
+    Learning rate and alignment are the `ProxyServer`'s; averaging is the
     inner Flower strategy's, where there is `privacy` with clipping and noise.
     """
 
@@ -87,7 +90,8 @@ class FedPFT(Strategy):
         """Run the rounds behind `done`, until the last one, `stopped`, or no privacy.
 
         Takes the place of Flower's loop, which can neither resume, try a round again,
-        nor stop early; the arguments and hooks are the same.
+        nor stop early; the arguments are the same, and so are the hooks of training.
+        Those of federated evaluation are not called: only the server evaluates.
 
         Raises:
             RoundError: a round failed as often as `train.max-retries` allows.
@@ -139,7 +143,9 @@ class FedPFT(Strategy):
             try:
                 messages = self.configure_train(current, arrays, request, grid)
                 replies = grid.send_and_receive(messages, timeout=timeout)
-                return self.aggregate_train(current, replies)
+                ended = self.aggregate_train(current, replies)
+                self._sent, self._good = [], {}  # as large as all clients' adapters
+                return ended
             except RoundError as error:
                 problem = error
                 logger.warning("try %d of %d failed: %s", attempt + 1, tries, error)
@@ -193,16 +199,17 @@ class FedPFT(Strategy):
 
     def _choose(self, current: int) -> list[int]:
         """Return the nodes to ask: at a new try those that failed, or stand-ins."""
+        config = self.server.config
         nodes = {n.key: number for number, n in self.federation.nodes.items()}
         if not self._asked:
-            self._asked = self.server.sample(list(nodes), current)
+            self._asked = sample(config, list(nodes), current)
         lacking = [key for key in self._asked if key not in self._good]
         there = [key for key in lacking if key in nodes]
         others = sorted(nodes.keys() - {*self._asked})
         gone = len(lacking) - len(there)
-        stand_ins = self.server.stand_ins(others, gone, current, self._attempt)
-        self._asked += stand_ins
-        return [nodes[key] for key in sorted([*there, *stand_ins])]
+        new = stand_ins(config, others, gone, current, self._attempt)
+        self._asked += new
+        return [nodes[key] for key in sorted([*there, *new])]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -334,11 +341,12 @@ class FedPFT(Strategy):
         good, bad = [], {}
         for reply in replies:
             name = federation.sender(reply)
-            reason = self._problem(reply)
+            reason = one_line(self._problem(reply))
             if reason:
                 logger.warning("%s is left out: %s", name, reason)
-                bad[name] = one_line(reason)
+                bad[name] = reason
             else:
+                self._bound_weight(name, reply)
                 good.append(reply)
         answered = {federation.grid.node_of(reply) for reply in replies}
         for node, name in names.items():
@@ -382,7 +390,7 @@ class FedPFT(Strategy):
     def _check(self, reply: Message) -> None:
         content = reply.content
         found = [*content.array_records, *content.metric_records]
-        if found != [ARRAYS, METRICS]:
+        if found != [ARRAYS, METRICS] or content.config_records:
             raise FedPFTError("it is not one adapter with metrics")
         statistics, others = split_rates(metrics_of(reply))
         known, told = train_metrics(self.server.config), metrics_of(reply)
@@ -401,6 +409,25 @@ class FedPFT(Strategy):
         moved = self.server.check_update(adapter)
         if self.privacy is not None:
             self.privacy.check_moved(moved, self.server.adapter)
+
+    def _bound_weight(self, name: str, reply: Message) -> None:
+        """Let a reply weigh no more than the rows that its node came with.
+
+        Where text is generated blocks are counted, and a text makes as many as it is
+        long: there what a node says is its weight.
+        """
+        node = self.federation.nodes.get(self.federation.grid.node_of(reply))
+        task, said = self.server.config.data.task, metrics_of(reply)["num-examples"]
+        if node is None or task_of(task).objective == "generate":
+            return
+        if said > node.examples:
+            logger.warning(
+                "%s says that it learnt from %d rows and came with %d, which count",
+                name,
+                said,
+                node.examples,
+            )
+            reply.content.metric_records[METRICS]["num-examples"] = node.examples
 
 
 def _named(reasons: Mapping[str, str]) -> list[str]:

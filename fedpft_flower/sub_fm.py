@@ -30,8 +30,10 @@ from fedpft_flower.plan import MOST_LAYERS, Plan
 
 # Bounds on what a received config may ask for.
 MOST_ENTRIES, MOST, MOST_FLOAT = 100_000, 2e7, 1e12
+# Fields that have an entry for each layer.
+_BY_LAYER = ("layer_types", "no_rope_layers")
 # Fields that models of many families read although their configs declare none such.
-_UNDECLARED = {"head_dim"}
+_UNDECLARED = {"head_dim", "is_causal"}
 
 
 def build_sub_fm(
@@ -66,8 +68,9 @@ def build_skeleton(
     config = copy.deepcopy(fm_config)
     config.dtype = torch.float32
     config.num_hidden_layers = len(plan.layers)
-    if kinds := getattr(config, "layer_types", None):  # one entry a layer
-        config.layer_types = [kinds[layer] for layer in plan.layers]
+    for name in _BY_LAYER:
+        if kinds := getattr(config, name, None):
+            setattr(config, name, [kinds[layer] for layer in plan.layers])
     widths = {len(plan.kept[layer]) for layer in plan.layers}
     if row.width_field and len(widths) == 1:
         setattr(config, row.width_field, widths.pop())

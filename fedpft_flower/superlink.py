@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import psutil
@@ -129,7 +128,7 @@ def wait_until_up(
         try:
             with urlopen(url, timeout=2, context=trust):
                 return
-        except (URLError, OSError):
+        except OSError:
             time.sleep(0.2)
     tail = log.read_text(errors="replace").strip().splitlines()[-3:]
     raise FedPFTError(f"the SuperLink did not start: {' | '.join(tail)}")
@@ -220,6 +219,7 @@ def run_app(
     federation: str,
     environment: Mapping[str, str],
     show: Callable[[str], None],
+    meanwhile: Callable[[], None],
 ) -> Failure | None:
     """Run an app by `flwr run`, and stream what it says.
 
@@ -229,6 +229,7 @@ def run_app(
         federation: Flower's settings of the simulation.
         environment: of Flower's commands.
         show: takes every line of the stream.
+        meanwhile: what to do while it starts; what this raises stops it.
 
     Returns:
         None if the run completed.
@@ -249,6 +250,7 @@ def run_app(
     )
     lines: list[str] = []
     try:
+        meanwhile()
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(_ANSI.sub("", line.rstrip()))

@@ -19,13 +19,9 @@ from matplotlib.ticker import MaxNLocator
 
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.disk import put
-from fedpft_flower.evaluation import is_better, metric_of
-from fedpft_flower.protection import BY_ROW
+from fedpft_flower.evaluation import is_better, metric_of, metric_row
 from fedpft_flower.report import aligned_error
 from fedpft_flower.spec import Cell, Spec
-
-# Metrics whose gaps are shown in points.
-_POINTS = (*BY_ROW, "macro-f1", "matthews", "token-accuracy")
 
 
 @dataclass(frozen=True)
@@ -436,14 +432,15 @@ def _gap(ones: list[Result], others: list[Result], spec: Spec) -> tuple[str, str
     if not pairs:
         return "-", "-"
     metric = pairs[0][0].metric
-    scale, unit, digits = (100, " points", 1) if metric in _POINTS else (1, "", 2)
+    row = metric_row(metric)
+    scale, unit, digits = (100, " points", 1) if row.in_points else (1, "", 2)
     by_seed = [scale * (a.test("fm") - b.test("fm")) for a, b in pairs]
     mean = statistics.mean(by_seed)
     each = ", ".join(f"{one:+.{digits}f}" for one in by_seed)
     rights = [(_hits(one), _hits(other)) for one, other in pairs]
     told = f" [{_seeds(len(pairs))}]" if len(pairs) < len(spec.seeds) else ""
     sizes = {len(hits) for pair in rights for hits in pair}
-    if metric not in BY_ROW or len(sizes) > 1 or not max(sizes):
+    if not row.by_row or len(sizes) > 1 or not max(sizes):
         return f"{mean:+.2f}{unit}{told}", each
     low, high = interval(np.stack([scale * (one - other) for one, other in rights]))
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){unit}{told}", each

@@ -6,10 +6,12 @@ generation `text`, or `prompt` and `response`. All have `client` where a column 
 whose they are.
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,14 @@ from fedpft_flower.config import (
     FedPFTError,
     Modality,
     Objective,
+    OwnRowsError,
     PartitionConfig,
     derive_seed,
     names_in,
 )
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.reading import (
+    Row,
     Splits,
     cast_input,
     choose_columns,
@@ -109,13 +113,14 @@ def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
 
     Raises:
         FedPFTError: the files cannot be read or have other columns, or a label is
-            outside the set.
+            outside the set (an `OwnRowsError` where that quotes the rows).
     """
     task = task_of(config.task)
     if task.inputs is None:
-        raise FedPFTError(
-            f"data-path = {config.path!r} is not used by data.task = {config.task!r}; "
-            f"set data.task to {_own_tasks()}"
+        why = f"is not used by data.task = {config.task!r}; set data.task to"
+        raise OwnRowsError(
+            f"data-path = {config.path!r} {why} {_own_tasks()}",
+            f"data-path {why} {_own_tasks()}",
         )
     source = source_of(config, "data-path", hub=False)
     rows = _split(source, config.train_split, "train-split")
@@ -168,9 +173,15 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     are aligned on inputs like the task's.
 
     Raises:
-        FedPFTError: there is no public corpus, or it cannot be read.
+        FedPFTError: there is no public corpus, it cannot be read, or a budget of
+            tokens is set for images.
     """
     task = task_of(config.task)
+    if config.public_tokens and task.modality == "image":
+        raise FedPFTError(
+            f"data.public-tokens = {config.public_tokens} bounds public texts, and "
+            f"data.task = {config.task!r} has images; use data.public-rows"
+        )
     if config.public_path:
         public = _own_public(config, seed)
     elif task.public is not None:
@@ -183,8 +194,16 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
     if not len(public):
         raise FedPFTError("data.public-path has no usable row; give another corpus")
     public = _sample(public, config.public_rows, seed, "public")
-    pairs = task.inputs is not None and "text_pair" in task.inputs(config)
-    if pairs and "text_pair" not in public.column_names:
+    if config.public_tokens:  # not all of a corpus need be tokenised
+        order = np.random.default_rng(derive_seed(seed, "public tokens"))
+        shuffled = order.permutation(len(public)).tolist()
+        columns = [
+            name for name in ("text", "text_pair") if name in public.column_names
+        ]
+        rows = (public[row] for row in shuffled)
+        count = len(list(_enough(config, columns, rows)))
+        public = public.select(sorted(shuffled[:count]))
+    if _takes_pairs(config) and "text_pair" not in public.column_names:
         public = paired(public, seed)
     return public
 
@@ -192,13 +211,45 @@ def load_public(config: DataConfig, seed: int) -> Dataset:
 def _public_split(config: DataConfig, seed: int) -> Dataset:
     """Return the split of the public corpus; of one on a hub no more than needed."""
     path, subset, name = config.public_path, config.public_subset, config.public_split
-    if config.public_rows and is_on_hub(path):
+    if (config.public_rows or config.public_tokens) and is_on_hub(path):
+        columns = names_in(config.public_column) or ("text",)
+        enough = partial(_enough, config, columns)
         drawn = derive_seed(seed, "public rows")
-        return read_sample(
-            path, "data.public-path", subset, name, config.public_rows, drawn
-        )
+        return read_sample(path, "data.public-path", subset, name, drawn, enough)
     place = replace(config, path=path, subset=subset)
     return _split(source_of(place, "data.public-path"), name, "data.public-split")
+
+
+# Tokens of a pair that is made of two sentences of a text, at least.
+_PAIR = 10
+
+
+def _enough(
+    config: DataConfig, columns: Sequence[str], rows: Iterable[Row]
+) -> Iterator[Row]:
+    """Yield rows up to `public_rows`, and to what has `public_tokens` for sure.
+
+    A word is a token at least, and so are eight letters of a script without spaces; a
+    row that is cut has no more tokens than `max_length`.
+    """
+    task, tokens = task_of(config.task), 0.0
+    whole = config.public_long == "blocks" or (
+        task.objective == "generate" and not config.public_long
+    )
+    most = math.inf if whole else config.max_length
+    pairs = _takes_pairs(config) and len(columns) == 1
+    for row in islice(rows, config.public_rows or None):
+        yield row
+        texts = [str(row.get(column) or "") for column in columns]
+        least = sum(max(len(text.split()), len(text) // 8) for text in texts)
+        tokens += min(most, _PAIR if pairs else least)
+        if 0 < config.public_tokens <= tokens:
+            return
+
+
+def _takes_pairs(config: DataConfig) -> bool:
+    task = task_of(config.task)
+    return task.inputs is not None and "text_pair" in task.inputs(config)
 
 
 def _own_public(config: DataConfig, seed: int) -> Dataset:
@@ -585,9 +636,12 @@ def _labelled(part: Dataset, names: Sequence[str], split: str) -> Dataset:
     places = {name: i for i, name in enumerate(names)}
     outside = sorted(set(texts) - places.keys())
     if outside:
-        raise FedPFTError(
-            f"label {outside[0]!r} in {split} is outside the label set "
-            f"({', '.join(names)}); mend the data or set data.labels"
+        known = f"the label set ({', '.join(names)})"
+        raise OwnRowsError(
+            f"label {outside[0]!r} in {split} is outside {known}; mend the data or set "
+            "data.labels",
+            f"{len(outside)} labels in {split} are outside {known}; this node's log "
+            "has one of them",
         )
     rest = part.remove_columns("label")
     return rest.add_column("label", [places[text] for text in texts])

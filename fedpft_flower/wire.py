@@ -29,7 +29,6 @@ from flwr.app import (
     Array,
     ArrayRecord,
     Context,
-    Error,
     Message,
     MetricRecord,
     RecordDict,
@@ -41,28 +40,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedpft_flower.codec import (
-    REFUSED,
-    UNTOLD,
-    codec_of,
     decode_arrays,
     decode_weights,
     encode_arrays,
     encode_weights,
     recode,
 )
-from fedpft_flower.config import Config, FedPFTError, one_line
+from fedpft_flower.config import Config, FedPFTError, OwnRowsError, one_line
 from fedpft_flower.disk import cache_dir, last_used
-from fedpft_flower.package import Package
+from fedpft_flower.mods import codec_of
+from fedpft_flower.package import Package, check_processor_file
 from fedpft_flower.plan import Plan
+from fedpft_flower.refusals import UNTOLD, refusal
 
 logger = logging.getLogger(__name__)
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 HELLO, INSTALL, TRAIN = "query.hello", "query.install", "train"
-# What Flower raises where a reply is not what it says; connections fail otherwise.
+# What Flower raises where a reply is not what it says, or says that it is more than
+# there is room for; connections fail otherwise.
 _UNREADABLE = (
     *(AttributeError, LookupError, RecursionError, TypeError, ValueError),
-    *(DecodeError, struct.error),
+    *(DecodeError, MemoryError, struct.error),
 )
 _EXPIRED = {3, 4}  # Flower's error codes for a message and a reply that lived too long
 PACKAGE = "package"  # key of a package's JSON in an install
@@ -135,21 +134,25 @@ def one_line_errors(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     def handle(message: Message, context: Context) -> Message:
+        told = ""  # where it is not the whole reason
         try:
             return handler(message, context)
         except FedPFTError as error:
             reason = str(error)
+            if isinstance(error, OwnRowsError) and "data-path" in context.node_config:
+                told = error.told
         except Exception as error:  # a hostile message may raise anything
             logger.exception("a message could not be handled")
-            what = f"{type(error).__name__}: {last_line(str(error))}"
-            kind = message.metadata.message_type
-            reason = f"a {kind} message cannot be handled ({what}); see this node's log"
-        site = context.node_config.get("site")
-        reason = one_line(f"{site}: {reason}" if site else reason)
-        logger.error("%s", reason)
+            kind, name = message.metadata.message_type, type(error).__name__
+            cannot = f"a {kind} message cannot be handled ({name}"
+            reason = f"{cannot}: {last_line(str(error))}); see this node's log"
+            if "data-path" in context.node_config:  # it may quote a row
+                told = f"{cannot}); see this node's log"
+        logger.error("%s", one_line(reason))
         if context.run_config.get("privacy.mechanism", "none") != "none":
-            reason = one_line(f"{site}: {UNTOLD}" if site else UNTOLD)
-        return Message(Error(REFUSED, reason), reply_to=message)
+            told = UNTOLD
+        site, told = context.node_config.get("site"), told or reason
+        return refusal(message, f"{site}: {told}" if site else told)
 
     return handle
 
@@ -261,8 +264,6 @@ def package_hash(tensors: Mapping[str, Tensor], text: str) -> str:
 
 # ------------------------------------------------------------------------- the store
 
-# What tokenizers and image processors are saved as; nothing there runs or is unpickled.
-_PROCESSOR_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _HASH = re.compile("[0-9a-f]{64}")
 
 
@@ -274,7 +275,7 @@ class Store:
     """
 
     # Copies beyond the newest so many are removed, if no run used them for so long.
-    KEEP, UNUSED_SECONDS = 4, 3600.0
+    KEEP, UNUSED_SECONDS = 4, 600.0
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root or cache_dir() / "sub-fms"
@@ -326,13 +327,7 @@ class Store:
             (draft / "package.json").write_text(text, encoding="utf-8")
             (draft / "processor").mkdir()
             for name, body in json.loads(text)["files"].items():
-                if Path(name).name != name:
-                    raise FedPFTError(f"processor file name {name!r} leaves its folder")
-                if Path(name).suffix not in _PROCESSOR_SUFFIXES:
-                    raise FedPFTError(
-                        f"processor file {name!r} is none of "
-                        f"{', '.join(_PROCESSOR_SUFFIXES)}, which hold data only"
-                    )
+                check_processor_file(name)
                 (draft / "processor" / name).write_bytes(base64.b64decode(body))
             if _read(draft, content) is None:
                 raise FedPFTError(
@@ -373,9 +368,11 @@ class Store:
         copies = [self.directory(content) for content in self.hashes()]
         drafts = self._root.glob("*.partial")  # of processes that were killed, maybe
         for old in [*sorted(copies, key=last_used)[: -self.KEEP], *drafts]:
-            if time.time() - last_used(old) < self.UNUSED_SECONDS:
-                continue
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process has renamed it
+                # What is being written is as old as its newest file.
+                used = max(map(last_used, [old, *old.glob("*")]))
+                if time.time() - used >= self.UNUSED_SECONDS:
+                    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read(directory: Path, content: str) -> tuple[dict[str, Tensor], str] | None:
@@ -383,9 +380,14 @@ def _read(directory: Path, content: str) -> tuple[dict[str, Tensor], str] | None
     try:
         text = (directory / "package.json").read_text(encoding="utf-8")
         tensors = load_file(directory / "weights")
-    except Exception:  # safetensors has no public error class for a cut file
+        if package_hash(tensors, text) != content:
+            return None
+        for name, body in json.loads(text)["files"].items():
+            if (directory / "processor" / name).read_bytes() != base64.b64decode(body):
+                return None
+    except (OSError, ValueError, SafetensorError):  # gone, no UTF-8, cut
         return None
-    return (tensors, text) if package_hash(tensors, text) == content else None
+    return tensors, text
 
 
 # --------------------------------------------------------------- changes of a package
@@ -471,7 +473,16 @@ class Ledger:
         Returns:
             Its bytes, all kinds together.
         """
-        sizes = message_bytes(message)
+        return self.add(direction, message_bytes(message), logical, sent)
+
+    def add(
+        self,
+        direction: str,
+        sizes: Mapping[str, int],
+        logical: bool = True,
+        sent: bool = True,
+    ) -> int:
+        """Count what a message has, kind -> bytes; return the sum."""
         for kind, size in sizes.items():
             self.logical[self.round, direction, kind] += size if logical else 0
             self.sent[self.round, direction, kind] += size if sent else 0
@@ -564,7 +575,7 @@ def unpack_rates(metrics: Mapping[str, Any]) -> list[Tensor]:
 class CountingGrid(Grid):
     """Count the bytes of every exchange, poll promptly, and know who replied."""
 
-    POLL_SECONDS = 0.2
+    POLL_SECONDS, LEAST_SECONDS = 0.2, 0.02  # between two questions for replies
 
     def __init__(self, grid: Grid, ledger: Ledger) -> None:
         self._grid, self.ledger = grid, ledger
@@ -677,6 +688,7 @@ class CountingGrid(Grid):
         replies: list[Message] = []
         deadline = None if timeout is None else time.monotonic() + timeout
         while waiting:
+            began = time.monotonic()
             for reply in self.pull_messages(list(waiting)):
                 answered = reply.metadata.reply_to_message_id
                 if answered not in waiting:
@@ -686,7 +698,9 @@ class CountingGrid(Grid):
                 replies.append(reply)
             if not waiting or (deadline and time.monotonic() > deadline):
                 break
-            time.sleep(self.POLL_SECONDS)
+            # A cheap question is asked often, an expensive one seldom.
+            took = time.monotonic() - began
+            time.sleep(min(self.POLL_SECONDS, max(self.LEAST_SECONDS, 10 * took)))
         return replies
 
     def send_and_receive(

@@ -1,4 +1,4 @@
-"""Say sizes, times, places and nodes as people read them."""
+"""Say sizes, times, shares, places and nodes as people read them."""
 
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -21,6 +21,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage with one decimal."""
+    return f"{100 * share:.1f} %"
 
 
 def last_part(name: str) -> str:

@@ -56,6 +56,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "roberta": _TEXT,
     "xlm-roberta": _TEXT,
     "camembert": _TEXT,
+    "ernie": _TEXT,
     "electra": {**_TEXT, "embedding_size": 8},
     # As in DeBERTa-v3, and with the convolution of v2's largest models.
     "deberta-v2": {
@@ -113,7 +114,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": _DECODER,
     "gemma2": {**_DECODER, "sliding_window": 4},
     "gemma3_text": {**_DECODER, "sliding_window": 4, "sliding_window_pattern": 2},
+    "olmo": {**_DECODER, "initializer_range": 0.2},
     "olmo2": {**_DECODER, "initializer_range": 0.2},
+    "olmo3": {**_DECODER, "initializer_range": 0.2, "sliding_window": 4},
+    "smollm3": {**_DECODER, "no_rope_layer_interval": 2},
+    "arcee": {**_DECODER, "initializer_range": 0.2},
+    "phi": {**_DECODER, "initializer_range": 0.2},
     "phi3": {**_DECODER, "initializer_range": 0.2},
     "starcoder2": _DECODER,
     "vit": _IMAGE,

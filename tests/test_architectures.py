@@ -321,7 +321,7 @@ def test_plug_in_renumbers_the_layers_of_an_emulator(family, tmp_path):
     left, right = get_adapter(fm), adapter
     for (name, tensor), (small, sent) in zip(left.items(), right.items(), strict=True):
         assert torch.equal(tensor, sent)
-        assert name == small.replace(".2.", ".4.", 1) or ".2." not in small
+        assert name == small.replace(".2.", ".4.", 1)
     assert {n.split(".lora_")[0] for n in left if ".1." in n or ".2." in n} == set()
     export_adapter(fm, tmp_path)
     stock = PeftModel.from_pretrained(tiny_model(family, layers=5), str(tmp_path))

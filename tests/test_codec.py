@@ -13,12 +13,12 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 
 from fedpft_flower.codec import (
-    codec_mod,
     decode_arrays,
     decode_weights,
     encode_arrays,
     encode_weights,
 )
+from fedpft_flower.mods import codec_mod
 from fedpft_flower.wire import apply_delta, make_delta, pack_tensors, unpack_tensors
 from tests.test_federation import results, run
 

@@ -331,6 +331,21 @@ def test_a_run_that_ended_and_was_not_kept_is_not_run_again(
     assert compare._unkept(runs, engine[0].flat()) is None
 
 
+def test_a_stopped_run_that_cannot_be_read_is_not_begun_anew(
+    spec_file, engine, tmp_path
+):
+    out, cell = tmp_path / "out", Spec(spec_file).all_cells[0]
+    place = out / "runs" / f"{cell.name}-n{Spec(spec_file).nodes}" / "7"
+    (place / "checkpoints" / "round-000001").mkdir(parents=True)
+    (place / "config.toml").write_text("rounds = ")
+    compared(spec_file, out)
+    failed = json.loads((out / "cells" / f"{cell.name}.failed.json").read_text())
+    assert f"cannot read how {place} was run" in failed["reason"]
+    begun = {config.out_dir.rpartition("/")[2] for config in engine}
+    assert place.parent.name not in begun
+    assert engine  # the others went on
+
+
 def test_a_run_that_cannot_be_resumed_starts_anew_but_for_what_it_released(
     spec_file, engine, tmp_path, monkeypatch
 ):

@@ -45,7 +45,9 @@ def test_every_way_gives_nearly_the_same_gradient(family):
         found = gradient(fm, batch, how)
         assert found.dtype == torch.float32
         assert not torch.equal(found, expected)  # it was computed in other numbers
-        assert float((found - expected).norm() / expected.norm()) < 0.25
+        # Qwen 3 norms queries and keys, here of eight numbers each.
+        most = 0.25 if family == "qwen3" else 0.15
+        assert float((found - expected).norm() / expected.norm()) < most
         assert base_model(fm).config._attn_implementation == attention
     assert torch.equal(gradient(fm, batch, Compute()), expected)
 
@@ -137,6 +139,7 @@ def test_a_run_in_bfloat16_says_so_and_ends_near_one_in_float32(
     local_grid, settings, tmp_path, monkeypatch
 ):
     settings |= {"rounds": 2, "plug-in.steps": 3}
+    settings |= {"train.lr": 0.005, "train.local-steps": 8}
     monkeypatch.setattr(compute, "has_bf16", lambda device: True)
     losses = []
     for number, precision in enumerate(("fp32", "bf16", "auto")):
@@ -151,9 +154,12 @@ def test_a_run_in_bfloat16_says_so_and_ends_near_one_in_float32(
             told = {one["bf16"] for one in entry["per-client"].values()}
             expected = {"fp32": {0.0}, "bf16": {1.0}, "auto": {0.0, 1.0}}
             assert told and told <= expected[precision]
+        start = summary["test-before"]["fm-loss"]
         losses.append(summary["test-after"]["fm-loss"])
     assert losses[0] != losses[1]
-    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.05)
+    learnt = start - losses[0]
+    assert learnt > 0
+    assert all(abs(loss - losses[0]) < 0.1 * learnt for loss in losses[1:])
     assert list((cache_dir() / "compute").iterdir())  # what was tried is kept
 
 

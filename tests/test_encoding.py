@@ -13,6 +13,7 @@ from fedpft_flower.encoding import (
     encode,
     endless_batches,
     shuffled_batches,
+    within_tokens,
 )
 
 
@@ -52,6 +53,25 @@ def test_rows_of_a_batch_are_of_similar_length(bert_directory):
         next(shuffled_batches(rows, 8, seed=s))["input_ids"].shape[1] for s in range(6)
     ]
     assert len(set(first)) > 1  # short batches do not always come first
+
+
+def test_a_budget_of_tokens_takes_whole_rows_drawn_at_random(bert_directory):
+    tokenizer = AutoTokenizer.from_pretrained(bert_directory)
+    texts = ["good " * (1 + 7 * i % 30) for i in range(64)]
+    rows = TextRows(Dataset.from_dict({"text": texts}), tokenizer, 64)
+    lengths, everything = rows.lengths(), sum(rows.lengths())
+    for budget in (40, 200, everything // 2, everything - 1):
+        used = within_tokens(rows, budget, seed=1).lengths()
+        assert budget - max(lengths) < sum(used) <= budget
+        most = within_tokens(rows, everything - 1, seed=1).lengths()
+        assert most[: len(used)] == used  # nested
+    half = within_tokens(rows, everything // 2, seed=1).lengths()
+    assert half != lengths[: len(half)]
+    assert half != within_tokens(rows, everything // 2, seed=2).lengths()
+    for budget in (0, everything):
+        assert within_tokens(rows, budget, seed=1).lengths() == lengths
+    with pytest.raises(FedPFTError, match=r"public-tokens = 2 holds no public row"):
+        within_tokens(rows, 2, seed=1)
 
 
 @pytest.fixture

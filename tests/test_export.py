@@ -304,6 +304,11 @@ def test_what_cannot_be_exported_ends_in_one_line_and_leaves_nothing(
     weights.unlink()
     refused("cannot read .*adapter_model")
     weights.write_bytes(held)
+    noted = (place / "manifest.json").read_text()
+    unsigned = {k: v for k, v in json.loads(noted).items() if "adapter" not in k}
+    (place / "manifest.json").write_text(json.dumps(unsigned))
+    refused("is not the adapter that the run ended with")
+    (place / "manifest.json").write_text(noted)
     told = json.loads((place / "summary.json").read_text())
     del told["refinement"]
     (place / "summary.json").write_text(json.dumps(told))

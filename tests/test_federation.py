@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    RecordDict,
+)
 from flwr.serverapp.strategy import FedAvg
 from google.protobuf.message import DecodeError
 from safetensors.torch import load_file
@@ -127,7 +135,7 @@ def test_a_refinement_that_fails_does_not_fail_the_run(
     told = {"kept": False, "error": "its loss is nan; lower plug-in.lr"}
     assert summary["refinement"] == told
     assert summary["test-after"] == summary["test-plain"]
-    assert manifest["plugged-in-sha256"] == manifest["adapter-sha256"]
+    assert manifest["final-adapter-sha256"] == manifest["adapter-sha256"]
     assert "lower plug-in.lr" in (place / "report.html").read_text()
 
 
@@ -223,7 +231,9 @@ def lossy(local_grid, spoils):
     return Lossy
 
 
-@pytest.mark.parametrize("error", [DecodeError("no message"), IndexError("no child")])
+@pytest.mark.parametrize(
+    "error", [DecodeError("no message"), IndexError("no child"), MemoryError()]
+)
 def test_a_reply_that_flower_cannot_read_does_not_end_the_run(
     local_grid, settings, error
 ):
@@ -346,7 +356,6 @@ def test_train_messages_carry_one_array_record_and_install_comes_once(
     assert len(trains) == 9
     assert all(list(m.content.array_records) == ["arrays"] for m in trains)
     _, rounds, _, manifest = results(settings)
-    assert len(Store().hashes()) >= 1
     assert manifest["sub-fm-sha256"] in Store().hashes()
     table = rounds[1]["bytes"]["down-install"]
     assert table["logical"] == 3 * table["sent"] > 0
@@ -437,6 +446,14 @@ def with_metrics(change):
     return replace
 
 
+def with_record(name):
+    def replace(message, reply):
+        reply.content[name] = ConfigRecord({"text": "x"})
+        return reply
+
+    return replace
+
+
 def poison(arrays):
     next(iter(arrays.values())).flat[0] = np.nan
     return arrays
@@ -453,6 +470,7 @@ def poison(arrays):
         (with_arrays(lambda a: {k: v.astype(">f4") for k, v in a.items()}), ""),
         (with_metrics(lambda m: m.pop("peak-memory")), "its metrics are"),
         (with_metrics(lambda m: m.update({"num-examples": 0})), "not positive"),
+        (with_record("note"), "not one adapter with metrics"),
         (with_metrics(lambda m: m.update({"train_loss": np.inf})), "is outside [0"),
         (with_metrics(lambda m: m.update({"inactive-rates.0": [0.5]})), "shape"),
         (with_metrics(lambda m: m.update({"inactive-rates.x": [0.5]})), "unusable"),
@@ -477,6 +495,54 @@ def test_a_bad_reply_is_left_out_named_and_counted(local_grid, settings, change,
     ]
     assert table["partition-000001"]["outcome"] == failures["partition-000001"]
     assert summary["failures"] == 1
+
+
+def test_a_machine_builds_a_sub_fm_once_for_all_its_nodes(
+    local_grid, settings, monkeypatch
+):
+    settings |= {"rounds": 3, "train.clients-per-round": NODES, "align.every": 2}
+    client.forget_sub_fm()
+    built, real = [], client.build_from_package
+
+    def counting(package, *arguments):
+        built.append(package)
+        return real(package, *arguments)
+
+    monkeypatch.setattr(client, "build_from_package", counting)
+    run(local_grid, settings)
+    assert len(built) == 2  # of fedpft: the first sub-FM, and the realigned one
+
+
+def test_a_reply_weighs_no_more_than_the_rows_that_its_node_came_with(
+    local_grid, settings
+):
+    settings |= {"rounds": 1, "train.clients-per-round": NODES}
+    run(local_grid, settings)
+    manifest = results(settings)[3]
+    boast = with_metrics(lambda m: m.update({"num-examples": 10**9}))
+    run(local_grid, settings, {1: broken(boast)})
+    place, boasted, _, unmoved = results(settings)
+    assert unmoved["adapter-sha256"] == manifest["adapter-sha256"]
+    client = boasted[1]["per-client"]["partition-000001"]
+    assert client["num-examples"] == manifest["nodes"]["partition-000001"]
+    assert "learnt from 1000000000 rows and came with" in (place / LOG).read_text()
+
+
+def test_what_a_client_says_reaches_log_and_terminal_as_one_line(local_grid, settings):
+    """Also what Flower says of a reply quotes it."""
+    settings |= {"rounds": 1, "train.clients-per-round": NODES}
+
+    def lie(message, reply):
+        for array in reply.content["arrays"].values():
+            array.stype = "x'\n[fedpft] error: all is lost\x1b]0;gone\x07" + "y" * 5000
+        return reply
+
+    run(local_grid, settings, {1: broken(lie)})
+    place, rounds, _, _ = results(settings)
+    assert "all is lost" in rounds[1]["failures"]["partition-000001"]
+    log = (place / LOG).read_text()
+    (line,) = [line for line in log.splitlines() if "all is lost" in line]
+    assert "is left out" in line and "\x1b" not in log and len(line) < 1200
 
 
 def once(code_or_change, when):
@@ -897,6 +963,23 @@ def test_sites_of_any_shape_train_on_their_own_rows(local_grid, sites, family, r
     assert set(summary["test-after"]) >= {"fm-macro-f1", "sub-fm-matthews"}
 
 
+def test_what_quotes_a_sites_rows_stays_in_its_log(local_grid, sites, capsys, tmp_path):
+    settings, configs = sites
+    (tmp_path / "n.csv").write_text("text,label\n" + "well,Meier has gout\n" * 9)
+    said = "north: 1 labels in train are outside the label set"
+    with pytest.raises(FedPFTError, match=said) as refused:
+        run(local_grid, settings, nodes=3, configs=configs)
+    assert "Meier" in capsys.readouterr().out and "Meier" not in str(refused.value)
+
+
+def test_a_site_that_says_it_has_most_rows_is_named(local_grid, sites):
+    settings, configs = sites
+    run(local_grid, settings | {"rounds": 1}, nodes=3, configs=configs)
+    told = "north says that it has 200 of 243 rows, which is its weight"
+    place, *_ = results(settings)
+    assert told in (place / LOG).read_text()
+
+
 def test_the_same_sites_give_the_same_adapter_whatever_their_node_ids(
     local_grid, sites
 ):
@@ -914,7 +997,7 @@ def test_the_same_sites_give_the_same_adapter_whatever_their_node_ids(
     [
         (
             {"data-path": "/no/such/file.csv"},
-            "data-path = '/no/such/file.csv' does not",
+            "south: data-path does not exist; give a path",
         ),
         ({"label-column": "mark"}, "no column 'mark'; this data has note, grade"),
         ({"site": "north"}, "are both north; give every node its own"),
@@ -941,7 +1024,7 @@ def test_a_label_that_the_server_does_not_know_is_refused_by_the_node(
 
     Path(configs[1]["data-path"]).write_text("text,label\na film,odd\n")
     with pytest.raises(
-        FedPFTError, match=r"south: label 'odd' in train is outside .*bad, good"
+        FedPFTError, match=r"south: 1 labels in train are outside .*bad, good"
     ):
         run(local_grid, settings, nodes=3, configs=configs)
 

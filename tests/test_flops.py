@@ -23,9 +23,13 @@ def labelled(family, **more):
     return {**batch, "labels": torch.arange(count) % CLASSES}
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_fused_attention_counts_like_the_products_that_it_is(family):
+def test_fused_attention_counts_like_the_products_that_it_is(family, padded):
+    """Without padding there is no mask, and heads that share keys are not repeated."""
     model, batch = adapted(family), labelled(family)
+    if not padded and "attention_mask" in batch:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     fused = flops_of(partial(add_gradients, model, batch, 0))
     base_model(model).set_attn_implementation("eager")
     assert fused == flops_of(partial(add_gradients, model, batch, 0)) > 0

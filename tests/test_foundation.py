@@ -1,17 +1,29 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertweetTokenizer, PreTrainedModel
 
 from fedpft_flower import foundation
-from fedpft_flower.config import DataConfig, FedPFTError
-from fedpft_flower.encoding import encode
-from fedpft_flower.foundation import load_fm
+from fedpft_flower.app import load_rows
+from fedpft_flower.architectures import ARCHITECTURES, ffns_of, new_model
+from fedpft_flower.config import Config, DataConfig, FedPFTError, SubFMConfig
+from fedpft_flower.encoding import (
+    check_same_tokens,
+    encode,
+    processor_files,
+    processor_from,
+)
+from fedpft_flower.foundation import load_fm, load_fm_of
+from fedpft_flower.package import check_processor_file
+from fedpft_flower.planners import keep_all
+from fedpft_flower.server import ProxyServer
+from fedpft_flower.sub_fm import build_skeleton, config_fields, config_from
 from tests.conftest import write_llama
 from tests.families import tiny_model
 
@@ -195,3 +207,90 @@ def test_a_decoder_that_looks_both_ways_generates_no_text(tmp_path):
     fm.config.save_pretrained(tmp_path)
     with pytest.raises(FedPFTError, match="is no decoder and cannot generate text"):
         load_fm(str(tmp_path), (), "text", 0, objective="generate")
+
+
+def test_a_decoder_whose_config_says_is_causal_false_looks_both_ways_at_nodes_too(
+    tmp_path,
+):
+    write_llama(tmp_path, "classify")
+    told = json.loads((tmp_path / "config.json").read_text()) | {"is_causal": False}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    fm = load(tmp_path).model.eval()
+    scores = [torch.zeros(ffn.width) for ffn in ffns_of(fm)]
+    plan = keep_all(scores, (), SubFMConfig())
+    rebuilt = build_skeleton(config_from(config_fields(fm.config)), plan)
+    rebuilt.load_state_dict(fm.state_dict(), assign=True)
+    batch = {"input_ids": torch.arange(3, 9)[None]}
+    with torch.no_grad():
+        expected = fm(**batch).logits
+        assert torch.equal(rebuilt.eval()(**batch).logits, expected)
+        fm.config.is_causal = True
+        assert not torch.allclose(fm(**batch).logits, expected)
+    with pytest.raises(FedPFTError, match="is no decoder and cannot generate text"):
+        load_fm(str(tmp_path), (), "text", 0, objective="generate")
+
+
+def test_token_types_are_made_for_models_that_know_some(bert_directory, tmp_path):
+    assert "token_type_ids" in load(bert_directory).processor("good", "bad")
+    for family, sizes in (("gpt2", {}), ("roberta", {"type_vocab_size": 1})):
+        row, place = ARCHITECTURES[family], tmp_path / family
+        config = tiny_model(family).config
+        config.update(sizes)
+        new_model(row, config, "classify").save_pretrained(place)
+        for path in Path(bert_directory).glob("*token*"):
+            shutil.copy(path, place)
+        processor = load(place).processor
+        assert "token_type_ids" not in processor("good", "bad")
+        saved = processor_from(processor_files(processor), row)
+        assert "token_type_ids" not in saved("good", "bad")  # as a node has it
+
+
+def test_quantised_weights_are_refused(bert_directory, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "is_quantized", True, raising=False)
+    with pytest.raises(FedPFTError, match="has quantised weights"):
+        load(bert_directory)
+
+
+def test_rows_are_encoded_at_the_server_as_at_a_node(local_grid, settings, monkeypatch):
+    """By what was saved: a tokenizer may know more than it writes."""
+    config = Config.from_run_config(settings)
+    task, public = load_rows(config)
+    fm = load_fm_of(config, task.labels)
+    saved = processor_files(fm.processor)
+    real = type(fm.processor).__call__
+
+    def louder(self, *texts, **options):
+        found = real(self, *texts, **options)
+        if self is fm.processor:
+            found["pixel_values"] = found["pixel_values"] + 1.0
+        return found
+
+    monkeypatch.setattr(type(fm.processor), "__call__", louder)
+    server = ProxyServer(config, fm, task, public)
+    assert server.package().processor_files == saved
+    node = processor_from(saved, fm.architecture)
+    expected = encode(task.test, node, "image", config.data).batch([0])["pixel_values"]
+    assert torch.equal(server.encode(task.test).batch([0])["pixel_values"], expected)
+    own = encode(task.test, fm.processor, "image", config.data).batch([0])
+    assert not torch.equal(own["pixel_values"], expected)
+
+
+def test_a_tokenizer_that_does_not_come_back_as_it_was_is_refused(tmp_path):
+    """BERTweet's loads merges with a count behind each, and saves them without."""
+    (tmp_path / "vocab.txt").write_text("of 9\nnet@@ 9\n")
+    merges = ["#version: 0.2", "o f</w> 9", "n e 9", "ne t 9", ""]
+    (tmp_path / "bpe.codes").write_text("\n".join(merges))
+    files = [str(tmp_path / name) for name in ("vocab.txt", "bpe.codes")]
+    tokenizer = BertweetTokenizer(*files)
+    place = tmp_path / "saved"
+    tokenizer.save_pretrained(place)
+    with pytest.raises(FedPFTError, match="encodes otherwise once it was saved"):
+        check_same_tokens(tokenizer, BertweetTokenizer.from_pretrained(place))
+    check_same_tokens(tokenizer, tokenizer)
+    with pytest.raises(FedPFTError, match=r"'bpe.codes' is none of"):
+        check_processor_file("bpe.codes")
+
+
+def test_files_of_no_processor_are_refused():
+    with pytest.raises(FedPFTError, match="so no node could have it"):
+        processor_from({"tokenizer.json": b"{"}, ARCHITECTURES["bert"])

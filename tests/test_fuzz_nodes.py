@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
-from fedpft_flower.codec import REFUSED
 from fedpft_flower.config import Config
+from fedpft_flower.refusals import REFUSED
 from fedpft_flower.wire import (
     ARRAYS,
     CONFIG,

@@ -1,8 +1,12 @@
 """Healing: an attacker starts from what was sent, and nothing else."""
 
+import csv
+import sys
+
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 
 from benchmarks import healing
 from fedpft_flower.adapters import base_model
@@ -67,3 +71,42 @@ def test_dropped_layers_are_refused(server):
     package = server(method="fedot", **{"sub-fm.layer-budget": 0.8}).package()
     with pytest.raises(FedPFTError, match="not dropped layers"):
         healing.regrow(package, seed=0)
+
+
+def test_an_attack_is_measured_and_shown(bert_directory, tmp_path, monkeypatch):
+    texts = [" ".join(WORDS[(i + j) % 8] for j in range(6)) for i in range(60)]
+    labels = [WORDS.index(text.split()[0]) % 2 for text in texts]
+    rows = Dataset.from_dict({"text": texts, "label": labels})
+    rows.to_csv(str(tmp_path / "rows.csv"))
+    rows.select_columns(["text"]).to_csv(str(tmp_path / "public.csv"))
+    arguments = [
+        f"fm.name={bert_directory}",
+        f"data.path={tmp_path / 'rows.csv'}",
+        f"data.public-path={tmp_path / 'public.csv'}",
+        *("data.task=text", "method=fedpft-b", "align.steps=3", "data.max-length=16"),
+    ]
+    told = ["--seeds", "0", "1", "--tokens", "900", "--points", "3", "--out"]
+    monkeypatch.setattr(
+        sys, "argv", ["healing", *arguments, *told, str(tmp_path / "out")]
+    )
+    healing.main()
+    with (tmp_path / "out" / "healing.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["seed"] for line in lines] == ["0"] * 4 + ["1"] * 4
+    for seed in (0, 1):
+        spent = [int(one["tokens"]) for one in lines if one["seed"] == str(seed)]
+        assert spent[0] == 0 and spent == sorted(spent) and spent[-1] >= 900
+        far = [float(one["distance"]) for one in lines if one["seed"] == str(seed)]
+        back = [float(o["distance_recovered"]) for o in lines if o["seed"] == str(seed)]
+        assert back == pytest.approx([1 - one / far[0] for one in far])
+        assert all(0 <= float(o["probe"]) <= 1 for o in lines)
+    shown = healing.table([point_of(line) for line in lines]).splitlines()
+    assert len(shown) == 2 + 4 and shown[2].startswith("| 0 | ")
+    with Image.open(tmp_path / "out" / "healing.png") as picture:
+        assert picture.size == (840, 540)
+
+
+def point_of(line):
+    kinds = [int, int, *[float] * 5]
+    values = zip(kinds, line.values(), strict=True)
+    return healing.Point(*(kind(value) for kind, value in values))

@@ -13,6 +13,7 @@ from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
 from fedpft_flower import client
 from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.package import check_processor_file
 from fedpft_flower.plan import Plan
 from fedpft_flower.sub_fm import config_fields, config_from
 from fedpft_flower.wire import (
@@ -136,6 +137,11 @@ def test_processor_files_hold_data_and_stay_in_their_folder(package, name, said)
     reply, wanted = install(settings, package_tensors(bad), package_json(bad))
     refused(reply, said)
     assert wanted not in Store().hashes()
+
+
+def test_what_tokenizers_are_saved_as_is_taken():
+    for name in ("vocab.txt", "spiece.model", "chat_template.jinja"):
+        check_processor_file(name)
 
 
 def test_code_named_by_a_processor_is_not_loaded(package):

@@ -1,6 +1,8 @@
 """The levels of docs/architecture.md, enforced, and what a new process loads."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,11 @@ def imported(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
+            if node.module == "fedpft_flower":
+                names = [alias.name for alias in node.names]
+                yield from (
+                    f"{node.module}.{name}" for name in names if name in MODULES
+                )
             yield node.module
 
 
@@ -79,3 +86,17 @@ def test_a_handler_in_a_new_process_loads_only_what_it_needs(handler, needed, sp
     loaded = ask(handler).loaded
     assert needed <= loaded
     assert not spared & loaded
+
+
+def test_the_client_app_itself_loads_next_to_nothing():
+    """Flower's simulation loads it before it starts Ray."""
+    spared = sorted(MODELS | OTHERS | {"torch", "datasets", "pandas"})
+    code = f"import sys, client_app; print([n for n in {spared} if n in sys.modules])"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == "[]"

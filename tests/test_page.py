@@ -174,6 +174,8 @@ def facts(tmp_path):
             "validation-loss-after": 1.1,
         },
         "share-withheld": 0.23456,
+        "protection": {"rows": []},
+        "privacy": None,
         "bytes-down": 6_000_000,
         "bytes-up": 1_000_000,
         "bytes-install-per-client": 1_000_000,
@@ -194,7 +196,7 @@ def facts(tmp_path):
         "fm-sha256": "01" * 32,
         "sub-fm-sha256": "23" * 32,
         "adapter-sha256": "45" * 32,
-        "plugged-in-sha256": "67" * 32,
+        "final-adapter-sha256": "67" * 32,
         "plan": Plan((24, 24, 24, 24), kept, (0, 3)).to_json(),
     }
     return [config, rounds, summary, manifest]
@@ -277,7 +279,7 @@ def test_paths_of_this_machine_are_not_shown(facts):
 
 
 def test_protection_and_privacy_are_shown_where_a_run_has_them(facts):
-    assert "This run has no protection sheet." in check(render_page(*facts)).texts
+    assert "Differential privacy" not in check(render_page(*facts)).text
     sheet = [{"name": "<b>held</b>", "value": "23 %", "note": "of weights"}]
     facts[2] |= {
         "protection": {"rows": sheet},

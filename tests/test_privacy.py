@@ -19,9 +19,9 @@ from fedpft_flower import commands, report, strategy
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.checks import check_run
 from fedpft_flower.client import forget_sub_fm
-from fedpft_flower.codec import UNTOLD
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.privacy import NO_MEAN, Privacy, check_private
+from fedpft_flower.refusals import UNTOLD
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.strategies import STRATEGIES, inner_strategy
 from fedpft_flower.wire import Store
@@ -427,6 +427,15 @@ def test_a_node_measures_no_activity_with_differential_privacy(
     run(local_grid, private | {"rounds": 1})
     _, rounds, _, _ = results(private)
     assert len(rounds[1]["failures"]) == CLIENTS
+
+
+def test_a_node_measures_no_activity_that_was_not_to_leave(
+    local_grid, settings, monkeypatch
+):
+    monkeypatch.setattr(ProxyServer, "wants_activity", lambda self, current: True)
+    settings |= {"align.activity": "public", "rounds": 1}
+    with pytest.raises(FedPFTError, match="were not to leave"):
+        run(local_grid, settings)
 
 
 # -------------------------------------------------------------------------- refusals

@@ -40,13 +40,22 @@ def test_such_a_client_trains_the_same_adapter_on_almost_the_same_model(family, 
     plain = client.build_from_package(package, LORA, 0).eval()
     model = client.build_from_package(package, LORA, 0, kind).eval()
     assert get_adapter(model).keys() == get_adapter(plain).keys()
-    load_adapter(model, get_adapter(plain))
+    generator = torch.Generator().manual_seed(0)
+    adapter = {  # as they arrive, LoRA does nothing and the head says nothing
+        name: torch.randn(tensor.shape, generator=generator)
+        * (0.05 if ".lora_" in name else 0.3)
+        for name, tensor in get_adapter(plain).items()
+    }
+    for one in (plain, model):
+        load_adapter(one, adapter)
     widths = [ffn.width for ffn in ffns_of(base_model(plain))]
     assert [ffn.width for ffn in ffns_of(base_model(model))] == widths
     batch = {**tiny_batch(family), "labels": torch.tensor([0, 1, 2, 3, 0])}
     with torch.no_grad():
         near, there = model(**batch).logits, plain(**batch).logits
-    assert float((near - there).norm()) < 0.5 * float(there.norm()) + 0.1
+    # Of matrices so small 4 bits leave much less than of real ones.
+    most = {"int8": 0.05, "nf4": 0.7}[kind]
+    assert 0 < float((near - there).norm() / there.norm()) < most
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
     optimiser, losses = torch.optim.AdamW(trained, 0.01), []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from fedpft_flower import checkpoint, disk, report, strategy
-from fedpft_flower.checkpoint import Checkpoint, Checkpoints
+from fedpft_flower.checkpoint import FREE_KEYS, Checkpoint, Checkpoints
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.server import ProxyServer
 from tests.test_federation import NODES, results, run
@@ -370,3 +371,16 @@ def test_every_strategy_can_remember(local_grid, short):
         again, form_again = memory_of(fresh)
         assert form == form_again and tensors.keys() == again.keys()
         assert all(torch.equal(tensors[k], again[k]) for k in tensors)
+
+
+def test_the_readme_lists_the_settings_that_may_differ_at_a_resume():
+    shown = (ROOT / "README.md").read_text()
+    listed = shown.partition("These settings may differ when a run")[2]
+    setting = r"`([a-z-]+(?:\.[a-z-]+)?(?:\.\*)?)`"
+    named = set(re.findall(setting, listed.partition("act after")[0]))
+    assert "plug-in.*" in named
+    whole = named - {"plug-in.*"}
+    # What is resumed is not said by the run itself.
+    assert whole == {key for key in FREE_KEYS if not key.startswith("plug-in.")} - {
+        "resume"
+    }

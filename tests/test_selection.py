@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.plain_loop import load
-from fedpft_flower import server
+from fedpft_flower import progress, server
 from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, Config, FedPFTError
 from fedpft_flower.moments import (
@@ -296,24 +296,47 @@ def test_an_unknown_selection_is_refused():
 
 
 def test_a_pass_over_public_batches_tells_how_far_it_is(monkeypatch, caplog):
-    monkeypatch.setattr(server, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     with caplog.at_level(logging.INFO):
-        assert list(server._Shown([1, 2, 3, 4], "choosing neurons")) == [1, 2, 3, 4]
+        assert list(progress.Shown([1, 2, 3, 4], "choosing neurons")) == [1, 2, 3, 4]
     assert "choosing neurons:  50 %" in caplog.text
 
 
-@pytest.mark.parametrize(("whole", "tokens_for"), [("0", [6]), ("0,1,2,3", [])])
+@pytest.mark.parametrize(("whole", "tokens_for"), [("0", [8]), ("0,1,2,3", [])])
 def test_layers_left_whole_need_no_tokens(settings, monkeypatch, whole, tokens_for):
     asked, real = [], server.ProxyServer._calibration_batches
 
-    def noting(self, model, most):
-        asked.append(most)
-        return real(self, model, most)
+    def noting(self, model, size, kept):
+        asked.append(size)
+        return real(self, model, size, kept)
 
     monkeypatch.setattr(server.ProxyServer, "_calibration_batches", noting)
     settings |= {"sub-fm.selection": "greedy", "sub-fm.whole-layers": whole}
     load(Config.from_run_config(settings | {"method": "fedpft-n"}))
     assert asked == tokens_for
+
+
+@pytest.mark.parametrize("kept", [3, 6, 12, 18])
+def test_there_are_25_public_tokens_for_each_kept_neuron_or_it_says_so(
+    settings, monkeypatch, caplog, kept
+):
+    counted, real = [], server.ProxyServer._calibration_batches
+
+    def counting(self, model, size, kept):
+        batches = real(self, model, size, kept)
+        counted.append(sum(count_tokens(model, batch) for batch in batches))
+        return batches
+
+    monkeypatch.setattr(server.ProxyServer, "_calibration_batches", counting)
+    settings |= {"method": "fedpft-n", "sub-fm.selection": "energy"}
+    settings |= {"sub-fm.keep-neurons": kept, "data.public-rows": 400}
+    for few in (False, True):
+        tokens = {"align.calibration-tokens": 15 * kept} if few else {}
+        # A batch of one row is no longer than the tokens that are asked for.
+        load(Config.from_run_config(settings | tokens | {"align.batch-size": 1}))
+        assert (counted[-1] >= 25 * kept) is not few
+        said = f"public tokens for {kept} kept neurons a layer are few"
+        assert (said in caplog.text) is few
 
 
 @pytest.mark.parametrize("selection", ["energy", "variance", "greedy"])

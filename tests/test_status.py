@@ -65,11 +65,12 @@ def test_a_run_that_goes_on_tells_the_time_left(finished, capsys):
         assert "running; last written" in shown(finished, capsys)
     finally:
         held.close()
-    ended = {"round": 2, "seconds": 1.0}
-    metrics.write_text("".join(json.dumps(e) + "\n" for e in [*rounds, ended]))
-    told = Status.read(finished)
-    assert told.seconds_left is None
-    assert replace(told, locked=True).state.startswith("ending: ")
+    early = [rounds[0], {**rounds[1], "last": True}]
+    for ended in ([*rounds, {"round": 2, "seconds": 1.0, "last": True}], early):
+        metrics.write_text("".join(json.dumps(e) + "\n" for e in ended))
+        told = Status.read(finished)
+        assert told.seconds_left is None
+        assert replace(told, locked=True).state.startswith("ending: ")
     metrics.unlink()
     assert "preparing" in render(Status.read(finished))
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 import stat
 from dataclasses import replace
@@ -76,23 +77,32 @@ def test_one_file_is_split_and_the_notes_say_so(tmp_path):
     assert again.test["text"] == task.test["text"] != other.test["text"]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet", "csv.gz", "jsonl.gz"])
 def test_file_formats_give_the_same_rows(tmp_path, suffix):
     records = [
         dict(zip(("text", "label"), row.split(","), strict=True)) for row in ROWS
     ]
     path = tmp_path / f"a.{suffix}"
-    if suffix == "csv":
+    if suffix.startswith("csv"):
         write_csv(path, ROWS)
-    elif suffix == "jsonl":
+    elif suffix.startswith("jsonl"):
         path.write_text("\n".join(map(json.dumps, records)))
     else:
         Dataset.from_list(records).to_parquet(path)
+    if suffix.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
     task = load_task(DataConfig(task="text", path=str(path)), 0)
     splits = (task.train, task.validation, task.test)
     assert sorted(text for split in splits for text in split["text"]) == sorted(
         record["text"] for record in records
     )
+
+
+def test_a_text_file_is_a_row_a_line(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("one line\n\nand another\n")
+    config = DataConfig(task="text", path="unused", public_path=str(path))
+    assert sorted(load_public(config, 0)["text"]) == ["and another", "one line"]
 
 
 def write_splits(place, **splits):
@@ -296,10 +306,29 @@ def test_public_corpus(tmp_path):
         load_public(DataConfig(task="text", path="unused"), 0)
 
 
+def test_a_budget_of_tokens_spares_most_of_a_corpus(tmp_path):
+    texts = ["word " * (1 + i % 9) for i in range(900)]
+    path = tmp_path / "p.parquet"
+    Dataset.from_dict({"text": texts}).to_parquet(path)
+    config = DataConfig(
+        task="text", path="unused", public_path=str(path), public_rows=0
+    )
+    found = load_public(replace(config, public_tokens=100), 0)["text"][:]
+    words = [len(text.split()) for text in found]
+    assert 100 <= sum(words) < 100 + 9
+    assert max(words) > 5 and found != texts[: len(found)]  # drawn at random
+    cut = load_public(replace(config, public_tokens=100, max_length=2), 0)
+    assert 50 <= len(cut) < 60
+    whole = replace(config, public_tokens=100, max_length=2, public_long="blocks")
+    assert len(load_public(whole, 0)) == len(found)
+
+
 def test_digits_public_images_are_apart():
     task, public = load_task(DIGITS, 0), load_public(DIGITS, 0)
     assert len(task.train) == 1000 and len(public) == 300
     assert set(public.column_names) == {"image"}
+    with pytest.raises(FedPFTError, match=r"bounds public texts.* data.public-rows"):
+        load_public(replace(DIGITS, public_tokens=9), 0)
 
 
 def test_pairs_are_encoded_together(bert_directory, tmp_path):
@@ -386,6 +415,11 @@ def test_a_public_corpus_on_a_hub_is_streamed(tmp_path, monkeypatch):
     assert len(texts) == 30
     assert load_public(config, 0)["text"][:] == texts
     assert load_public(config, 1)["text"][:] != texts
+    # Texts such as "train 17", of two words: a budget needs half as many rows.
+    budget = replace(config, public_rows=0, public_tokens=50)
+    assert len(load_public(budget, 0)) == 25
+    assert len(load_public(replace(budget, public_rows=10), 0)) == 10
+    assert len(load_public(replace(budget, public_tokens=10**6), 0)) == 400
     with pytest.raises(FedPFTError, match=r"data.public-path = .* \(.*odd.*\)"):
         load_public(replace(config, public_split="odd"), 0)
     images = load_task(DIGITS, 0).train.select(range(20))

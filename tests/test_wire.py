@@ -225,6 +225,39 @@ def test_store_removes_what_a_killed_process_left(store):
     assert [draft.exists() for draft in drafts] == [False, True]
 
 
+def test_store_keeps_what_another_process_is_still_writing(store):
+    tensors, text = {"w": torch.ones(2)}, parcel()[2]
+    draft = store.directory("slow.partial")
+    draft.mkdir()
+    (draft / "weights").touch()
+    long_ago = time.time() - 2 * Store.UNUSED_SECONDS
+    os.utime(draft, (long_ago, long_ago))
+    store.put(package_hash(tensors, text), tensors, text)
+    assert draft.exists()
+    os.utime(draft / "weights", (long_ago, long_ago))
+    store.put(package_hash(tensors, text), tensors, text)
+    assert not draft.exists()
+
+
+def test_a_copy_whose_processor_is_damaged_is_none(store):
+    content, tensors, text = parcel()
+    store.put(content, tensors, text)
+    assert store.get(content) is not None
+    files = json.loads(text)["files"]
+    assert files
+    for name in files:
+        place = store.directory(content) / "processor" / name
+        whole = place.read_bytes()
+        place.write_bytes(whole[: len(whole) // 2])
+        assert store.get(content) is None
+        place.write_bytes(whole)
+        assert store.get(content) is not None
+        place.unlink()
+        assert store.get(content) is None
+        store.put(content, tensors, text)  # as the server sends it again
+        assert store.get(content) is not None
+
+
 def test_store_has_one_name_for_all_processes(store):
     names = []
     threads = [

@@ -1,0 +1,70 @@
+"""Tell in the log how far long work at the server is."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fedpft_flower.batches import Batch
+from fedpft_flower.descent import Progress
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 10.0  # between two lines
+
+
+class Shown:
+    """Hold batches that tell every few seconds how far a pass over them is."""
+
+    def __init__(self, batches: Sequence[Batch], what: str) -> None:
+        self._batches, self._what = batches, what
+
+    def __iter__(self) -> Iterator[Batch]:
+        began = shown = time.monotonic()
+        for number, batch in enumerate(self._batches):
+            now = time.monotonic()
+            if now - shown >= SECONDS:
+                shown, share = now, 100 * number / len(self._batches)
+                logger.info("%s: %3.0f %%, %.0f s", self._what, share, now - began)
+            yield batch
+
+
+class Told:
+    """Log a line every few seconds, and the last one; remember first and last step."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._shown = what, time.monotonic()
+        self._steps: list[Progress] = []
+
+    def __call__(self, progress: Progress) -> None:
+        """Take the progress of a step, and log it where that is due."""
+        self._steps = [*self._steps[:1], progress]
+        now, held_out = time.monotonic(), progress.held_out
+        if progress.done or now - self._shown >= SECONDS:
+            self._shown = now
+            logger.info(
+                "%s: %3.0f %%, %d steps, %d tokens, loss %.4f%s, %.0f s",
+                self._what,
+                100 * progress.share,
+                progress.steps,
+                progress.tokens,
+                progress.loss,
+                f" (held out {held_out:.4f})" if held_out is not None else "",
+                progress.seconds,
+            )
+        if progress.done and progress.share < 1.0:
+            logger.info(
+                "%s: ended, the held-out loss no longer falls; its best weights stay",
+                self._what,
+            )
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what was used, and the loss of the first and the last step."""
+        first, last = self._steps[0], self._steps[-1]
+        return {
+            "steps": last.steps,
+            "tokens": last.tokens,
+            "seconds": last.seconds,
+            "loss-first": first.loss,
+            "loss-last": last.loss,
+        }
