@@ -997,7 +997,7 @@ def test_the_same_sites_give_the_same_adapter_whatever_their_node_ids(
     [
         (
             {"data-path": "/no/such/file.csv"},
-            "south: data-path does not exist; give a path",
+            "west: data-path does not exist; give a path",
         ),
         ({"label-column": "mark"}, "no column 'mark'; this data has note, grade"),
         ({"site": "north"}, "are both north; give every node its own"),

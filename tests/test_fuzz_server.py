@@ -273,18 +273,11 @@ class Reply:
     @property
     def is_sound(self):
         """Tell a change that changes nothing the server reads."""
-        if isinstance(self.drawn, Error):
+        if isinstance(self.drawn, Error) or set(self.drawn) != {ARRAYS, METRICS}:
             return False
-        records = {k: v for k, v in self.drawn.items() if k in (ARRAYS, METRICS)}
-        others = [v for k, v in self.drawn.items() if k not in records]
-        return (
-            all(isinstance(record, ConfigRecord) for record in others)
-            and all(
-                list(records.get(name, {}).items()) == list(self.sound[name].items())
-                for name in (ARRAYS,)
-            )
-            and dict(records.get(METRICS, {})) == dict(self.sound[METRICS])
-        )
+        arrays, metrics = self.drawn[ARRAYS], self.drawn[METRICS]
+        same_arrays = list(arrays.items()) == list(self.sound[ARRAYS].items())
+        return same_arrays and dict(metrics) == dict(self.sound[METRICS])
 
     def fault(self, message, reply):
         if isinstance(self.drawn, Error):
