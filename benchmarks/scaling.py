@@ -40,7 +40,8 @@ WORDS = [f"word{number}" for number in range(200)]
 WORDS_A_ROW, MOST_TOKENS = 8, 16
 ROUNDS = 4
 
-# What is changed one at a time; the first value of each stands where another changes.
+# What is changed one at a time, and what each is where another changes.
+BASE = {"clients": 10, "layers": 6, "rows": 8_000}
 AXES: dict[str, list[int]] = {
     "clients": [10, 100, 1_000],
     "layers": [6, 12, 24],
@@ -114,7 +115,7 @@ def _options() -> argparse.Namespace:
 
 def measure(axis: str, value: int) -> Point:
     """Run one point."""
-    sizes = {name: values[0] for name, values in AXES.items()} | {axis: value}
+    sizes = BASE | {axis: value}
     with TemporaryDirectory() as name:
         place = Path(name)
         write_fm(place / "fm", sizes["layers"])

@@ -43,8 +43,16 @@ def main() -> None:
     with one_line_end("interrupted; everything that was started is stopped"):
         if options.rows is None:
             sys.exit(demonstrate(options.set))
+        if options.set:
+            parser.error("--rows takes no overrides")
         quiet()
-        tell(f'data.labels = "{write_rows(options.rows)}"')
+        try:
+            labels = write_rows(options.rows)
+        except OSError as error:
+            raise FedPFTError(
+                f"cannot write {options.rows} ({error}); give another directory"
+            ) from error
+        tell(f'data.labels = "{labels}"')
         tell(f"rows: {options.rows.absolute()}")
 
 
@@ -106,7 +114,7 @@ def write_rows(place: Path) -> str:
     splits = {"validation": task.validation, "test": task.test}
     for split, rows in splits.items():
         write_csv(rows, names, place / "server" / f"{split}.csv")
-    (place / "public").mkdir(parents=True)
+    (place / "public").mkdir(parents=True, exist_ok=True)
     public.select_columns(["text"]).to_csv(str(place / "public" / "train.csv"))
     # A third of the rows each; of its own libraries a site has three times as many.
     for number, site in enumerate(SITES):

@@ -246,7 +246,9 @@ def _read_directory(
     if splits := _split_files(place, tables, modality):
         return {name: _read_tables(ones, separator) for name, ones in splits.items()}
     suffixes = {_suffix(path) for path in found if path.is_file()}
-    formats = {_FORMATS.get(suffix) for suffix in suffixes - {".md", ""}}
+    # Texts beside tables, a licence perhaps, leave it to `datasets` what is what.
+    known = {suffix: _FORMATS[suffix] for suffix in _FORMATS.keys() & _TABLES}
+    formats = {known.get(suffix) for suffix in suffixes - {".md", ""}}
     options = {} if None in formats else _options(tables, separator)
     rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
     if formats != {"csv"}:

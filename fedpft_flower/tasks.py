@@ -220,30 +220,42 @@ def _public_split(config: DataConfig, seed: int) -> Dataset:
     return _split(source_of(place, "data.public-path"), name, "data.public-split")
 
 
-# Tokens of a pair that is made of two sentences of a text, at least.
+# Tokens of a pair that is made of two sentences of a text, about.
 _PAIR = 10
 
 
 def _enough(
     config: DataConfig, columns: Sequence[str], rows: Iterable[Row]
 ) -> Iterator[Row]:
-    """Yield rows up to `public_rows`, and to what has `public_tokens` for sure.
+    """Yield rows up to `public_rows`, and to what has about `public_tokens` or more.
 
     A word is a token at least, and so are eight letters of a script without spaces; a
     row that is cut has no more tokens than `max_length`.
+
+    Raises:
+        FedPFTError: a row lacks one of the columns.
     """
+    limited = islice(rows, config.public_rows or None)
+    if not config.public_tokens:
+        yield from limited
+        return
     task, tokens = task_of(config.task), 0.0
     whole = config.public_long == "blocks" or (
         task.objective == "generate" and not config.public_long
     )
-    most = math.inf if whole else config.max_length
-    pairs = _takes_pairs(config) and len(columns) == 1
-    for row in islice(rows, config.public_rows or None):
+    most = math.inf if whole and len(columns) == 1 else config.max_length
+    made = _takes_pairs(config) and len(columns) == 1
+    for row in limited:
+        if lacking := [column for column in columns if column not in row]:
+            raise FedPFTError(
+                f"data.public-column: no column {lacking[0]!r}; this data has "
+                f"{', '.join(row)}"
+            )
         yield row
-        texts = [str(row.get(column) or "") for column in columns]
+        texts = [str(row[column] or "") for column in columns]
         least = sum(max(len(text.split()), len(text) // 8) for text in texts)
-        tokens += min(most, _PAIR if pairs else least)
-        if 0 < config.public_tokens <= tokens:
+        tokens += min(most, least, *([_PAIR] if made else []))
+        if tokens >= config.public_tokens:
             return
 
 

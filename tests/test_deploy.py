@@ -356,6 +356,7 @@ def test_the_demo_writes_rows_to_try_with(tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows"
     monkeypatch.setattr(sys, "argv", ["demo", "--rows", str(rows)])
     demo.main()
+    demo.main()  # again is as well
     said = capsys.readouterr().out
     assert f"rows: {rows}" in said
     labels = said.partition('data.labels = "')[2].partition('"')[0]

@@ -98,6 +98,22 @@ def test_file_formats_give_the_same_rows(tmp_path, suffix):
     )
 
 
+def test_a_text_beside_a_table_changes_nothing(tmp_path):
+    write_csv(tmp_path / "rows.csv", [f"film {i},{i % 2}.0" for i in range(40)])
+    alone = load_task(DataConfig(task="text", path=str(tmp_path)), 0)
+    (tmp_path / "LICENSE.txt").write_text("all rights\n")
+    beside = load_task(DataConfig(task="text", path=str(tmp_path)), 0)
+    assert sorted(beside.labels) == sorted(alone.labels)
+    (tmp_path / "corpus").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "corpus" / name).write_text("one\ntwo\n")
+    (tmp_path / "corpus" / "index.csv").write_text("file\na\nb\n")
+    config = DataConfig(
+        task="text", path="unused", public_path=str(tmp_path / "corpus")
+    )
+    assert len(load_public(config, 0)) == 4
+
+
 def test_a_text_file_is_a_row_a_line(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text("one line\n\nand another\n")
@@ -420,6 +436,8 @@ def test_a_public_corpus_on_a_hub_is_streamed(tmp_path, monkeypatch):
     assert len(load_public(budget, 0)) == 25
     assert len(load_public(replace(budget, public_rows=10), 0)) == 10
     assert len(load_public(replace(budget, public_tokens=10**6), 0)) == 400
+    with pytest.raises(FedPFTError, match=r"no column 'z2'; this data has s, y, z"):
+        load_public(replace(budget, public_column="z2"), 0)
     with pytest.raises(FedPFTError, match=r"data.public-path = .* \(.*odd.*\)"):
         load_public(replace(config, public_split="odd"), 0)
     images = load_task(DIGITS, 0).train.select(range(20))
