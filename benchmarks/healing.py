@@ -24,7 +24,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import matplotlib
@@ -37,12 +36,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks import run_main, spread
 from benchmarks.plain_loop import load
 from fedpft_flower.adapters import base_model
-from fedpft_flower.architectures import architecture_of, ffns_of
+from fedpft_flower.architectures import architecture_of, family_of, ffns_of
 from fedpft_flower.batches import Batch, inputs_of
 from fedpft_flower.codec import decode_weights, encode_weights
 from fedpft_flower.commands import read_config
@@ -53,6 +52,7 @@ from fedpft_flower.encoding import (
     encode_public,
     endless_batches,
     hold_out,
+    processor_from,
     shuffled_batches,
 )
 from fedpft_flower.package import Package
@@ -173,10 +173,8 @@ def heal(config: Config, marks: Sequence[int], lr: float) -> Iterator[Point]:
 
 def tokenizer_of(package: Package) -> Any:
     """Return the tokenizer that a client receives."""
-    with TemporaryDirectory() as directory:
-        for name, body in package.processor_files.items():
-            (Path(directory) / name).write_bytes(body)
-        return AutoTokenizer.from_pretrained(directory)
+    row = family_of(str(package.model_config["model_type"]))
+    return processor_from(package.processor_files, row)
 
 
 def regrow(package: Package, seed: int) -> PreTrainedModel:

@@ -136,6 +136,11 @@ class DataConfig:
     # "" is the first of these.
     metric: str = ""
 
+    def makes_blocks(self, objective: Objective) -> bool:
+        """Tell whether long public texts become several rows, for this objective."""
+        own = "blocks" if objective == "generate" else "cut"
+        return (self.public_long or own) == "blocks"
+
 
 @dataclass(frozen=True)
 class PartitionConfig:

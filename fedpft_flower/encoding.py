@@ -7,6 +7,7 @@ new process does not tokenise its rows again each round.
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -34,6 +35,8 @@ from fedpft_flower.config import (
 )
 from fedpft_flower.disk import keep, last_used, private_cache
 from fedpft_flower.images import crop_and_flip, decoded_images
+
+logger = logging.getLogger(__name__)
 
 # So many batches are shuffled together, sorted by length, and cut: rows of a batch are
 # then of similar length, and little of it is padding.
@@ -290,10 +293,8 @@ def encode_public(
     """Encode public rows, which have no labels, for a model of this modality."""
     if modality == "image":
         return ImageRows(rows, processor, keep=True)
-    own = "blocks" if objective == "generate" else "cut"
-    blocks = (config.public_long or own) == "blocks"
     # Pairs are made of the sentences of whole texts already.
-    blocks = blocks and "text_pair" not in rows.column_names
+    blocks = config.makes_blocks(objective) and "text_pair" not in rows.column_names
     return TextRows(rows, processor, config.max_length, blocks)
 
 
@@ -308,8 +309,17 @@ def within_tokens(rows: Rows, tokens: int, seed: int) -> Rows:
     Raises:
         FedPFTError: the budget holds none.
     """
+    if not tokens:
+        return rows
     lengths = rows.lengths()
-    if not tokens or sum(lengths) <= tokens:
+    if (found := sum(lengths)) <= tokens:
+        if found < tokens:
+            logger.warning(
+                "data.public-tokens = %d, and the public rows have %d; raise "
+                "data.public-rows, or give more",
+                tokens,
+                found,
+            )
         return rows
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).tolist()

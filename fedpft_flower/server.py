@@ -277,14 +277,6 @@ class ProxyServer:
         """Encode public rows, whose labels are not used."""
         kind, data = self._modality, self.config.data
         public = encode_public(rows, self._processor, kind, data, self._objective)
-        found = sum(public.lengths())
-        if found < data.public_tokens:
-            logger.warning(
-                "data.public-tokens = %d, and the public rows have %d; raise "
-                "data.public-rows, or give more",
-                data.public_tokens,
-                found,
-            )
         seed = derive_seed(self.config.seed, "public tokens")
         return within_tokens(public, data.public_tokens, seed)
 

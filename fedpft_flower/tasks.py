@@ -240,10 +240,8 @@ def _enough(
         yield from limited
         return
     task, tokens = task_of(config.task), 0.0
-    whole = config.public_long == "blocks" or (
-        task.objective == "generate" and not config.public_long
-    )
-    most = math.inf if whole and len(columns) == 1 else config.max_length
+    whole = config.makes_blocks(task.objective) and len(columns) == 1
+    most = math.inf if whole else config.max_length
     made = _takes_pairs(config) and len(columns) == 1
     for row in limited:
         if lacking := [column for column in columns if column not in row]:
