@@ -420,18 +420,14 @@ def test_what_is_no_finished_run_ends_in_one_line(tmp_path, capsys, full_disk, f
 # --------------------------------------------------------------------------- a browser
 
 
-def test_a_browser_shows_the_page_and_nothing_runs(facts, tmp_path):
-    """Open the page in Chromium, offline: the elements are those that were written."""
+@pytest.fixture
+def chromium(tmp_path):
+    """Open a page in Chromium, offline, and return what the browser prints of it."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no chromium here (Debian: apt-get install chromium)")
-    _, rounds, _, manifest = facts
-    rounds[1]["per-client"][HOSTILE] = client(0, HOSTILE)
-    manifest["nodes"][HOSTILE] = 3
-    text = render_page(*facts)
-    (tmp_path / "report.html").write_text(text, encoding="utf-8")
 
-    def chromium(*options):
+    def opened(path, *options):
         done = subprocess.run(
             [
                 browser,
@@ -440,7 +436,7 @@ def test_a_browser_shows_the_page_and_nothing_runs(facts, tmp_path):
                 *("--disable-component-update", "--disable-sync"),
                 f"--user-data-dir={tmp_path / 'profile'}",
                 *("--window-size=1000,1400", *options),
-                (tmp_path / "report.html").as_uri(),
+                path.as_uri(),
             ],
             cwd=tmp_path,
             capture_output=True,
@@ -451,12 +447,35 @@ def test_a_browser_shows_the_page_and_nothing_runs(facts, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    shown, written = Page(chromium("--dump-dom")), Page(text)
+    return opened
+
+
+def shows(chromium, path):
+    """Check that the browser's elements are those that were written."""
+    shown = Page(chromium(path, "--dump-dom"))
+    written = Page(path.read_text(encoding="utf-8"))
     assert shown.names == written.names
     assert shown.text == written.text
-    chromium(f"--screenshot={tmp_path / 'page.png'}")
+    return shown
+
+
+def test_a_browser_shows_the_page_and_nothing_runs(facts, tmp_path, chromium):
+    _, rounds, _, manifest = facts
+    rounds[1]["per-client"][HOSTILE] = client(0, HOSTILE)
+    manifest["nodes"][HOSTILE] = 3
+    path = tmp_path / "report.html"
+    path.write_text(render_page(*facts), encoding="utf-8")
+    shows(chromium, path)
+    chromium(path, f"--screenshot={tmp_path / 'page.png'}")
     from PIL import Image
 
     with Image.open(tmp_path / "page.png") as picture:
         assert picture.size == (1000, 1400)
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_a_browser_shows_what_a_run_wrote(local_grid, settings, chromium):
+    run(local_grid, settings | {"method": "fedpft-ls", "plug-in.steps": 2})
+    page = shows(chromium, results(settings)[0] / "report.html")
+    assert set(SECTIONS) <= set(page.texts)
+    assert page.names.count("svg") >= 4
