@@ -22,7 +22,8 @@ from fedpft_flower.batches import real_logits
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.encoding import shuffled_batches
-from fedpft_flower.evaluation import evaluate, metric_of
+from fedpft_flower.evaluation import evaluate
+from fedpft_flower.metrics import metric_of
 from fedpft_flower.refinement import logit_loss
 from fedpft_flower.report import FinishedRun
 

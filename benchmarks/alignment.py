@@ -16,7 +16,7 @@ from benchmarks import run_main, spread
 from benchmarks.plain_loop import load
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError
-from fedpft_flower.server import Metrics
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.software import quiet
 
 # The first is what the others are compared with.

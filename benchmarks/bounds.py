@@ -31,7 +31,8 @@ from fedpft_flower.adapters import load_adapter
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import Rows
-from fedpft_flower.evaluation import evaluate, metric_of
+from fedpft_flower.evaluation import evaluate
+from fedpft_flower.metrics import metric_of
 from fedpft_flower.sampling import sample
 from fedpft_flower.tasks import task_of
 from fedpft_flower.training import round_lr, train_adapter

@@ -10,9 +10,10 @@ from datasets import Dataset
 
 from benchmarks import ROOT
 from fedpft_flower.app import load_rows, load_server
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import ROUNDS, FinishedRun, read_rounds
-from fedpft_flower.server import Metrics, ProxyServer
+from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import quiet
 from fedpft_flower.tasks import TaskData
 

@@ -52,11 +52,11 @@ from fedpft_flower.encoding import (
     encode_public,
     endless_batches,
     hold_out,
-    processor_from,
     shuffled_batches,
 )
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
+from fedpft_flower.processors import processor_from
 from fedpft_flower.software import quiet
 from fedpft_flower.sub_fm import build_skeleton, config_from, load_weights
 

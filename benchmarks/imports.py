@@ -137,7 +137,8 @@ def _hello() -> RecordDict:
 
 def _install() -> RecordDict:
     # Here, since the processes of the other handlers must not load it.
-    from fedpft_flower.wire import package_hash, unpack_tensors
+    from fedpft_flower.store import package_hash
+    from fedpft_flower.wire import unpack_tensors
 
     arrays = ArrayRecord({"weight": Array(np.ones(2, dtype=np.float32))})
     text = json.dumps({"files": {}})

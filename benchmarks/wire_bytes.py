@@ -22,7 +22,7 @@ from benchmarks.finished import only_run
 from benchmarks.tap import APP, STANDBY, Count, NodeTap, Tap
 from deploy.processes import Deployment
 from fedpft_flower.commands import read_config
-from fedpft_flower.server import Metrics
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.wire import HELLO, INSTALL, TRAIN
 
 # Message types, and which of the ledger's kinds they carry; control is apart.

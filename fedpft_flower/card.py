@@ -6,14 +6,10 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from fedpft_flower.architectures import (
-    AUTO_PROCESSORS,
-    Architecture,
-    model_class_of,
-)
+from fedpft_flower.architectures import AUTO_PROCESSORS, Architecture, model_class_of
 from fedpft_flower.config import Objective, names_in
-from fedpft_flower.evaluation import METRICS, metric_of
 from fedpft_flower.methods import METHODS
+from fedpft_flower.metrics import METRICS, metric_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import FinishedRun
 from fedpft_flower.tasks import task_of

@@ -32,9 +32,9 @@ from fedpft_flower.foundation import (
 from fedpft_flower.plan import Plan
 from fedpft_flower.report import FinishedRun
 from fedpft_flower.software import quiet
+from fedpft_flower.store import tensors_hash
 from fedpft_flower.sub_fm import frozen_weights
 from fedpft_flower.tasks import task_of
-from fedpft_flower.wire import tensors_hash
 from fedpft_flower.wording import last_part
 
 # How the names of files begin that say what others may do with an FM.

@@ -12,25 +12,23 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpft_flower.config import FedPFTError
+from fedpft_flower.delta import make_delta
+from fedpft_flower.grid import CountingGrid
 from fedpft_flower.protection import Exposure
 from fedpft_flower.refusals import REFUSED
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import differences, source_hash, versions
+from fedpft_flower.store import package_hash, package_json, package_tensors
 from fedpft_flower.wire import (
     ARRAYS,
     CONFIG,
     HELLO,
     INSTALL,
     PACKAGE,
-    CountingGrid,
     config_of,
-    make_delta,
     message_bytes,
     metrics_of,
     pack_tensors,
-    package_hash,
-    package_json,
-    package_tensors,
     reason_of,
 )
 

@@ -27,13 +27,7 @@ from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.batches import Batch
 from fedpft_flower.config import AlignConfig, FedPFTError
-from fedpft_flower.moments import (
-    Seen,
-    Sums,
-    observe,
-    output_of,
-    skipped,
-)
+from fedpft_flower.moments import Seen, Sums, observe, output_of, skipped
 from fedpft_flower.plan import Plan
 from fedpft_flower.selection import energy_ratio
 from fedpft_flower.sensitivity import Sensitivity

@@ -7,13 +7,12 @@ Names of nodes and reasons of failures come from nodes: everything is escaped
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedpft_flower.charts import STYLE as CHART_STYLE
 from fedpft_flower.charts import Series, bars, lines, strip
 from fedpft_flower.config import Config, Scalar
-from fedpft_flower.evaluation import metric_of
 from fedpft_flower.markup import Markup, element
+from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.wording import (
     count_nodes,
@@ -23,8 +22,6 @@ from fedpft_flower.wording import (
     shown_settings,
     size,
 )
-
-Metrics = Mapping[str, Any]
 
 _DESCRIPTION = {
     "train": "training rows in one place (virtual clients share them)",

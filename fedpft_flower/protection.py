@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedpft_flower.codec import decode_weights, encode_weights
-from fedpft_flower.evaluation import is_better, metric_row
-from fedpft_flower.wire import bits
+from fedpft_flower.delta import bits
+from fedpft_flower.metrics import is_better, metric_row
 from fedpft_flower.wording import percent
 
 Figures = dict[str, Any]

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from peft import PeftModel
 from safetensors import SafetensorError
 
 from fedpft_flower.adapters import export_adapter
 from fedpft_flower.config import Config, FedPFTError, nest
 from fedpft_flower.disk import existing_path, lock, put
 from fedpft_flower.endings import one_line_end
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.page import render_page
-from fedpft_flower.server import Metrics, ProxyServer
 
 LOG = "run.log"  # what the run said, with the time
 ROUNDS, SUMMARY = "metrics.jsonl", "summary.json"
@@ -110,7 +111,8 @@ class RunDirectory:
 
     def finish(
         self,
-        server: ProxyServer,
+        fm: PeftModel,
+        metric: str,
         summary: Metrics,
         manifest: Metrics,
         hits: Mapping[str, str],
@@ -122,9 +124,9 @@ class RunDirectory:
             raise self._refused(error) from error
         self._write("manifest.json", _pretty(manifest))
         self._write("hits.json", _pretty(dict(hits)))
-        rounds, metric = self._rounds, server.metric
+        rounds = self._rounds
         self._put("curves.png", lambda path: draw_curves(rounds, metric, path))
-        self._put("adapter", lambda path: export_adapter(server.fm, path))
+        self._put("adapter", lambda path: export_adapter(fm, path))
         self._write(
             "report.html", render_page(manifest["config"], rounds, summary, manifest)
         )

@@ -43,26 +43,25 @@ from fedpft_flower.config import Config, FedPFTError, Objective, derive_seed
 from fedpft_flower.descent import Schedule, Trainable
 from fedpft_flower.encoding import (
     Rows,
-    check_same_tokens,
     encode,
     encode_public,
     endless_batches,
     hold_out,
     mixed_batches,
-    processor_files,
-    processor_from,
     shuffled_batches,
     within_tokens,
 )
-from fedpft_flower.evaluation import judge, metric_of
+from fedpft_flower.evaluation import judge
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.least_squares import Fit, refit
 from fedpft_flower.likeness import likeness
 from fedpft_flower.methods import method_of
+from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.moments import count_tokens
 from fedpft_flower.package import Package, check_processor_file
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
+from fedpft_flower.processors import check_same_tokens, processor_files, processor_from
 from fedpft_flower.progress import Shown, Told
 from fedpft_flower.quantisation import check_frozen
 from fedpft_flower.refinement import refine
@@ -95,8 +94,6 @@ HELD_OUT_BATCHES = 2
 CALIBRATION_TOKENS, LEAST_TOKENS = 40, 25
 # Of a layer's neurons: how many the selection is given tokens for.
 USUAL_SHARE = 0.25
-
-Metrics = dict[str, Any]
 
 # Beginnings of the names in a saved state.
 _ADAPTER, _WEIGHT, _LIMIT = "adapter/", "sub-fm/", "activity-limit/"
@@ -140,7 +137,7 @@ class ProxyServer:
         # What a run is judged by.
         self.metric = metric_of(config.data)
         self._model_config = config_fields(fm.model.config)
-        config_from(self._model_config)  # the same
+        config_from(self._model_config)  # what no node would take ends here
         _check_length(config.data.max_length, fm)
         if self.method.needs_public and public is None:
             raise FedPFTError(
@@ -152,12 +149,7 @@ class ProxyServer:
         # Of calibration tokens, by the number of neurons they are for.
         self._sensitive: dict[int, Sensitivity | None] = {}
         self._splits = {
-            "validation": self.encode(task.validation, keep=True),
-            "test": self.encode(task.test, keep=True),
-            **{
-                name: self.encode(rows, keep=True)
-                for name, rows in task.more_tests.items()
-            },
+            name: self.encode(rows, keep=True) for name, rows in task.judged.items()
         }
         # Seconds that choosing neurons took.
         self.selection_seconds = 0.0
@@ -191,17 +183,18 @@ class ProxyServer:
         began = time.monotonic()
         widths = [ffn.width for ffn in ffns]
         counts = kept_counts(config.sub_fm, widths)
-        cut = [width for c, width in zip(counts, widths, strict=True) if c < width]
+        pairs = list(zip(counts, widths, strict=True))
+        compressed = [width for count, width in pairs if count < width]
         name = self.method.selection
         batches: Iterable[Batch] = []
         sensitivity: Sensitivity | None = None
-        if cut and selection_of(name).needs != "nothing":
+        if compressed and selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
             # As many tokens whatever is kept, so that a smaller sub-FM's neurons are in
             # a larger one; but enough for each that is kept.
-            most = max(c for c, width in zip(counts, widths, strict=True) if c < width)
+            most = max(count for count, width in pairs if count < width)
             enough = math.ceil(most * LEAST_TOKENS / CALIBRATION_TOKENS)
-            looked_at = max(round(USUAL_SHARE * max(cut)), enough)
+            looked_at = max(round(USUAL_SHARE * max(compressed)), enough)
             calibration, sensitivity = self._calibration(model, looked_at, most)
             batches = Shown(calibration, "choosing neurons")
         scores = score(
@@ -747,7 +740,7 @@ class ProxyServer:
         rms = activation_rms(body, self._compressed(), batches)
         self.limits = [self.config.align.inactive_threshold * r for r in rms]
 
-    def _activity_batches(self) -> Any:
+    def _activity_batches(self) -> Iterator[Batch]:
         assert self._public is not None
         seed = derive_seed(self.config.seed, "activity")
         size = self.config.align.batch_size

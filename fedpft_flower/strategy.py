@@ -12,15 +12,16 @@ from fedpft_flower.activity import average_rates
 from fedpft_flower.adapters import Adapter
 from fedpft_flower.config import FedPFTError, one_line
 from fedpft_flower.federation import Federation, RoundError
+from fedpft_flower.grid import ChosenNodes
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.sampling import sample, stand_ins
-from fedpft_flower.server import Metrics, ProxyServer
+from fedpft_flower.server import ProxyServer
 from fedpft_flower.strategies import shortage
 from fedpft_flower.tasks import task_of
 from fedpft_flower.wire import (
     ARRAYS,
     METRICS,
-    ChosenNodes,
     arrays_of,
     config_of,
     metrics_of,

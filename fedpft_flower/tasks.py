@@ -63,6 +63,11 @@ class TaskData:
     # Further test splits, each reported apart.
     more_tests: dict[str, Dataset] = field(default_factory=dict)
 
+    @property
+    def judged(self) -> dict[str, Dataset]:
+        """Return the splits that the server judges models on, by name."""
+        return {"validation": self.validation, "test": self.test, **self.more_tests}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -81,7 +86,7 @@ class Task:
 
 @lru_cache(maxsize=2)
 def load_task(config: DataConfig, seed: int) -> TaskData:
-    """Load the splits of a task; cached by content, since workers are reused.
+    """Load the splits of a task; kept by these settings, since workers are reused.
 
     Raises:
         FedPFTError: an unknown task, unreadable data, a missing column or split, or a
@@ -264,7 +269,7 @@ def _takes_pairs(config: DataConfig) -> bool:
 
 def _own_public(config: DataConfig, seed: int) -> Dataset:
     task = task_of(config.task)
-    kind = "image" if task.modality == "image" else "text"
+    kind = task.modality
     pairs = kind == "text" and task.objective == "classify"
     roles = (kind, "text_pair") if pairs else (kind,)
     columns = names_in(config.public_column) or (kind,)

@@ -19,12 +19,7 @@ from fedpft_flower.architectures import layers_of
 from fedpft_flower.batches import Batch
 from fedpft_flower.compute import Compute, asked_for, best_here, rough_shapes
 from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
-from fedpft_flower.encoding import (
-    NO_TARGET,
-    Rows,
-    endless_batches,
-    shuffled_batches,
-)
+from fedpft_flower.encoding import NO_TARGET, Rows, endless_batches, shuffled_batches
 from fedpft_flower.flops import FlopMeter
 
 

@@ -37,12 +37,7 @@ from fedpft_flower.config import AlignConfig, FedPFTError, LoraConfig, SubFMConf
 from fedpft_flower.descent import Schedule
 from fedpft_flower.moments import observe
 from fedpft_flower.plan import Plan
-from fedpft_flower.planners import (
-    keep_all,
-    keep_salient,
-    parameters_of,
-    size_of,
-)
+from fedpft_flower.planners import keep_all, keep_salient, parameters_of, size_of
 from fedpft_flower.selection import Evidence, norm
 from fedpft_flower.sub_fm import (
     build_skeleton,

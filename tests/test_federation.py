@@ -34,8 +34,9 @@ from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
 from fedpft_flower.report import LOG
 from fedpft_flower.software import versions
+from fedpft_flower.store import Store, tensors_hash
 from fedpft_flower.tasks import load_task
-from fedpft_flower.wire import HELLO, Store, tensors_hash
+from fedpft_flower.wire import HELLO
 
 NODES = 5
 

@@ -27,15 +27,8 @@ from fedpft_flower.partitions import PARTITIONS, load_partition
 from fedpft_flower.report import RunDirectory
 from fedpft_flower.selection import SELECTIONS
 from fedpft_flower.server import ProxyServer
-from fedpft_flower.strategies import (
-    _RANGES as ARGUMENTS,
-)
-from fedpft_flower.strategies import (
-    STRATEGIES,
-    _arguments,
-    inner_strategy,
-    strategy_of,
-)
+from fedpft_flower.strategies import _RANGES as ARGUMENTS
+from fedpft_flower.strategies import STRATEGIES, _arguments, inner_strategy, strategy_of
 from fedpft_flower.tasks import load_public, load_task
 from tests.fuzzing import (
     LONG,

@@ -26,6 +26,7 @@ from fedpft_flower import federation as federation_module
 from fedpft_flower import wire
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.federation import Federation
+from fedpft_flower.grid import CountingGrid
 from fedpft_flower.strategies import inner_strategy
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.wire import (
@@ -35,7 +36,6 @@ from fedpft_flower.wire import (
     INSTALL,
     METRICS,
     TRAIN,
-    CountingGrid,
     Ledger,
     pack_tensors,
 )

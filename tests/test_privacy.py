@@ -23,8 +23,8 @@ from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.privacy import NO_MEAN, Privacy, check_private
 from fedpft_flower.refusals import UNTOLD
 from fedpft_flower.server import ProxyServer
+from fedpft_flower.store import Store
 from fedpft_flower.strategies import STRATEGIES, inner_strategy
-from fedpft_flower.wire import Store
 from tests.test_federation import (
     NODES,
     broken,
