@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from flwr.app import Context
@@ -24,6 +25,7 @@ from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
+from fedpft_flower.reading import texts_in_common
 from fedpft_flower.report import LOG, RunDirectory
 from fedpft_flower.rounds import Run
 from fedpft_flower.sampling import check_clients
@@ -72,6 +74,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     saved = checkpoints.load() if config.resume else None
     plan = Plan.from_json(saved.state["plan"]) if saved is not None else None
     task, public = load_rows(config)
+    _tell_task(task, config)
     given = saved.state["installs"] if saved is not None else {}
     federation = Federation(
         counting, config.timeout_seconds, config.wait_seconds, task.labels, given
@@ -158,7 +161,35 @@ def load_rows(config: Config) -> tuple[TaskData, Dataset | None]:
     for split, rows in (*task.judged.items(), ("public", public)):
         if rows is not None:
             check_images(rows, split)
-    return task, public
+    return task, public if public is None else _apart(public, task)
+
+
+def _apart(public: Dataset, task: TaskData) -> Dataset:
+    """Leave out public rows that models are judged on: nothing is to learn from them.
+
+    Images are not compared.
+
+    Raises:
+        FedPFTError: no other is left.
+    """
+    judged = list(task.judged.values())
+    texts = {"text", "text_pair"} & set(public.column_names)
+    if not texts or not texts <= set(task.test.column_names):
+        return public
+    common = texts_in_common(public, judged)
+    if not common.any():
+        return public
+    if common.all():
+        raise FedPFTError(
+            "data.public-path: every public row is also one to validate or test on; "
+            "give another corpus"
+        )
+    logger.warning(
+        "%d of %d public rows are also rows to validate or test on: left out",
+        common.sum(),
+        len(public),
+    )
+    return public.select(np.flatnonzero(~common))
 
 
 def load_server(
@@ -178,6 +209,31 @@ def load_server(
     logger.info("loading FM %s", config.fm.name)
     fm = load_fm_of(config, task.labels)
     return ProxyServer(config, fm, task, public, plan)
+
+
+def _tell_task(task: TaskData, config: Config) -> None:
+    """Warn of rows that make figures look better, or worse, than they are."""
+    if task.train is None or config.privacy.on:  # with noise nothing of rows is told
+        return
+    if len(task.labels) > max(10, len(task.train) / 5):
+        logger.warning(
+            "%d labels for %d training rows; is data.label-column = %r the column of "
+            "labels?",
+            len(task.labels),
+            len(task.train),
+            config.data.label_column,
+        )
+    if "image" in task.test.column_names:
+        return
+    for split, rows in task.judged.items():
+        if again := int(texts_in_common(rows, [task.train]).sum()):
+            logger.warning(
+                "%d of %d rows of %s have the texts of training rows, so figures on it "
+                "tell less of new ones",
+                again,
+                len(rows),
+                split,
+            )
 
 
 def _tell_privacy(privacy: Privacy, config: Config) -> None:

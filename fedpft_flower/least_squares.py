@@ -37,6 +37,9 @@ HOLD_OUT_EVERY = 10
 # The ridge is multiplied by the one of these factors that has the least held-out error.
 RIDGE_FACTORS = (1.0, 10.0, 100.0, 1000.0)
 
+# Columns [D, K] and bias [D] of a layer's output; None where it has no bias.
+Output = tuple[Tensor, Tensor | None]
+
 
 @dataclass(frozen=True)
 class Quadratic:
@@ -67,7 +70,7 @@ class Quadratic:
             found = found + (bias * (bias + shift)).sum()
         return found
 
-    def solve(self) -> tuple[Tensor, Tensor | None]:
+    def solve(self) -> Output:
         """Return the V [D, K] and c [D] that minimise the objective."""
         gram, cross = self.gram, self.cross
         if self.bias is not None:
@@ -101,6 +104,8 @@ class Fit:
     after: float
     held_out_before: float
     held_out_after: float
+    # Whether the layer has it: on the tokens held out it is no worse than before.
+    kept: bool
 
 
 def refit(
@@ -116,6 +121,7 @@ def refit(
     """Refit the output weights and biases of all compressed layers, first to last.
 
     Each layer sees what the layers below it became. Both models hold the same adapter.
+    A layer that would be worse on the tokens held out stays as it is.
 
     Args:
         fm: the FM.
@@ -150,27 +156,32 @@ def refit(
                 "align.before = 'bias', but the FFNs of this FM have no output bias; "
                 "choose 'least-squares'"
             )
-        if bias_only:
-            factors: tuple[float, ...] = (0.0,)
-            solutions = [(learnt.columns, learnt.centre(learnt.columns))]
-        else:
-            factors = RIDGE_FACTORS
-            solutions = [learnt.with_ridge(factor).solve() for factor in factors]
         present = learnt.columns, learnt.bias
-        errors = [float(held_out.error(*solution)) for solution in solutions]
-        best = min(range(len(errors)), key=errors.__getitem__)
-        walks[1].ffns[place].write_output(*solutions[best])
+        factor, solution = min(
+            _solutions(learnt, bias_only), key=lambda pair: held_out.error(*pair[1])
+        )
+        kept = bool(held_out.error(*solution) <= held_out.error(*present))
+        if kept:
+            walks[1].ffns[place].write_output(*solution)
         report(
             Fit(
                 layer=layer,
                 tokens=learnt.tokens,
-                ridge_factor=factors[best],
+                ridge_factor=factor,
                 before=learnt.unexplained(*present),
-                after=learnt.unexplained(*solutions[best]),
+                after=learnt.unexplained(*solution),
                 held_out_before=held_out.unexplained(*present),
-                held_out_after=held_out.unexplained(*solutions[best]),
+                held_out_after=held_out.unexplained(*solution),
+                kept=kept,
             )
         )
+
+
+def _solutions(learnt: Quadratic, bias_only: bool) -> list[tuple[float, Output]]:
+    """Return what a layer's output may become: ridge factor, and columns with bias."""
+    if bias_only:
+        return [(0.0, (learnt.columns, learnt.centre(learnt.columns)))]
+    return [(factor, learnt.with_ridge(factor).solve()) for factor in RIDGE_FACTORS]
 
 
 class Walk:

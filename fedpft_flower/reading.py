@@ -1,12 +1,14 @@
 """Read rows from files, directories and hubs, and the labels in their columns."""
 
+import csv
+import gzip
 import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from fedpft_flower.config import FedPFTError, Modality, OwnRowsError, first_line
 from fedpft_flower.disk import existing_path, private_cache
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 Splits = Mapping[str, Dataset]
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 _FORMATS = {
     ".csv": "csv",
@@ -198,6 +202,8 @@ def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
         "na_filter": False,
         "sep": "\t" if suffixes == {".tsv"} else separator,
     }
+    if suffixes == {".tsv"} and any(map(_has_bare_quotes, files)):
+        options["quoting"] = csv.QUOTE_NONE
     head = pd.read_csv(files[0], nrows=1, dtype=str, **options)
     if len(head) and not isinstance(head.index, pd.RangeIndex):
         raise FedPFTError(
@@ -206,6 +212,24 @@ def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
     # `datasets` would fix each column's type by the first rows, and fail at others.
     columns = Features({str(column): Value("string") for column in head.columns})
     return {**options, "features": columns}
+
+
+def _has_bare_quotes(file: Path) -> bool:
+    """Tell whether quotes of a TSV file are signs like others, and end no field.
+
+    So it is where every line has as many tabs, and quotes would join lines.
+    """
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    with opened(file, "rt", encoding="utf-8", newline="") as lines:
+        tabs = [line.count("\t") for line in lines if line.strip()]
+    if len(set(tabs)) > 1:
+        return False
+    with opened(file, "rt", encoding="utf-8", newline="") as lines:
+        rows = csv.reader(lines, delimiter="\t")
+        try:
+            return sum(1 for row in rows if "".join(row).strip()) < len(tabs)
+        except csv.Error:  # a field without end
+            return True
 
 
 def _with_numbers(rows: Dataset) -> Dataset:
@@ -230,9 +254,9 @@ def _read_directory(
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     cache = str(private_cache("rows"))
     found = list(place.rglob("*"))
-    tables = [path for path in found if _suffix(path) in _TABLES]
+    tables = sorted(path for path in found if _suffix(path) in _TABLES)
     if modality == "image" and not tables:
-        return _read_images(place, cache)
+        return _read_images(place, found, cache)
     if _is_described(place):  # else a hub's subset, as of the run, means nothing here
         described: Splits = load_dataset(str(place), subset or None, cache_dir=cache)
         return described
@@ -249,32 +273,40 @@ def _read_directory(
     return {name: _with_numbers(part) for name, part in rows.items()}
 
 
-def _read_images(place: Path, cache: str) -> Splits:
+def _read_images(place: Path, found: Sequence[Path], cache: str) -> Splits:
     """Return the splits of a directory of images, labelled by their folders.
 
     In the layout CLASS/images/FILE, as Tiny-ImageNet has it, the class is the folder
-    above. A split whose images are all in one such folder, beside others with several,
-    has no classes and is left out.
+    above. A split without a class that there is to train on (all its images in one
+    folder, perhaps) has no labels and is left out.
     """
     # Also a folder of one class only is labelled: it is a site's, perhaps.
     read: Splits = load_dataset(
-        "imagefolder", data_dir=str(place), drop_labels=False, cache_dir=cache
+        "imagefolder",
+        data_dir=str(place),
+        data_files=_image_splits(place, found),
+        drop_labels=False,
+        cache_dir=cache,
     )
-    if any(part.features["label"].names != ["images"] for part in read.values()):
-        return read
+    above = all(part.features["label"].names == ["images"] for part in read.values())
     folders = {
         split: [
-            Path(image["path"]).parent.parent.name
+            (path.parent.parent if above else path.parent).name
             for image in part.cast_column("image", Image(decode=False))["image"][:]
+            if (path := Path(image["path"]))
         ]
         for split, part in read.items()
     }
     most = max(len(set(names)) for names in folders.values())
     classed = {s for s, names in folders.items() if len(set(names)) > 1 or most == 1}
+    if learnt := set(folders.get("train", ())):
+        classed = {s for s in classed if learnt & set(folders[s])}
     for split in folders.keys() - classed:
         logger.warning(
             "%s: split %r has no folder for each class: left out", place, split
         )
+    if not above and classed == read.keys():
+        return read
     label = ClassLabel(names=sorted({n for s in classed for n in folders[s]}))
     return {
         split: read[split]
@@ -284,6 +316,35 @@ def _read_images(place: Path, cache: str) -> Splits:
         for split in read
         if split in classed
     }
+
+
+def _image_splits(place: Path, found: Sequence[Path]) -> dict[str, list[str]] | None:
+    """Return split -> patterns of the files of a directory of images.
+
+    Folders at the top are splits where all are called so, else everything is one: by
+    itself `datasets` takes a class called "train", or a file called "test.jpg", for a
+    split. None where there are no images but archives, perhaps: it looks into them.
+
+    Raises:
+        FedPFTError: every class has folders of splits, which nothing here reads.
+    """
+    files = [
+        path.relative_to(place)
+        for path in found
+        if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file()
+    ]
+    if not files:
+        return None
+    tops = sorted({file.parts[0] if len(file.parts) > 1 else "" for file in files})
+    if splits := _by_split((top, f"{top}/**") for top in tops):
+        return splits
+    parents = {file.parent.name for file in files}
+    if len(tops) > 1 and _by_split((name, name) for name in parents):
+        raise FedPFTError(
+            f"images lie in CLASS/SPLIT, as in {files[0].parent}; put them into "
+            "SPLIT/CLASS"
+        )
+    return {"train": ["**"]}
 
 
 def _is_described(place: Path) -> bool:
@@ -303,27 +364,45 @@ def _split_files(
     """Return split -> files of a directory whose every table is named by its split.
 
     `datasets` takes such tables for one table, so they would need equal columns, and
-    `validation_matched` and `validation_mismatched` would be one split. Here several
-    names of one role to evaluate are several splits.
+    `validation_matched` and `validation_mismatched` would be one split. Where there is
+    one to train on, a table called otherwise, a sample to submit perhaps, is left out.
     """
-    suffixes = {_suffix(path) for path in tables}
+    named = [
+        (Path(path.name.lower().removesuffix(".gz")).stem, path) for path in tables
+    ]
+    if any(path.parent != place for path in tables):
+        return {}
+    others = [path for stem, path in named if not _SPLIT_FILE.fullmatch(stem)]
+    if "train" in _by_split(pair for pair in named if pair[1] not in others):
+        for path in others:
+            logger.warning("%s is called like no split: left out", path)
+        named = [pair for pair in named if pair[1] not in others]
+    suffixes = {_suffix(path) for _, path in named}
     known = {".parquet"} if modality == "image" else _FORMATS.keys()
     if len(suffixes) != 1 or not suffixes <= known:
         return {}
-    roles: dict[str, dict[str, list[Path]]] = {}
-    for path in sorted(tables):
-        match = _SPLIT_FILE.fullmatch(Path(path.name.lower().removesuffix(".gz")).stem)
-        if path.parent != place or match is None:
+    return _by_split(named)
+
+
+def _by_split(named: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """Return split -> what is called so; nothing where a name is none of a split.
+
+    Several names of one role to evaluate are several splits.
+    """
+    roles: dict[str, dict[str, list[T]]] = {}
+    for called, one in named:
+        match = _SPLIT_FILE.fullmatch(called.lower())
+        if match is None:
             return {}
         role = _SYNONYMS.get(match["role"], match["role"])
         name = role if match["name"] == match["role"] else match["name"]
-        roles.setdefault(role, {}).setdefault(name, []).append(path)
-    splits: dict[str, list[Path]] = {}
-    for role, named in roles.items():
-        if role == "train" or len(named) == 1:
-            splits[role] = [path for paths in named.values() for path in paths]
+        roles.setdefault(role, {}).setdefault(name, []).append(one)
+    splits: dict[str, list[T]] = {}
+    for role, by_name in roles.items():
+        if role == "train" or len(by_name) == 1:
+            splits[role] = [one for ones in by_name.values() for one in ones]
         else:
-            splits |= named
+            splits |= by_name
     return splits
 
 
@@ -432,16 +511,15 @@ def _missing(part: Dataset, column: str) -> list[int]:
     values = _column(part, column)
     gone = values.is_null(nan_is_null=True).to_numpy()
     if column == "label" and part.features[column] in _TEXTS:
-        gone |= np.array([not text.strip() for text in part[column][:]])
+        texts = part[column][:]  # one may be null
+        gone |= np.array([not (text or "").strip() for text in texts], dtype=bool)
     missing: list[int] = gone.nonzero()[0].tolist()
     return missing
 
 
 _TEXTS = (Value("string"), Value("large_string"))
-_INPUTS = {
-    **dict.fromkeys(("text", "text_pair", "prompt", "response"), Value("string")),
-    "image": Image(),
-}
+TEXT_ROLES = ("text", "text_pair", "prompt", "response")
+_INPUTS = {**dict.fromkeys(TEXT_ROLES, Value("string")), "image": Image()}
 
 
 def cast_input(part: Dataset, column: str) -> Dataset:
@@ -483,6 +561,30 @@ def with_texts(part: Dataset, columns: Sequence[str]) -> Dataset:
     return part.select(np.flatnonzero(full))
 
 
+def texts_in_common(part: Dataset, others: Sequence[Dataset]) -> np.ndarray:
+    """Tell which rows have the same inputs as a row of others.
+
+    Args:
+        part: rows of texts.
+        others: rows with the same columns of texts, or more.
+
+    Returns:
+        Booleans [rows].
+    """
+    columns = [name for name in TEXT_ROLES if name in part.column_names]
+    known = pa.chunked_array(
+        [chunk for rows in others for chunk in _joined(rows, columns).chunks],
+        pa.string(),
+    )
+    return np.array(pc.is_in(_joined(part, columns), value_set=known.combine_chunks()))
+
+
+def _joined(rows: Dataset, columns: Sequence[str]) -> pa.ChunkedArray:
+    """Return the texts of each row in one."""
+    texts = [pc.cast(_column(rows, name), pa.string()) for name in columns]
+    return pc.binary_join_element_wise(*texts, "\0")
+
+
 def _column(part: Dataset, name: str) -> pa.ChunkedArray:
     """Return a column as Arrow has it, of the rows that were selected."""
     if part._indices is None:
@@ -493,8 +595,13 @@ def _column(part: Dataset, name: str) -> pa.ChunkedArray:
 _INTEGER = re.compile(r"-?[0-9]+")
 
 
-def labels_of(part: Dataset, column: str) -> tuple[str, ...]:
+def labels_of(part: Dataset, column: str, named: str = "") -> tuple[str, ...]:
     """Return the different labels of a column, numbers in their order, texts in theirs.
+
+    Args:
+        part: rows.
+        column: with the labels.
+        named: what the data calls it, where that differs.
 
     Raises:
         FedPFTError: the column holds no labels.
@@ -502,10 +609,11 @@ def labels_of(part: Dataset, column: str) -> tuple[str, ...]:
     feature = part.features[column]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
-    values = [v for v in _different(part, column) if v is not None]
+    named = named or column
+    values = [v for v in _different(part, column, named) if v is not None]
     if any(isinstance(v, float) and not v.is_integer() for v in values):
         raise FedPFTError(
-            f"data.label-column = {column!r} holds fractions such as "
+            f"data.label-column = {named!r} holds fractions such as "
             f"{next(v for v in values if not float(v).is_integer())!r}, which are no "
             "classes; name another column, or list them in data.labels"
         )
@@ -515,14 +623,26 @@ def labels_of(part: Dataset, column: str) -> tuple[str, ...]:
 def in_order(labels: Collection[str]) -> tuple[str, ...]:
     """Return labels in the order of the label set: by number where all are numbers."""
     numbers = all(_INTEGER.fullmatch(label) for label in labels)
-    return tuple(sorted(labels, key=int if numbers else str))
+    if not numbers:
+        return tuple(sorted(labels))
+    # Texts such as "1" and "01" are two labels, in an order that every process finds.
+    return tuple(sorted(labels, key=lambda label: (int(label), label)))
 
 
 def has_labels(part: Dataset, column: str) -> bool:
     """Tell a labelled split from one whose labels are withheld: all -1, null, blank."""
     if column not in part.column_names:
         return False
-    return any(str(one).strip() for one in set(_different(part, column)) - {-1, None})
+    return any(
+        str(one).strip() for one in set(_different(part, column, column)) - {-1, None}
+    )
+
+
+def has_texts(part: Dataset, column: str) -> bool:
+    """Tell a split with texts from one whose texts are withheld: all null, blank."""
+    if column not in part.column_names or part.features[column] == Value("null"):
+        return False
+    return part.features[column] not in _TEXTS or bool(len(with_texts(part, [column])))
 
 
 def label_texts(part: Dataset, column: str) -> list[str]:
@@ -533,17 +653,30 @@ def label_texts(part: Dataset, column: str) -> list[str]:
     return [label_text(value) for value in values]
 
 
+def configured_label(name: str, part: Dataset, column: str) -> str:
+    """Write a label that a configuration names as `label_texts` writes it: 1.0 as 1."""
+    feature = part.features[column]
+    if isinstance(feature, ClassLabel) or feature in _TEXTS:
+        return name
+    if _INTEGER.fullmatch(name):
+        return str(int(name))
+    try:
+        return label_text(float(name))
+    except ValueError:  # no number: True, or a mistake
+        return name
+
+
 def label_text(value: Any) -> str:
     """Write a label as text; whole numbers alike, whether read as 1 or as 1.0."""
     whole = isinstance(value, float) and math.isfinite(value) and value.is_integer()
     return str(int(value)) if whole else str(value)
 
 
-def _different(part: Dataset, column: str) -> Iterable[Any]:
+def _different(part: Dataset, column: str, named: str) -> Iterable[Any]:
     try:
         return list(part.unique(column))
     except (TypeError, pa.ArrowException) as error:
         raise FedPFTError(
-            f"data.label-column = {column!r} holds {part.features[column]}; name a "
+            f"data.label-column = {named!r} holds {part.features[column]}; name a "
             "column of texts or numbers"
         ) from error

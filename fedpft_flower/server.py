@@ -53,7 +53,7 @@ from fedpft_flower.encoding import (
 )
 from fedpft_flower.evaluation import judge
 from fedpft_flower.foundation import FoundationModel
-from fedpft_flower.least_squares import Fit, refit
+from fedpft_flower.least_squares import refit
 from fedpft_flower.likeness import likeness
 from fedpft_flower.methods import method_of
 from fedpft_flower.metrics import Metrics, metric_of
@@ -62,7 +62,7 @@ from fedpft_flower.package import Package, check_processor_file
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
 from fedpft_flower.processors import check_same_tokens, processor_files, processor_from
-from fedpft_flower.progress import Shown, Told
+from fedpft_flower.progress import DescentLog, FitLog, LoggedBatches
 from fedpft_flower.quantisation import check_frozen
 from fedpft_flower.refinement import refine
 from fedpft_flower.selection import score, selection_of
@@ -196,7 +196,7 @@ class ProxyServer:
             enough = math.ceil(most * LEAST_TOKENS / CALIBRATION_TOKENS)
             looked_at = max(round(USUAL_SHARE * max(compressed)), enough)
             calibration, sensitivity = self._calibration(model, looked_at, most)
-            batches = Shown(calibration, "choosing neurons")
+            batches = LoggedBatches(calibration, "choosing neurons")
         scores = score(
             model, name, counts, batches, config.align, config.seed, sensitivity
         )
@@ -428,7 +428,7 @@ class ProxyServer:
         if not steps or self.plan.is_whole:
             return {}
         batches = self._refinement_batches()
-        told, (before, _) = Told("refine"), self._judge("fm", "validation")
+        told, (before, _) = DescentLog("refine"), self._judge("fm", "validation")
         try:
             refine(self.fm, self.sub_fm, batches, self._schedule(plug.lr, steps), told)
         except FedPFTError as error:  # the trained adapter is worth keeping
@@ -612,29 +612,7 @@ class ProxyServer:
 
     def _refit(self, bias_only: bool = False) -> Metrics:
         """Refit output weights by least squares; the seconds and every layer's fit."""
-        began, fits = time.monotonic(), list[Fit]()
-
-        def report(fit: Fit) -> None:
-            fits.append(fit)
-            logger.info(
-                "least squares: layer %d, unexplained %.3f -> %.3f (held out %.3f -> "
-                "%.3f), %d tokens, %.0f s",
-                fit.layer,
-                fit.before,
-                fit.after,
-                fit.held_out_before,
-                fit.held_out_after,
-                fit.tokens,
-                time.monotonic() - began,
-            )
-            if fit.held_out_after > fit.held_out_before:
-                logger.warning(
-                    "least squares: layer %d is worse on the tokens held out; raise "
-                    "data.public-rows, data.public-tokens, align.calibration-tokens or "
-                    "align.ridge",
-                    fit.layer,
-                )
-
+        told = FitLog()
         self._forget("sub-fm")
         most = max(len(self.plan.kept[layer]) for layer in self.plan.compressed)
         batches, sensitivity = self._calibration(base_model(self.fm), most, most)
@@ -644,14 +622,11 @@ class ProxyServer:
             self.plan,
             batches,
             self.config.align,
-            report,
+            told,
             bias_only,
             sensitivity,
         )
-        return {
-            "seconds": time.monotonic() - began,
-            "layers": [asdict(fit) for fit in fits],
-        }
+        return told.metrics()
 
     def _calibration(
         self, model: PreTrainedModel, size: int, kept: int
@@ -713,7 +688,7 @@ class ProxyServer:
                 )
             kept_back, rows = hold_out(rows, count, derive_seed(seed, "held out"))
             held_out = list(shuffled_batches(kept_back, align.batch_size, seed))
-        told = Told(what)
+        told = DescentLog(what)
         self._forget("sub-fm")
         last = distil(
             self.fm,

@@ -29,12 +29,15 @@ from fedpft_flower.config import (
 )
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.reading import (
+    TEXT_ROLES,
     Row,
     Splits,
     cast_input,
     choose_columns,
     complete_rows,
+    configured_label,
     has_labels,
+    has_texts,
     in_order,
     is_on_hub,
     label_texts,
@@ -557,16 +560,22 @@ _USUAL = {
 
 
 def _can_evaluate(part: Dataset, config: DataConfig) -> bool:
-    """Tell whether a split says what is right; texts to generate do so themselves."""
-    generate = task_of(config.task).objective == "generate"
-    return generate or has_labels(part, config.label_column)
+    """Tell whether a split says what is right: has labels, or texts to generate."""
+    given = has_labels if "label" in columns_of(config) else has_texts
+    return given(part, _answers(config))
+
+
+def _answers(config: DataConfig) -> str:
+    """Return the column that says what is right: of the label, or of the last text."""
+    columns = columns_of(config)
+    return columns.get("label") or [*columns.values()][-1]
 
 
 def _check_labels(part: Dataset, config: DataConfig, role: str, split: str) -> None:
     if not _can_evaluate(part, config):
         raise FedPFTError(
-            f"data.{role}-split = {split!r} has no labels in column "
-            f"{config.label_column!r}; name another split or column"
+            f"data.{role}-split = {split!r} has nothing in column "
+            f"{_answers(config)!r}; name another split or column"
         )
 
 
@@ -614,10 +623,7 @@ TASKS: dict[str, Task] = {
 }
 
 _SETTINGS = {
-    "text": "data.text-columns",
-    "text_pair": "data.text-columns",
-    "prompt": "data.text-columns",
-    "response": "data.text-columns",
+    **dict.fromkeys(TEXT_ROLES, "data.text-columns"),
     "image": "data.image-column",
     "label": "data.label-column",
     "client": "data.client-column",
@@ -638,7 +644,8 @@ def _label_names(parts: Mapping[str, Dataset], config: DataConfig) -> tuple[str,
     names = names_in(config.labels)
     if not names:
         rows = [parts["train"]] if "train" in parts else list(parts.values())
-        found = [labels_of(part, "label") for part in rows]
+        named = config.label_column
+        found = [labels_of(part, "label", named) for part in rows]
         names = found[0] if len({*found}) == 1 else in_order(set().union(*found))
     if len(set(names)) < max(2, len(names)):
         raise FedPFTError(f"data.labels: {names} needs two or more different labels")
@@ -648,7 +655,8 @@ def _label_names(parts: Mapping[str, Dataset], config: DataConfig) -> tuple[str,
 def _labelled(part: Dataset, names: Sequence[str], split: str) -> Dataset:
     """Turn the label column into indices of `names`."""
     texts = label_texts(part, "label")
-    places = {name: i for i, name in enumerate(names)}
+    written = [configured_label(name, part, "label") for name in names]
+    places = {name: i for i, name in enumerate(written)}
     outside = sorted(set(texts) - places.keys())
     if outside:
         known = f"the label set ({', '.join(names)})"
