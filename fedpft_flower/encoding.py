@@ -135,6 +135,8 @@ class GenerationRows(_Tokenised):
         super().__init__(features["ends"])
         self._ids = features["input_ids"].long()
         self._prompts = features["prompts"].tolist()
+        # How many prompts and responses were cut.
+        self.cut: list[int] = features.get("cut", torch.zeros(2)).int().tolist()
         if not len(self):
             raise FedPFTError(
                 f"none of {len(rows)} texts has two tokens, so nothing can be learnt; "

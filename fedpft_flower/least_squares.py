@@ -104,8 +104,6 @@ class Fit:
     after: float
     held_out_before: float
     held_out_after: float
-    # Whether the layer has it: on the tokens held out it is no worse than before.
-    kept: bool
 
 
 def refit(
@@ -121,7 +119,6 @@ def refit(
     """Refit the output weights and biases of all compressed layers, first to last.
 
     Each layer sees what the layers below it became. Both models hold the same adapter.
-    A layer that would be worse on the tokens held out stays as it is.
 
     Args:
         fm: the FM.
@@ -160,9 +157,7 @@ def refit(
         factor, solution = min(
             _solutions(learnt, bias_only), key=lambda pair: held_out.error(*pair[1])
         )
-        kept = bool(held_out.error(*solution) <= held_out.error(*present))
-        if kept:
-            walks[1].ffns[place].write_output(*solution)
+        walks[1].ffns[place].write_output(*solution)
         report(
             Fit(
                 layer=layer,
@@ -172,7 +167,6 @@ def refit(
                 after=learnt.unexplained(*solution),
                 held_out_before=held_out.unexplained(*present),
                 held_out_after=held_out.unexplained(*solution),
-                kept=kept,
             )
         )
 

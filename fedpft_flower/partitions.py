@@ -1,5 +1,6 @@
 """Share the training rows among virtual clients, by flwr-datasets' partitioners."""
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -88,7 +89,9 @@ def _dirichlet(
     trial = draw(least)
     trial.dataset = train.select_columns(["label"])
     try:
-        trial.load_partition(0)
+        with warnings.catch_warnings():  # it tells of every draw
+            warnings.simplefilter("ignore")
+            trial.load_partition(0)
     except ValueError:  # ten draws gave some client fewer: of few classes most do
         return _deal(train, _filled(train, draw(0), count, least, seed))
     return draw(least), train

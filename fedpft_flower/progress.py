@@ -92,11 +92,11 @@ class FitLog:
             fit.tokens,
             time.monotonic() - self._began,
         )
-        if not fit.kept:
+        if fit.held_out_after > fit.held_out_before:
             logger.warning(
-                "least squares: layer %d would be worse on the tokens held out, and "
-                "stays as it was; raise data.public-rows, data.public-tokens, "
-                "align.calibration-tokens or align.ridge",
+                "least squares: layer %d is worse on the tokens held out; raise "
+                "data.public-rows, data.public-tokens, align.calibration-tokens or "
+                "align.ridge",
                 fit.layer,
             )
 

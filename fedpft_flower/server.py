@@ -42,6 +42,7 @@ from fedpft_flower.batches import Batch
 from fedpft_flower.config import Config, FedPFTError, Objective, derive_seed
 from fedpft_flower.descent import Schedule, Trainable
 from fedpft_flower.encoding import (
+    GenerationRows,
     Rows,
     encode,
     encode_public,
@@ -151,6 +152,8 @@ class ProxyServer:
         self._splits = {
             name: self.encode(rows, keep=True) for name, rows in task.judged.items()
         }
+        for name, rows in self._splits.items():
+            _tell_cuts(name, rows, config.data.max_length)
         # Seconds that choosing neurons took.
         self.selection_seconds = 0.0
         self.plan = plan or self._choose(fm.model)
@@ -720,6 +723,20 @@ class ProxyServer:
         seed = derive_seed(self.config.seed, "activity")
         size = self.config.align.batch_size
         return islice(shuffled_batches(self._public, size, seed), ACTIVITY_BATCHES)
+
+
+def _tell_cuts(split: str, rows: Rows, length: int) -> None:
+    prompts, responses = rows.cut if isinstance(rows, GenerationRows) else (0, 0)
+    if prompts or responses:
+        logger.warning(
+            "%s: %d prompts and %d responses of %d are cut to data.max-length = %d "
+            "tokens together; figures are of what is left",
+            split,
+            prompts,
+            responses,
+            len(rows),
+            length,
+        )
 
 
 def _check_length(length: int, fm: FoundationModel) -> None:

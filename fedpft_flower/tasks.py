@@ -561,7 +561,8 @@ _USUAL = {
 
 def _can_evaluate(part: Dataset, config: DataConfig) -> bool:
     """Tell whether a split says what is right: has labels, or texts to generate."""
-    given = has_labels if "label" in columns_of(config) else has_texts
+    classify = task_of(config.task).objective == "classify"
+    given = has_labels if classify else has_texts
     return given(part, _answers(config))
 
 
@@ -573,8 +574,9 @@ def _answers(config: DataConfig) -> str:
 
 def _check_labels(part: Dataset, config: DataConfig, role: str, split: str) -> None:
     if not _can_evaluate(part, config):
+        what = "labels" if task_of(config.task).objective == "classify" else "texts"
         raise FedPFTError(
-            f"data.{role}-split = {split!r} has nothing in column "
+            f"data.{role}-split = {split!r} has no {what} in column "
             f"{_answers(config)!r}; name another split or column"
         )
 

@@ -102,7 +102,10 @@ def _in_vectors(encoded: Mapping[str, Sequence[Sequence[int]]]) -> Tokens:
 
 
 def generation_tokens(rows: Dataset, tokenizer: Any, config: DataConfig) -> Tokens:
-    """Return `input_ids` as `text_tokens` does, and how many are the prompt's."""
+    """Return `input_ids` as `text_tokens` does, and how many are the prompt's.
+
+    With prompts also `cut`: how many prompts and responses were too long.
+    """
     names = [n for n in ("text", "prompt", "response") if n in rows.column_names]
     texts = rows.select_columns(names)
     longest = min(config.max_length, tokenizer.model_max_length)
@@ -117,7 +120,7 @@ def generation_tokens(rows: Dataset, tokenizer: Any, config: DataConfig) -> Toke
     return _kept(
         texts,
         tokenizer,
-        f"{longest}/generation/{template}",
+        f"{longest}/generation, cuts counted/{template}",
         lambda: _responses(texts, tokenizer, longest, template),
     )
 
@@ -167,18 +170,21 @@ def _responses(texts: Dataset, tokenizer: Any, longest: int, template: str) -> T
     # A chat template writes the special tokens itself.
     asked = _open_ended(prompts, tokenizer, special=template != "chat")
     answered = _open_ended(texts["response"][:], tokenizer, special=False)
-    rows, lengths = [], []
+    rows, lengths, cut = [], [], [0, 0]
     for before, ids in zip(asked, answered, strict=True):
         response = [*ids, end][: longest - 1]
+        cut[1] += len(response) <= len(ids)
         prompt = before or [end]  # without any token nothing predicts the first
         room = longest - len(response)
         if len(prompt) > room:
+            cut[0] += 1
             kept_start = prompt[:1] if prompt[0] == start and room > 1 else []
             prompt = [*kept_start, *prompt[len(prompt) - room + len(kept_start) :]]
         rows.append([*prompt, *response])
         lengths.append(len(prompt))
     prompts_of = torch.tensor(lengths, dtype=torch.int32)
-    return {**_in_vectors({"input_ids": rows}), "prompts": prompts_of}
+    tokens = _in_vectors({"input_ids": rows})
+    return {**tokens, "prompts": prompts_of, "cut": torch.tensor(cut)}
 
 
 def _open_ended(
