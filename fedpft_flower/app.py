@@ -129,7 +129,10 @@ def _finish(
         after, right = server.judge("test")
         hits |= right
     summary = summary_of(run, plain, after, refinement)
-    summary["more-tests"] = {name: server.evaluate(name) for name in task.more_tests}
+    summary["more-tests"] = {}
+    for name in task.more_tests:
+        summary["more-tests"][name], found = server.judge(name)
+        hits |= {f"{model} ({name})": right for model, right in found.items()}
     first = run.directory.rounds[0]
     summary["protection"] = protection(
         federation.exposure,

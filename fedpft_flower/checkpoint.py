@@ -28,7 +28,7 @@ from fedpft_flower.disk import put
 
 _SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
 
-FORMAT = 4  # of the files; rises when older ones can no longer be read
+FORMAT = 5  # of the files; rises when older ones can no longer be read
 
 # The refinement comes after all that checkpoints are made of.
 REFINEMENT_KEYS = {key for key in flat_defaults() if key.startswith("plug-in.")}

@@ -231,7 +231,10 @@ class Comparison:
         except (FedPFTError, OSError) as error:
             return _Failed(str(error))
         if failure is not None:
-            return _Failed(failure.told or failure.status, list(failure.lines)[-30:])
+            lines = list(failure.lines)[-30:]
+            # A run that broke told nothing: its last words, or how it ended.
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            return _Failed(failure.told or last or failure.status, lines)
         (made,) = (
             [Path(config.resume)] if config.resume else {*runs.glob("*")} - earlier
         )

@@ -12,9 +12,11 @@ from fedpft_flower.charts import STYLE as CHART_STYLE
 from fedpft_flower.charts import Series, bars, lines, strip
 from fedpft_flower.config import Config, Scalar
 from fedpft_flower.markup import Markup, element
+from fedpft_flower.methods import method_of
 from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.wording import (
+    adapter_of,
     count_nodes,
     data_name,
     last_part,
@@ -25,7 +27,7 @@ from fedpft_flower.wording import (
 
 _DESCRIPTION = {
     "train": "training rows in one place (virtual clients share them)",
-    "validation": "every choice is made on it",
+    "validation": "every choice is made on it; labels are used for nothing else",
     "test": "only reported",
     "public": "the server's own, unlabelled: aligns the sub-FM",
 }
@@ -132,7 +134,7 @@ def render_page(
         element("p", _subtitle(settings, rounds, summary, metric), class_="quiet"),
         _tiles(summary, metric, plan),
         _section("What was run", _what(settings, summary, manifest, plan)),
-        _section("Results", _results(summary, metric, plan)),
+        _section("Results", _results(config, summary, metric, plan)),
         _section("Curves", _curves(rounds, metric, plan)),
         _section("Bytes", _bytes(rounds, summary)),
         _section("Gradient error", _gradient_error(rounds)),
@@ -165,7 +167,13 @@ def _subtitle(
     summary: Metrics,
     metric: str,
 ) -> str:
-    nodes = {name for entry in rounds for name in entry.get("clients", ())}
+    nodes = {
+        name
+        for entry in rounds
+        if "skipped" not in entry
+        for name, one in entry.get("per-client", {}).items()
+        if one["outcome"] == "ok"
+    }
     return (
         f"Federated proxy fine-tuning: task {settings['data.task']}, judged by "
         f"{metric}, {summary['rounds']} rounds, {len(nodes)} nodes trained, seed "
@@ -201,21 +209,17 @@ def _facts(
     settings: Mapping[str, Scalar], summary: Metrics, manifest: Metrics, plan: Plan
 ) -> list[tuple[str, object]]:
     nodes, labels = manifest["nodes"], manifest["labels"]
-    cut = (
-        f"{len(plan.layers)} of {len(plan.widths)} layers kept, {len(plan.compressed)} "
-        "of them compressed"
-    )
     return [
         ("method", settings["method"]),
         ("aggregation strategy", settings["strategy"]),
         ("FM", settings["fm.name"]),
-        ("sub-FM", "the whole FM" if plan.is_whole else cut),
+        ("sub-FM", "the whole FM" if plan.is_whole else plan.told),
         ("task", settings["data.task"]),
         ("data", last_part(str(settings["data.path"])) or "embedded"),
         ("labels", ", ".join(labels) if labels else "none: text is generated"),
         ("nodes", count_nodes(nodes)),
         ("rounds", f"{summary['rounds']} of {settings['rounds']}"),
-        ("adapter of", f"the {summary['select']} round{_best(summary)}"),
+        ("adapter of", adapter_of(summary)),
         ("seed", manifest["seed"]),
         ("platform", _platform(manifest)),
         (
@@ -272,16 +276,14 @@ def _settings(settings: Mapping[str, Scalar]) -> Markup:
     )
 
 
-def _best(summary: Metrics) -> str:
-    return f" ({summary['best-round']})" if summary["select"] == "best" else ""
-
-
 def _platform(manifest: Metrics) -> str:
     machine = manifest["machine"]
     return f"{machine['platform']}, {machine['threads']} threads"
 
 
-def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
+def _results(
+    settings: Mapping[str, Scalar], summary: Metrics, metric: str, plan: Plan
+) -> list[Markup]:
     before, plain, after = (
         summary[f"test-{when}"] for when in ("before", "plain", "after")
     )
@@ -307,7 +309,19 @@ def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
         ],
         set(range(2, 2 + len(names))),
     )
-    return [table, element("p", _refinement(refined, metric), class_="quiet")]
+    told = _refinement(refined, metric) + _followed(refined, settings)
+    return [table, element("p", told, class_="quiet")]
+
+
+def _followed(refined: Metrics, settings: Mapping[str, Scalar]) -> str:
+    """Say where the refinement saw validation rows, on which its figures then are."""
+    share = method_of(Config.from_run_config(settings)).refine_on_validation
+    if not refined or not share:
+        return ""
+    return (
+        f" {percent(share)} of its batches were validation rows, without their labels, "
+        "so that figures on validation behind it are of rows that it has seen."
+    )
 
 
 def _refinement(refined: Metrics, metric: str) -> str:
@@ -330,7 +344,7 @@ def _names(found: Metrics) -> set[str]:
     return {name.removeprefix("fm-") for name in found if name.startswith("fm-")}
 
 
-def _curves(rounds: Sequence[Metrics], metric: str, plan: Plan) -> Markup:
+def _curves(rounds: Sequence[Metrics], metric: str, plan: Plan) -> list[Markup]:
     models = [("FM, plugged in", "fm")]
     models += [] if plan.is_whole else [("sub-FM", "sub-fm")]
     scores = {name: _series(rounds, f"{key}-{metric}") for name, key in models}
@@ -338,10 +352,28 @@ def _curves(rounds: Sequence[Metrics], metric: str, plan: Plan) -> Markup:
         f"{name}, validation": _series(rounds, f"{key}-loss") for name, key in models
     }
     losses["clients, training"] = _series(rounds, "train-loss")
-    return _figures(
-        lines(f"{metric} on validation", metric, scores),
-        lines("Loss", "cross-entropy", losses),
-    )
+    drawn = {
+        **{f"{metric}: {name}": dict(points) for name, points in scores.items()},
+        **{f"loss: {name}": dict(points) for name, points in losses.items()},
+    }
+    rows = [
+        [
+            entry["round"],
+            *(
+                _score(points[entry["round"]]) if entry["round"] in points else ""
+                for points in drawn.values()
+            ),
+        ]
+        for entry in rounds
+    ]
+    table = _table(["round", *drawn], rows, set(range(1, 1 + len(drawn))))
+    return [
+        _figures(
+            lines(f"{metric} on validation", metric, scores),
+            lines("Loss", "cross-entropy", losses),
+        ),
+        element("details", element("summary", "Figures of every round"), table),
+    ]
 
 
 def _bytes(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
@@ -628,7 +660,10 @@ def _table(
         element("tbody", *body),
         class_=class_,
     )
-    return element("div", table, class_="scroll", tabindex=0)
+    label = caption or f"table by {titles[0]}"
+    return element(
+        "div", table, class_="scroll", tabindex=0, role="region", aria_label=label
+    )
 
 
 def _score(value: float) -> str:

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from fedpft_flower.checkpoint import Checkpoint, Checkpoints
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.devices import peak_memory, release
-from fedpft_flower.federation import RoundError
+from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.metrics import Metrics, is_better
 from fedpft_flower.report import RunDirectory, aligned_error
 from fedpft_flower.strategies import memory_of, remember
@@ -61,6 +61,7 @@ class Run:
             strategy.privacy.begin(state["privacy"], self._checkpoints.spent())
         strategy.federation.grid.ledger.restore(state["ledger"])
         strategy.federation.exposure.restore(state["exposure"])
+        strategy.federation.met = {**state["met"], **strategy.federation.met}
         strategy.done = saved.round
         self.directory.go_back(saved.round)
         self.before = state["before"]
@@ -161,6 +162,7 @@ class Run:
             "plan": strategy.server.plan.to_json(),
             "partitions": strategy.federation.partitions,
             "installs": strategy.federation.installs(),
+            "met": nodes_met(strategy.federation, self.config),
             "ledger": strategy.federation.grid.ledger.state(),
             "exposure": strategy.federation.exposure.state(),
             "strategy": form,
@@ -192,3 +194,11 @@ class Run:
         parts.append(f"up {size(entry['bytes-up'])}")
         parts.append(f"{entry['seconds']:.1f} s")
         return "  ".join(parts)
+
+
+def nodes_met(federation: Federation, config: Config) -> dict[str, int | None]:
+    """Return the rows of every node that took part; None where none are told."""
+    return {
+        key: None if config.privacy.on else rows
+        for key, rows in sorted(federation.met.items())
+    }

@@ -68,12 +68,10 @@ class FedPFT(Strategy):
         """Log the method and the plan."""
         plan = self.server.plan
         logger.info(
-            "method %s: %d of %d layers kept, %d of them compressed, adapters in %d; "
-            "%.1f %% of the FM's weights stay at the server",
+            "method %s: %s, adapters in %d; %.1f %% of the FM's weights stay at the "
+            "server",
             self.server.config.method,
-            len(plan.layers),
-            len(plan.widths),
-            len(plan.compressed),
+            plan.told,
             len(plan.layers if plan.adapters is None else plan.adapters),
             100 * self.server.share_withheld,
         )

@@ -11,7 +11,7 @@ from datasets import Dataset
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.devices import peak_memory
 from fedpft_flower.metrics import Metrics
-from fedpft_flower.rounds import Run
+from fedpft_flower.rounds import Run, nodes_met
 from fedpft_flower.software import source_hash, versions
 from fedpft_flower.store import tensors_hash
 from fedpft_flower.tasks import TaskData
@@ -123,10 +123,7 @@ def manifest_of(
             for name, rows in splits.items()
             if rows is not None
         },
-        "nodes": {
-            node.key: None if config.privacy.on else node.examples
-            for node in federation.nodes.values()
-        },
+        "nodes": nodes_met(federation, config),
         # Where a node's libraries are not the server's.
         "node-versions": {
             node.key: node.differing

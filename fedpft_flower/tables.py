@@ -219,6 +219,10 @@ def markdown(spec: Spec, results: Sequence[Result]) -> str:
     for task, partition in spec.columns:
         rows = _long_table(spec, by_group, task, partition)
         text += [f"## {_title(spec, task, partition)}", "", *rows, ""]
+        for split in _more_tests(by_group, task, partition):
+            title = f"## {split}, {_title(spec, task, partition)}"
+            rows = _split_table(spec, by_group, (task, partition), split)
+            text += [title, "", *rows, ""]
     if spec.pairs:
         text += ["## Differences", "", *_differences(spec, by_group), ""]
     for state in ("failed", "unrun"):
@@ -285,7 +289,8 @@ def _about(spec: Spec, results: Sequence[Result]) -> str:
         "more than rows, it holds the truth in about half of all cases for two seeds, "
         "three quarters for three), so the gap of every seed stands beside it. The "
         "gradient error is over a method's own adapters: of fewer layers where layers "
-        "are dropped, so it does not compare with that of others."
+        "are dropped, so it does not compare with that of others. Server s: the "
+        "seconds of choosing neurons, alignment and refinement, without evaluation."
     )
 
 
@@ -370,6 +375,32 @@ def _long_table(
     return lines
 
 
+def _split_table(
+    spec: Spec, groups: dict[Group, list[Result]], column: tuple[str, str], split: str
+) -> list[str]:
+    """Return the table of a further test split of a task and partition."""
+    lines = _header(
+        *("method", "kept", "FM", "sub-FM", f"gap to {spec.reference}", "by seed")
+    )
+    for task, partition, method, kept in spec.groups():
+        found = groups.get((task, partition, method, kept), [])
+        known = [r for r in found if split in r.more_tests]
+        if (task, partition) != column or not known:
+            continue
+        others = _alike(spec, groups, (task, partition, spec.reference, kept))
+        values = [
+            _marked(
+                _spread([r.test(model, split) for r in known]),
+                len(known),
+                len(spec.seeds),
+            )
+            for model in ("fm", "sub-fm")
+        ]
+        gap = _gap(known, others, spec, split)
+        lines.append(_line(method, f"{kept:g}", *values, *gap))
+    return lines
+
+
 def _alike(
     spec: Spec, groups: dict[Group, list[Result]], wanted: Group
 ) -> list[Result]:
@@ -423,21 +454,27 @@ def _seeds(count: int) -> str:
     return f"{count} seed{'s' if count > 1 else ''}"
 
 
-def _gap(ones: list[Result], others: list[Result], spec: Spec) -> tuple[str, str]:
+def _gap(
+    ones: list[Result], others: list[Result], spec: Spec, split: str = ""
+) -> tuple[str, str]:
     """Return the mean difference of the FM's test metric, and that of every seed.
 
     The mean has its 95 % interval.
     """
-    pairs = [pair for pair in _paired(ones, others) if pair[0] != pair[1]]
+    pairs = [
+        pair
+        for pair in _paired(ones, others)
+        if pair[0] != pair[1] and all(split in ("", *one.more_tests) for one in pair)
+    ]
     if not pairs:
         return "-", "-"
     metric = pairs[0][0].metric
     row = metric_row(metric)
     scale, unit, digits = (100, " points", 1) if row.in_points else (1, "", 2)
-    by_seed = [scale * (a.test("fm") - b.test("fm")) for a, b in pairs]
+    by_seed = [scale * (a.test("fm", split) - b.test("fm", split)) for a, b in pairs]
     mean = statistics.mean(by_seed)
     each = ", ".join(f"{one:+.{digits}f}" for one in by_seed)
-    rights = [(_hits(one), _hits(other)) for one, other in pairs]
+    rights = [(_hits(one, split), _hits(other, split)) for one, other in pairs]
     told = f" [{_seeds(len(pairs))}]" if len(pairs) < len(spec.seeds) else ""
     sizes = {len(hits) for pair in rights for hits in pair}
     if not row.by_row or len(sizes) > 1 or not max(sizes):
@@ -446,9 +483,10 @@ def _gap(ones: list[Result], others: list[Result], spec: Spec) -> tuple[str, str
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){unit}{told}", each
 
 
-def _hits(result: Result) -> NDArray[np.float64]:
+def _hits(result: Result, split: str) -> NDArray[np.float64]:
     assert result.found is not None
-    hits = result.found.get("hits", {}).get("fm", "")
+    name = f"fm ({split})" if split else "fm"
+    hits = result.found.get("hits", {}).get(name, "")
     return np.array(list(hits), dtype=np.float64)
 
 
