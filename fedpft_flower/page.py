@@ -176,8 +176,8 @@ def _subtitle(
     }
     return (
         f"Federated proxy fine-tuning: task {settings['data.task']}, judged by "
-        f"{metric}, {summary['rounds']} rounds, {len(nodes)} nodes trained, seed "
-        f"{settings['seed']}"
+        f"{metric}, {summary['rounds']} rounds, {len(nodes)} "
+        f"node{'s' * (len(nodes) != 1)} trained, seed {settings['seed']}"
     )
 
 

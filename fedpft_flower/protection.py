@@ -143,7 +143,8 @@ def _share_rows(figures: Figures) -> Iterable[dict[str, str]]:
         (
             "sent-verbatim",
             "sent verbatim",
-            "every client has these values, as exact as the wire carries them",
+            "every client has these values, as exact as the wire carries them; of "
+            "several sub-FMs that were sent, those of the one with most",
         ),
         (
             "re-fitted",

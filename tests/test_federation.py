@@ -594,10 +594,11 @@ def test_others_stand_in_for_nodes_that_are_gone(local_grid, settings):
         run(local_grid, settings, dict.fromkeys(range(NODES), die))
     finally:
         local_grid.get_node_ids = real
-    _, rounds, _, _ = results(settings)
+    _, rounds, _, manifest = results(settings)
     for entry in rounds[1:]:
         good = [c for c in entry["per-client"].values() if c["outcome"] == "ok"]
         assert len(good) == 3
+    assert len(manifest["nodes"]) == NODES  # also the one that was gone at the end
     assert (
         sum("no reply in time" in x for r in rounds[1:] for x in r["failures"].values())
         == 1
@@ -893,11 +894,15 @@ def test_further_test_splits_are_reported_apart(local_grid, settings, tmp_path):
         "data.test-split": "near,far",
     }
     run(local_grid, settings)
-    _, _, summary, manifest = results(settings)
+    place, _, summary, manifest = results(settings)
     assert summary["more-tests"].keys() == {"far"}
     assert summary["more-tests"]["far"].keys() == summary["test-after"].keys()
     assert summary["more-tests"]["far"] != summary["test-after"]
     assert manifest["splits"]["far"]["rows"] == len(task.test)
+    hits = json.loads((place / "hits.json").read_text())
+    share = hits["fm (far)"].count("1") / len(task.test)
+    assert share == pytest.approx(summary["more-tests"]["far"]["fm-accuracy"])
+    assert len(hits["sub-fm (far)"]) == len(task.test)
 
 
 # ------------------------------------------------------- nodes with rows of their own

@@ -217,6 +217,10 @@ def test_every_section_is_there_and_the_numbers_are_the_metrics(facts):
         "round 1: boom",
     ]
     assert "1 more nodes were there and not asked" in page.text
+    assert "2 nodes trained" in page.text
+    assert ("div", "role", "region") in page.attributes
+    row = page.texts.index("accuracy: sub-FM")
+    assert page.texts[row:].index("0.679") > 0  # the curves' figures in a table
     assert "validation loss 1.200 to 1.100" in page.text
 
 
@@ -229,6 +233,20 @@ def test_curves_have_a_point_for_every_value_and_none_where_none_is(facts):
     assert "before alignment, round 2: 0.543" in titles
     assert "install, round 1: 3" in titles
     assert "clients, training, round 1: 1.5" in titles
+
+
+def test_who_only_failed_has_not_trained_and_what_refinement_saw_is_told(facts):
+    config, rounds, *_ = facts
+    config["plug-in.validation-share"] = 0.0
+    rounds[2]["per-client"]["north"] = client(0, "boom")
+    page = check(render_page(*facts))
+    assert "1 node trained" in page.text
+    assert "batches were validation rows" not in page.text
+    config["plug-in.validation-share"] = 0.25
+    told = "25.0 % of its batches were validation rows, without their labels"
+    assert told in check(render_page(*facts)).text
+    rounds[2]["skipped"] = "1 usable replies of 2"
+    assert "1 node trained" in check(render_page(*facts)).text  # in round 1
 
 
 def test_a_single_gradient_error_is_a_table(facts):
