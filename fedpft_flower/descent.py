@@ -1,5 +1,6 @@
 """Lower a loss by gradient steps, within a budget: the server's every training loop."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,8 +124,9 @@ def descend(
             optimiser.param_groups[0]["lr"] = schedule.lr * (1.0 - progress.share)
             loss, tokens = computed_loss(next(batches))
             steps, tokens = progress.steps + 1, progress.tokens + tokens
-            if not bool(torch.isfinite(loss)):
-                raise FedPFTError(f"{name} is {loss.item()} at step {steps}; {remedy}")
+            value = float(loss.detach())  # a GPU is waited for here, once a step
+            if not math.isfinite(value):
+                raise FedPFTError(f"{name} is {value} at step {steps}; {remedy}")
             _step(optimiser, loss, trainable)
             share = schedule.used(steps, tokens, time.monotonic() - began)
             over = watch is not None and watch.failures(share) >= schedule.patience
@@ -133,7 +135,7 @@ def descend(
                 steps,
                 tokens,
                 seconds=time.monotonic() - began,
-                loss=float(loss.detach()),
+                loss=value,
                 held_out=watch.last if watch else None,
                 done=share >= 1.0 or over,
             )

@@ -166,7 +166,7 @@ def greedy_columns(
         best = int(_gains(target, rest, open_, floor).argmax())
         scale = rest[best].clamp_min(floor).sqrt()
         column = (metric[best] - factor[:step, best] @ factor[:step]) / scale
-        target -= torch.outer(target[:, best] / scale, column)
+        target.addr_(target[:, best] / scale, column, alpha=-1)
         rest = rest - column.square()
         factor[step] = column
         open_[best] = False
