@@ -2,21 +2,18 @@
 
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.endings import one_line_end
 
 ROOT = Path(__file__).resolve().parent.parent  # of the checkout
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a benchmark's `main`; what its user can mend ends it in one line."""
-    try:
+    with one_line_end():
         main()
-    except FedPFTError as error:
-        sys.exit(f"error: {error}")
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -16,9 +16,9 @@ from fedpft_flower.commands import (
     CHECKOUT,
     USUAL_SHARE,
     Share,
+    machine_options,
     run_experiment,
     share_of,
-    share_options,
 )
 from fedpft_flower.config import (
     MARK,
@@ -445,11 +445,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tables", action="store_true", help="run nothing, write tables and plots"
     )
-    parser.add_argument(
-        "--app",
-        type=Path,
-        default=CHECKOUT,
-        help="checkout of the app (default: where this package lives)",
-    )
-    share_options(parser)
+    machine_options(parser)
     return parser

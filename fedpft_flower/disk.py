@@ -1,6 +1,7 @@
 """Find places on disk, and write what is there whole or not at all."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -126,3 +127,9 @@ def keep(place: Path, write: Callable[[Path], Any]) -> None:
     finally:
         if draft is not None:
             draft.unlink(missing_ok=True)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

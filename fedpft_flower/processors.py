@@ -7,6 +7,7 @@ from typing import Any
 
 from fedpft_flower.architectures import AUTO_PROCESSORS, Architecture
 from fedpft_flower.config import FedPFTError, first_line
+from fedpft_flower.package import check_processor_file
 
 
 def load_processor(place: Path, row: Architecture) -> Any:
@@ -42,6 +43,24 @@ def processor_from(files: Mapping[str, bytes], row: Architecture) -> Any:
                 f"({first_line(error)}), so no node could have it; give the FM one of "
                 "the classes that transformers saves whole"
             ) from error
+
+
+def saved_and_loaded(processor: Any, row: Architecture) -> tuple[dict[str, bytes], Any]:
+    """Return a processor's files, and the processor as nodes have it: read from them.
+
+    Before it is used: whether it encoded rows earlier must not change its files.
+
+    Raises:
+        FedPFTError: a file is of a kind that no node takes, or what is read encodes
+            otherwise.
+    """
+    files = processor_files(processor)
+    for name in files:
+        check_processor_file(name)
+    loaded = processor_from(files, row)
+    if row.modality == "text":
+        check_same_tokens(processor, loaded)
+    return files, loaded
 
 
 # Words, numbers, signs and another script: what every tokenizer makes many tokens of.

@@ -5,6 +5,7 @@ guarantee: the sheet says what a reader of the messages has, not what can be mad
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -261,7 +262,6 @@ def _paired_interval(ones: str, others: str) -> tuple[float, float] | None:
     count = len(differences)
     if count < 2:
         return None
-    mean = sum(differences) / count
-    variance = sum((d - mean) ** 2 for d in differences) / (count - 1)
-    half = 1.96 * math.sqrt(variance / count)
+    mean = statistics.mean(differences)
+    half = 1.96 * statistics.stdev(differences) / math.sqrt(count)
     return mean - half, mean + half

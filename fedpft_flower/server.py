@@ -59,10 +59,10 @@ from fedpft_flower.likeness import likeness
 from fedpft_flower.methods import method_of
 from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.moments import count_tokens
-from fedpft_flower.package import Package, check_processor_file
+from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
-from fedpft_flower.processors import check_same_tokens, processor_files, processor_from
+from fedpft_flower.processors import saved_and_loaded
 from fedpft_flower.progress import DescentLog, FitLog, LoggedBatches
 from fedpft_flower.quantisation import check_frozen
 from fedpft_flower.refinement import refine
@@ -121,31 +121,23 @@ class ProxyServer:
             plan: the plan of a run that goes on; None makes one.
 
         Raises:
-            FedPFTError: the plan asks for what the FM does not have, or a public corpus
-                is needed and there is none.
+            FedPFTError: the plan asks for what the FM does not have; a public corpus is
+                needed and there is none, or holds no row within its budget; rows are
+                longer than the FM takes; no node would take the FM's processor or
+                config, or quantise it as asked.
         """
         self.config, self.method = config, method_of(config)
-        # Before it is used: whether rows were encoded earlier must not change them.
-        self._processor_files = processor_files(fm.processor)
-        for name in self._processor_files:  # what no node would take ends here
-            check_processor_file(name)
         # Rows are encoded here as at the nodes: by what was saved.
-        self._processor = processor_from(self._processor_files, fm.architecture)
-        if fm.architecture.modality == "text":
-            check_same_tokens(fm.processor, self._processor)
+        self._processor_files, self._processor = saved_and_loaded(
+            fm.processor, fm.architecture
+        )
         self._head = fm.head
         self._modality, self._objective = fm.architecture.modality, fm.objective
         # What a run is judged by.
         self.metric = metric_of(config.data)
         self._model_config = config_fields(fm.model.config)
         config_from(self._model_config)  # what no node would take ends here
-        _check_length(config.data.max_length, fm)
-        if self.method.needs_public and public is None:
-            raise FedPFTError(
-                f"method = {config.method!r} needs a public corpus and there is none; "
-                "set data.public-path"
-            )
-        check_frozen(fm.model, config.train.frozen)
+        _check_fits(config, fm, public)
         self._public = self.encode_public(public) if public is not None else None
         # Of calibration tokens, by the number of neurons they are for.
         self._sensitive: dict[int, Sensitivity | None] = {}
@@ -723,6 +715,17 @@ class ProxyServer:
         seed = derive_seed(self.config.seed, "activity")
         size = self.config.align.batch_size
         return islice(shuffled_batches(self._public, size, seed), ACTIVITY_BATCHES)
+
+
+def _check_fits(config: Config, fm: FoundationModel, public: Dataset | None) -> None:
+    """Check what a run asks of its FM and its public corpus."""
+    _check_length(config.data.max_length, fm)
+    if method_of(config).needs_public and public is None:
+        raise FedPFTError(
+            f"method = {config.method!r} needs a public corpus and there is none; "
+            "set data.public-path"
+        )
+    check_frozen(fm.model, config.train.frozen)
 
 
 def _tell_cuts(split: str, rows: Rows, length: int) -> None:

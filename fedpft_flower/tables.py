@@ -138,14 +138,24 @@ def row_of(result: Result) -> dict[str, Any]:
     if result.found is None:
         return row
     summary, found = result.found["summary"], result.found
-    start, *later = gradient_errors(found)
-    parameters = summary.get("parameters", {})
     return row | {
         "nodes": found["nodes"],
         "rounds": summary.get("rounds"),
         "metric": result.metric,
+        **_score_columns(result),
+        **_gradient_columns(found),
+        **_cost_columns(summary),
+        **_protection_columns(summary),
+        "fm-sha256": found["manifest"].get("fm-sha256"),
+    }
+
+
+def _score_columns(result: Result) -> dict[str, Any]:
+    assert result.found is not None
+    before = result.found["summary"].get("test-before", {})
+    return {
         "validation": result.validation,
-        "test-before": summary.get("test-before", {}).get(f"fm-{result.metric}"),
+        "test-before": before.get(f"fm-{result.metric}"),
         "test-plugged-in": result.test("plain"),
         "test-fm": result.test("fm"),
         "test-sub-fm": result.test("sub-fm"),
@@ -154,33 +164,39 @@ def row_of(result: Result) -> dict[str, Any]:
             for name, scores in result.more_tests.items()
             for model in ("fm", "sub-fm")
         },
+    }
+
+
+def _gradient_columns(found: dict[str, Any]) -> dict[str, Any]:
+    start, *later = gradient_errors(found)
+    return {
         "gradient-error": start.get("relative"),
         "gradient-cosine": start.get("cosine"),
         "gradient-error-last": later[-1].get("relative") if later else None,
+    }
+
+
+_COSTS = (
+    *("share-withheld", "bytes-install-per-client", "bytes-per-client-and-round"),
+    *("bytes-down", "bytes-up", "flops-per-client-and-round", "server-seconds"),
+    *("peak-memory-server", "peak-memory-client", "failures"),
+)
+
+
+def _cost_columns(summary: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = summary.get("parameters", {})
+    return {
         **{f"parameters-{name}": count for name, count in parameters.items()},
-        **{
-            key: summary.get(key)
-            for key in (
-                "share-withheld",
-                "bytes-install-per-client",
-                "bytes-per-client-and-round",
-                "bytes-down",
-                "bytes-up",
-                "flops-per-client-and-round",
-                "server-seconds",
-                "peak-memory-server",
-                "peak-memory-client",
-                "failures",
-            )
-        },
+        **{key: summary.get(key) for key in _COSTS},
         "round-seconds": summary.get("seconds"),
-        **{
-            key: summary.get("protection", {}).get(key)
-            for key in ("sent-verbatim", "re-fitted", "theft-gap")
-        },
-        "epsilon": (summary.get("privacy") or {}).get("epsilon"),
-        "delta": (summary.get("privacy") or {}).get("delta"),
-        "fm-sha256": found["manifest"].get("fm-sha256"),
+    }
+
+
+def _protection_columns(summary: Mapping[str, Any]) -> dict[str, Any]:
+    sheet, spent = summary.get("protection", {}), summary.get("privacy") or {}
+    return {
+        **{key: sheet.get(key) for key in ("sent-verbatim", "re-fitted", "theft-gap")},
+        **{key: spent.get(key) for key in ("epsilon", "delta")},
     }
 
 
@@ -344,10 +360,12 @@ def _long_table(
         *("MB once", "MB a round", "GFLOP a round", "server s"),
         *("gradient error", "cosine"),
     )
-    for of, share, method, kept in spec.groups():
-        found = groups.get((of, share, method, kept), [])
-        if (of, share) != (task, partition) or not found:
+    for of_task, of_partition, method, kept in spec.groups():
+        group = (of_task, of_partition, method, kept)
+        found = groups.get(group, [])
+        if group[:2] != (task, partition) or not found:
             continue
+        others = _alike(spec, groups, (task, partition, spec.reference, kept))
         rows = [row_of(result) for result in found]
         lines.append(
             _line(
@@ -359,9 +377,7 @@ def _long_table(
                     _spread([result.test(model) for result in found])
                     for model in ("fm", "plain", "sub-fm")
                 ),
-                *_gap(
-                    found, _alike(spec, groups, (of, share, spec.reference, kept)), spec
-                ),
+                *_gap(found, others, spec),
                 _column(rows, "parameters-sub-fm", 1e-6, 1, " M"),
                 _column(rows, "share-withheld", 100, 1, " %"),
                 _column(rows, "bytes-install-per-client", 1e-6, 1),
@@ -490,17 +506,19 @@ def _hits(result: Result, split: str) -> NDArray[np.float64]:
     return np.array(list(hits), dtype=np.float64)
 
 
-def interval(values: NDArray[np.float64], draws: int = 4000) -> tuple[float, float]:
+DRAWS = 4000  # of a bootstrap
+
+
+def interval(values: NDArray[np.float64]) -> tuple[float, float]:
     """Return the middle 95 % of the mean by a bootstrap over seeds and examples.
 
     Args:
         values: of every seed and example [S, N]; differences make it a paired one.
-        draws: how many samples.
     """
     generator = np.random.default_rng(0)
     seeds, examples = values.shape
-    means = np.empty(draws)
-    for draw in range(draws):
+    means = np.empty(DRAWS)
+    for draw in range(DRAWS):
         rows = generator.integers(seeds, size=seeds)
         columns = generator.integers(examples, size=examples)
         means[draw] = values[rows].mean(axis=0)[columns].mean()

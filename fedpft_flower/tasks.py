@@ -26,6 +26,7 @@ from fedpft_flower.config import (
     PartitionConfig,
     derive_seed,
     names_in,
+    row_called,
 )
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.reading import (
@@ -333,9 +334,7 @@ def task_of(name: str) -> Task:
     Raises:
         FedPFTError: there is no such task.
     """
-    if name not in TASKS:
-        raise FedPFTError(f"data.task = {name!r}; choose one of {', '.join(TASKS)}")
-    return TASKS[name]
+    return row_called(name, TASKS, "data.task")
 
 
 def check_kind(data: DataConfig, partition: PartitionConfig) -> None:
