@@ -28,7 +28,7 @@ from fedpft_flower.protection import protection
 from fedpft_flower.reading import texts_in_common
 from fedpft_flower.report import LOG, RunDirectory
 from fedpft_flower.rounds import Run
-from fedpft_flower.sampling import check_clients
+from fedpft_flower.sampling import clients_per_round
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import quiet
 from fedpft_flower.store import tensors_hash
@@ -94,7 +94,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     federation.meet(config.train.nodes_awaited)
     if saved is not None:
         check_partitions(saved.state, federation.partitions)
-    clients = check_clients(config.train, len(federation.nodes))
+    clients = clients_per_round(config.train, len(federation.nodes))
     inner = inner_strategy(config.strategy, config.strategy_args, clients)
     _tell_rows(federation, task, config)
     privacy = None

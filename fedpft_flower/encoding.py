@@ -87,6 +87,9 @@ class TextRows(_Tokenised):
             tokenizer: the FM's.
             max_length: longer texts are cut, in tokens.
             blocks: do not cut them, make several rows of them; without labels.
+
+        Raises:
+            FedPFTError: blocks are asked for, and the tokenizer cannot make them.
         """
         self._tokenizer = tokenizer
         self._features = text_tokens(rows, tokenizer, max_length, blocks)

@@ -337,7 +337,10 @@ class Federation:
         return {**self._given, **{n.key: n.installed for n in self.nodes.values()}}
 
     def forget(self, node: int) -> None:
-        """Note that a node has lost its copy of the current sub-FM."""
+        """Note that a node has lost its copy of the current sub-FM.
+
+        Of its machine's store nothing is believed any more.
+        """
         self.nodes[node].installed = ""
         self._held[self.nodes[node].store].clear()
 

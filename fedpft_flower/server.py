@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -368,9 +368,14 @@ class ProxyServer:
         steps = self.method.steps_before if self.plan.aligned else []
         for step in steps:
             if step == "distill":
-                align, patience = self.config.align, self.method.patience
-                limits = align.steps, align.tokens, align.seconds
-                schedule = self._schedule(align.lr, *limits, patience)
+                align = self.config.align
+                schedule = self._schedule(
+                    align.lr,
+                    align.steps,
+                    tokens=align.tokens,
+                    seconds=align.seconds,
+                    patience=self.method.patience,
+                )
                 metrics |= self._distil("align", self._alignable(), schedule, 0)
             else:
                 assert step in ("bias", "least-squares")
@@ -598,12 +603,16 @@ class ProxyServer:
                 "'public'"
             )
         trainable = neuron_level(ffns, most_inactive(rates, align.proportion))
-        limits = align.during_steps, align.during_tokens, align.during_seconds
-        schedule = self._schedule(align.during_lr, *limits)
+        schedule = self._schedule(
+            align.during_lr,
+            align.during_steps,
+            tokens=align.during_tokens,
+            seconds=align.during_seconds,
+        )
         return self._distil("realign", trainable, schedule, current)
 
-    def _schedule(self, lr: float, *limits: Any) -> Schedule:
-        return replace(Schedule(lr, *limits), precision=self.config.server_precision)
+    def _schedule(self, lr: float, steps: int, **limits: Any) -> Schedule:
+        return Schedule(lr, steps, **limits, precision=self.config.server_precision)
 
     def _refit(self, bias_only: bool = False) -> Metrics:
         """Refit output weights by least squares; the seconds and every layer's fit."""

@@ -132,9 +132,8 @@ def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
             f"data-path {why} {_own_tasks()}",
         )
     source = source_of(config, "data-path", hub=False)
-    rows = _split(source, config.train_split, "train-split")
-    rows = choose_columns(rows, columns_of(config), _SETTINGS)
-    rows = complete_rows(rows, config.train_split)
+    _split(source, config.train_split, "train-split")
+    rows = _part(source, config.train_split, columns_of(config))
     if task.objective == "classify":
         rows = _labelled(rows, labels, config.train_split)
     return _for_training(rows, config, seed)
@@ -469,10 +468,9 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
         wanted = dict(columns)
         if role == "train" and config.client_column:
             wanted["client"] = config.client_column
-        part = choose_columns(source[split], wanted, _SETTINGS)
-        parts[role], notes[role] = complete_rows(part, split), split
+        parts[role], notes[role] = _part(source, split, wanted), split
     more = {
-        split: complete_rows(choose_columns(source[split], columns, _SETTINGS), split)
+        split: _part(source, split, columns)
         for split in _more_tests(config, source, {*roles, *roles.values(), "public"})
     }
     if not parts:
@@ -635,6 +633,11 @@ def _split(source: Splits, name: str, key: str) -> Dataset:
     if name not in source:
         raise FedPFTError(f"{key} = {name!r}; this data has {', '.join(source)}")
     return source[name]
+
+
+def _part(source: Splits, split: str, columns: Mapping[str, str]) -> Dataset:
+    """Return a split's rows, each with every column, under the names of their roles."""
+    return complete_rows(choose_columns(source[split], columns, _SETTINGS), split)
 
 
 def _label_names(parts: Mapping[str, Dataset], config: DataConfig) -> tuple[str, ...]:
