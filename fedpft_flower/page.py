@@ -8,8 +8,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fedpft_flower import curves
 from fedpft_flower.charts import STYLE as CHART_STYLE
-from fedpft_flower.charts import Series, bars, lines, strip
+from fedpft_flower.charts import bars, lines, strip
 from fedpft_flower.config import Config, Scalar
 from fedpft_flower.markup import Markup, element
 from fedpft_flower.methods import method_of
@@ -345,16 +346,11 @@ def _names(found: Metrics) -> set[str]:
 
 
 def _curves(rounds: Sequence[Metrics], metric: str, plan: Plan) -> list[Markup]:
-    models = [("FM, plugged in", "fm")]
-    models += [] if plan.is_whole else [("sub-FM", "sub-fm")]
-    scores = {name: _series(rounds, f"{key}-{metric}") for name, key in models}
-    losses = {
-        f"{name}, validation": _series(rounds, f"{key}-loss") for name, key in models
-    }
-    losses["clients, training"] = _series(rounds, "train-loss")
+    shown = curves.scores(rounds, metric, plan), curves.losses(rounds, plan)
     drawn = {
-        **{f"{metric}: {name}": dict(points) for name, points in scores.items()},
-        **{f"loss: {name}": dict(points) for name, points in losses.items()},
+        f"{what}: {name}": dict(points)
+        for what, found in zip((metric, "loss"), shown, strict=True)
+        for name, points in found.items()
     }
     rows = [
         [
@@ -369,8 +365,8 @@ def _curves(rounds: Sequence[Metrics], metric: str, plan: Plan) -> list[Markup]:
     table = _table(["round", *drawn], rows, set(range(1, 1 + len(drawn))))
     return [
         _figures(
-            lines(f"{metric} on validation", metric, scores),
-            lines("Loss", "cross-entropy", losses),
+            lines(f"{metric} on validation", metric, shown[0]),
+            lines("Loss", "cross-entropy", shown[1]),
         ),
         element("details", element("summary", "Figures of every round"), table),
     ]
@@ -417,19 +413,7 @@ def _bytes(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
 
 
 def _gradient_error(rounds: Sequence[Metrics]) -> Markup:
-    found = {
-        f"{when} alignment": {
-            entry["round"]: error
-            for entry in rounds
-            if (error := entry.get("alignment", {}).get(f"gradient-{when}"))
-        }
-        for when in ("before", "after")
-    }
-    found["while training"] = {
-        entry["round"]: entry["gradient-error"]
-        for entry in rounds
-        if "gradient-error" in entry
-    }
+    found = curves.gradient_errors(rounds)
     measured = {current for errors in found.values() for current in errors}
     if not measured:
         return _nothing("This run measured no gradient error.")
@@ -447,14 +431,7 @@ def _gradient_error(rounds: Sequence[Metrics]) -> Markup:
         return _table(titles, rows, {1, 2})
     return _figures(
         *(
-            lines(
-                title,
-                unit,
-                {
-                    label: [(current, error[name]) for current, error in errors.items()]
-                    for label, errors in found.items()
-                },
-            )
+            lines(title, unit, curves.of_errors(found, name))
             for title, unit, name in kinds
         )
     )
@@ -569,7 +546,7 @@ def _time(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
         if "seconds" in entry
     }
     memory = {
-        name: [(x, y / 1e9) for x, y in _series(rounds, f"peak-memory-{key}")]
+        name: [(x, y / 1e9) for x, y in curves.series(rounds, f"peak-memory-{key}")]
         for name, key in (("server", "server"), ("largest client", "client"))
     }
     return [
@@ -604,10 +581,6 @@ def _protection(summary: Metrics, rounds: Sequence[Metrics]) -> list[Markup]:
 
 
 # ------------------------------------------------------------------------ its pieces
-
-
-def _series(rounds: Iterable[Metrics], key: str) -> Series:
-    return [(entry["round"], entry[key]) for entry in rounds if key in entry]
 
 
 def _figures(*figures: Markup) -> Markup:

@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 
 from fedpft_flower.adapters import export_adapter
 from fedpft_flower.config import Config, FedPFTError, nest
+from fedpft_flower.curves import draw_curves
 from fedpft_flower.disk import existing_path, lock, put
 from fedpft_flower.endings import one_line_end
 from fedpft_flower.metrics import Metrics
 from fedpft_flower.page import render_page
+from fedpft_flower.plan import Plan
 
 LOG = "run.log"  # what the run said, with the time
 ROUNDS, SUMMARY = "metrics.jsonl", "summary.json"
@@ -125,7 +127,8 @@ class RunDirectory:
         self._write("manifest.json", _pretty(manifest))
         self._write("hits.json", _pretty(dict(hits)))
         rounds = self._rounds
-        self._put("curves.png", lambda path: draw_curves(rounds, metric, path))
+        plan = Plan.from_json(manifest["plan"])
+        self._put("curves.png", lambda path: draw_curves(rounds, metric, plan, path))
         self._put("adapter", lambda path: export_adapter(fm, path))
         self._write(
             "report.html", render_page(manifest["config"], rounds, summary, manifest)
@@ -213,71 +216,6 @@ def write_page(run: FinishedRun) -> Path:
     except OSError as error:
         raise FedPFTError(f"cannot write {place} ({error}); make room") from error
     return place
-
-
-# Fixed, since a layout that fits itself draws everything twice.
-_MARGINS = {
-    "left": 0.08,
-    "right": 0.97,
-    "top": 0.94,
-    "bottom": 0.07,
-    "hspace": 0.3,
-    "wspace": 0.2,
-}
-
-
-def draw_curves(rounds: list[Metrics], metric: str, path: Path) -> None:
-    """Draw a metric, the loss, bytes and gradient error against rounds."""
-    # Here, since nothing is drawn before the end.
-    import matplotlib
-
-    matplotlib.use("Agg")  # the ServerApp may run in a thread and has no display
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7), gridspec_kw=_MARGINS)
-    score, loss, data, gradient = panels.flat
-    for name, label in (("fm", "FM, plugged in"), ("sub-fm", "sub-FM")):
-        _line(score, rounds, lambda r, n=name: r.get(f"{n}-{metric}"), label)
-        _line(
-            loss, rounds, lambda r, n=name: r.get(f"{n}-loss"), f"{label}, validation"
-        )
-    _line(loss, rounds, lambda r: r.get("train-loss"), "clients, training")
-    for way in ("down", "up"):
-        _line(data, rounds, lambda r, w=way: r.get(f"bytes-{w}", 0) / 1e6, way)
-    _line(gradient, rounds, lambda r: _gradient(r, "before"), "before alignment")
-    _line(gradient, rounds, lambda r: _gradient(r, "after"), "after alignment")
-    for panel, title, unit in (
-        (score, f"{metric} on validation", metric),
-        (loss, "Loss", "cross-entropy"),
-        (data, "Bytes between server and clients", "MB per round"),
-        (gradient, "Gradient error of the sub-FM", "relative L2"),
-    ):
-        panel.set(title=title, xlabel="round", ylabel=unit)
-        panel.grid(alpha=0.3)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _line(panel: Any, rounds: list[Metrics], value: Any, label: str) -> None:
-    points = [(r["round"], v) for r in rounds if (v := value(r)) is not None]
-    if points:
-        panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-
-
-def aligned_error(entry: Metrics) -> Metrics | None:
-    """Return the gradient error behind a round's alignment, else that before it."""
-    alignment = entry.get("alignment", {})
-    found: Metrics | None = alignment.get(
-        "gradient-after", alignment.get("gradient-before")
-    )
-    return found
-
-
-def _gradient(entry: Metrics, when: str) -> float | None:
-    error = entry.get("alignment", {}).get(f"gradient-{when}")
-    return None if error is None else float(error["relative"])
 
 
 def _pretty(value: Metrics) -> str:

@@ -18,9 +18,9 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.curves import aligned_error
 from fedpft_flower.disk import put
 from fedpft_flower.metrics import is_better, metric_of, metric_row
-from fedpft_flower.report import aligned_error
 from fedpft_flower.spec import Cell, Spec
 
 
