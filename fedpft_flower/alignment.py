@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -225,8 +226,8 @@ class _DistillationLoss:
     ) -> None:
         # Without what is behind the layers: nobody asks for its logits.
         self._student = base_model(sub_fm).base_model
-        layers = layers_of(base_model(sub_fm))
-        self._layers = [layers[place] for place in plan.places(plan.aligned)]
+        self._all = layers_of(base_model(sub_fm))
+        self._layers = [self._all[place] for place in plan.places(plan.aligned)]
         self._target_of, self._weight = target_of, product_weight
         self._ffns, self._products = list[FFN](), list[list[Tensor]]()
         if product_weight:
@@ -237,7 +238,10 @@ class _DistillationLoss:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, int]:
         target = self._target_of(batch)
-        with outputs_of(self._layers) as outputs:
+        with (
+            outputs_of(self._layers) as outputs,
+            ended_behind(self._layers[-1], self._all),
+        ):
             self._student(**batch)
         found = [real_tokens(h, batch.get("attention_mask")) for h in outputs]
         loss = state_loss(target.states, found, target.weights)
@@ -318,7 +322,11 @@ class Teacher:
             seed = derive_seed(self._seed, "sensitivity", b"".join(keys).hex())
             sites = [Site(layer) for layer in self._layers]
             return list(sensitivities(self._fm, sites, batch, seed))
-        with torch.no_grad(), outputs_of(self._layers) as outputs:
+        with (
+            torch.no_grad(),
+            outputs_of(self._layers) as outputs,
+            ended_behind(self._layers[-1], layers_of(self._fm)),
+        ):
             self._fm.base_model(**batch)  # nobody asks for its logits
         return [[real_tokens(h, batch.get("attention_mask")) for h in outputs]]
 
@@ -389,6 +397,31 @@ def outputs_of(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def ended_behind(last: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the layers behind one not run: they return what that one returned.
+
+    Args:
+        last: the last that runs.
+        layers: all of its model, first to last.
+    """
+    behind = list(layers)[[*layers].index(last) + 1 :]
+    held: list[Any] = []
+
+    def hold(module: nn.Module, inputs: object, output: object) -> None:
+        held[:] = [output]
+
+    handle = last.register_forward_hook(hold)
+    for layer in behind:
+        layer.forward = lambda *args, **kwargs: held[0]
+    try:
+        yield
+    finally:
+        handle.remove()
+        for layer in behind:
+            del layer.forward
 
 
 # ----------------------------------------------------------------------- the measure
