@@ -168,12 +168,9 @@ def load_rows(config: Config) -> tuple[TaskData, Dataset | None]:
 
 
 def _apart(public: Dataset, task: TaskData) -> Dataset:
-    """Leave out public rows that models are judged on: nothing is to learn from them.
+    """Leave out public rows that models are judged on, where others are left.
 
-    Images are not compared.
-
-    Raises:
-        FedPFTError: no other is left.
+    Nothing should learn from them, if only from their inputs. Images are not compared.
     """
     judged = list(task.judged.values())
     texts = {"text", "text_pair"} & set(public.column_names)
@@ -183,10 +180,11 @@ def _apart(public: Dataset, task: TaskData) -> Dataset:
     if not common.any():
         return public
     if common.all():
-        raise FedPFTError(
-            "data.public-path: every public row is also one to validate or test on; "
-            "give another corpus"
+        logger.warning(
+            "every public row is also one to validate or test on, so figures tell less "
+            "of new rows; give another corpus in data.public-path"
         )
+        return public
     logger.warning(
         "%d of %d public rows are also rows to validate or test on: left out",
         common.sum(),
