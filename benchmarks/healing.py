@@ -17,7 +17,6 @@ out, as a share of the FM's variance. Recovered is the share of the gap between 
 and FM: 0 is the sub-FM, 1 the FM, below 0 is worse than what was sent.
 """
 
-import argparse
 import csv
 import math
 import statistics
@@ -38,7 +37,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks import run_main, spread
+from benchmarks import markdown_table, parser, run_main, spread
 from benchmarks.plain_loop import load
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import architecture_of, family_of, ffns_of
@@ -81,16 +80,16 @@ class Point:
 
 def main() -> None:
     """Heal with every seed; write `healing.csv` and `healing.png`, print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    arguments = parser(__doc__)
+    arguments.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument("--tokens", type=int, default=200_000, help="to spend")
+    arguments.add_argument(
+        "--points", type=int, default=5, help="measured, and the start"
     )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=200_000, help="to spend")
-    parser.add_argument("--points", type=int, default=5, help="measured, and the start")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--out", type=Path, default=Path("healing"))
-    options = parser.parse_args()
+    arguments.add_argument("--lr", type=float, default=1e-4)
+    arguments.add_argument("--out", type=Path, default=Path("healing"))
+    options = arguments.parse_args()
     if min(options.tokens, options.points) < 1:
         raise FedPFTError("--tokens and --points must be positive; give 1 or more")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -422,17 +421,17 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 def table(points: Sequence[Point]) -> str:
     """Return the curve as Markdown: median (least to most) over seeds."""
-    lines = [
-        "| tokens | probe accuracy | recovered | distance | recovered |",
-        "|---|---|---|---|---|",
+    shown = {
+        "probe": "probe accuracy",
+        "probe_recovered": "recovered",
+        "distance": "distance",
+        "distance_recovered": "recovered",
+    }
+    rows = [
+        [ones[0].tokens, *(spread([getattr(p, key) for p in ones], 3) for key in shown)]
+        for ones in _by_place(points)
     ]
-    for ones in _by_place(points):
-        cells = [
-            spread([getattr(p, key) for p in ones], 3)
-            for key in ("probe", "probe_recovered", "distance", "distance_recovered")
-        ]
-        lines.append(f"| {ones[0].tokens} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown_table(["tokens", *shown.values()], rows)
 
 
 if __name__ == "__main__":
