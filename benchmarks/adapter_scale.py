@@ -25,7 +25,7 @@ from fedpft_flower.encoding import shuffled_batches
 from fedpft_flower.evaluation import evaluate
 from fedpft_flower.metrics import metric_of
 from fedpft_flower.refinement import logit_loss
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 
 TITLES = ("run", "plain", "by labels", "by public rows", "refined", "sub-FM")
 SCALES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)

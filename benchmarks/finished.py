@@ -11,7 +11,7 @@ from benchmarks import ROOT, header, line, parser
 from fedpft_flower.app import load_rows, load_server
 from fedpft_flower.metrics import Metrics
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import ROUNDS, FinishedRun, read_rounds
+from fedpft_flower.runs import ROUNDS, FinishedRun, read_rounds
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import quiet
 from fedpft_flower.tasks import TaskData

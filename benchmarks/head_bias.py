@@ -18,7 +18,7 @@ from fedpft_flower.adapters import load_adapter
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.evaluation import predict
 from fedpft_flower.export import adapter_of
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.tasks import task_of
 
 TITLES = ("run", "accuracy", "with the bias", "loss", "with the bias", "bias")

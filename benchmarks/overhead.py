@@ -37,7 +37,8 @@ from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config
 from fedpft_flower.evaluation import evaluate
 from fedpft_flower.metrics import Metrics
-from fedpft_flower.report import LOG, RunDirectory
+from fedpft_flower.run_directory import RunDirectory
+from fedpft_flower.runs import LOG
 from fedpft_flower.tasks import load_task, task_of
 
 # Relative L2 distance of the final adapters. With one thread everywhere it is 0; other

@@ -26,8 +26,9 @@ from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
 from fedpft_flower.reading import texts_in_common
-from fedpft_flower.report import LOG, RunDirectory
 from fedpft_flower.rounds import Run
+from fedpft_flower.run_directory import RunDirectory
+from fedpft_flower.runs import LOG
 from fedpft_flower.sampling import clients_per_round
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import quiet

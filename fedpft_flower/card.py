@@ -11,7 +11,7 @@ from fedpft_flower.config import Objective, names_in
 from fedpft_flower.methods import METHODS, method_of
 from fedpft_flower.metrics import METRICS, metric_of
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.tasks import task_of
 from fedpft_flower.wording import (
     adapter_of,

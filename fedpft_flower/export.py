@@ -30,7 +30,7 @@ from fedpft_flower.foundation import (
     source_of_fm,
 )
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.software import quiet
 from fedpft_flower.store import tensors_hash
 from fedpft_flower.sub_fm import frozen_weights

@@ -13,7 +13,7 @@ from fedpft_flower.curves import aligned_error
 from fedpft_flower.devices import peak_memory, release
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.metrics import Metrics, is_better
-from fedpft_flower.report import RunDirectory
+from fedpft_flower.run_directory import RunDirectory
 from fedpft_flower.strategies import memory_of, remember
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.wire import pack_tensors

@@ -26,7 +26,7 @@ from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.flops import flops_of
 from fedpft_flower.foundation import load_fm
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.tasks import load_task
 from tests.test_federation import results, run
 

@@ -32,7 +32,7 @@ from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
-from fedpft_flower.report import LOG
+from fedpft_flower.runs import LOG
 from fedpft_flower.software import versions
 from fedpft_flower.store import Store, tensors_hash
 from fedpft_flower.tasks import load_task

@@ -15,8 +15,9 @@ from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.markup import Markup, element
 from fedpft_flower.page import render_page
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import FinishedRun, write_page
 from fedpft_flower.report import run as report
+from fedpft_flower.report import write_page
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.wording import shown_settings, size
 from tests.test_federation import broken, results, run
 
