@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from fedpft_flower.architectures import AUTO_PROCESSORS, Architecture, model_class_of
 from fedpft_flower.config import Objective, names_in
-from fedpft_flower.methods import METHODS, method_of
+from fedpft_flower.methods import METHODS
 from fedpft_flower.metrics import METRICS, metric_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.runs import FinishedRun
@@ -207,8 +207,8 @@ def _data(run: FinishedRun) -> str:
     told = [f"Task `{settings['data.task']}`, data `{data_name(settings)}`."]
     if path := last_part(str(settings["data.public-path"])):
         told.append(f"Public data, unlabelled: `{path}`.")
-    refined = run.summary["refinement"].get("kept", False)
-    share = method_of(run.config).refine_on_validation if refined else 0.0
+    refined = run.summary["refinement"]
+    share = refined.get("validation-share", 0.0) if refined.get("kept") else 0.0
     seen = f", whose inputs are {percent(share)} of what it was refined on" * bool(
         share
     )

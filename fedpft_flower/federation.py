@@ -167,7 +167,7 @@ class Federation:
         self.grid, self._labels = grid, labels
         self._timeout, self._wait = timeout, wait
         self.nodes: dict[int, Node] = {}
-        # Rows of every node that was ever accepted, by sampling key; None: not told.
+        # Rows of every node with a name that was ever met; None: not told.
         self.met: dict[str, int | None] = {}
         # Before training a node that cannot take part ends the run; later, such a node
         # is left out instead.
@@ -466,7 +466,8 @@ class Federation:
                 continue
             known.installed = self._given.get(known.key, "")
             self.nodes[node] = known
-            self.met[known.key] = known.examples
+            if known.named:
+                self.met[known.key] = known.examples
             self._held.setdefault(known.store, set()).update(held)
             if known.differing:
                 logger.warning("%s has %s", known.key, _told(known.differing, ours))

@@ -13,7 +13,6 @@ from fedpft_flower.charts import STYLE as CHART_STYLE
 from fedpft_flower.charts import bars, lines, strip
 from fedpft_flower.config import Config, Scalar
 from fedpft_flower.markup import Markup, element
-from fedpft_flower.methods import method_of
 from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.wording import (
@@ -135,7 +134,7 @@ def render_page(
         element("p", _subtitle(settings, rounds, summary, metric), class_="quiet"),
         _tiles(summary, metric, plan),
         _section("What was run", _what(settings, summary, manifest, plan)),
-        _section("Results", _results(config, summary, metric, plan)),
+        _section("Results", _results(summary, metric, plan)),
         _section("Curves", _curves(rounds, metric, plan)),
         _section("Bytes", _bytes(rounds, summary)),
         _section("Gradient error", _gradient_error(rounds)),
@@ -282,9 +281,7 @@ def _platform(manifest: Metrics) -> str:
     return f"{machine['platform']}, {machine['threads']} threads"
 
 
-def _results(
-    settings: Mapping[str, Scalar], summary: Metrics, metric: str, plan: Plan
-) -> list[Markup]:
+def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
     before, plain, after = (
         summary[f"test-{when}"] for when in ("before", "plain", "after")
     )
@@ -310,14 +307,13 @@ def _results(
         ],
         set(range(2, 2 + len(names))),
     )
-    told = _refinement(refined, metric) + _followed(refined, settings)
+    told = _refinement(refined, metric) + _followed(refined)
     return [table, element("p", told, class_="quiet")]
 
 
-def _followed(refined: Metrics, settings: Mapping[str, Scalar]) -> str:
+def _followed(refined: Metrics) -> str:
     """Say where the refinement saw validation rows, on which its figures then are."""
-    share = method_of(Config.from_run_config(settings)).refine_on_validation
-    if not refined or not share:
+    if not (share := refined.get("validation-share")):
         return ""
     return (
         f" {percent(share)} of its batches were validation rows, without their labels, "

@@ -1,9 +1,11 @@
 """Read rows from files, directories and hubs, and the labels in their columns."""
 
 import csv
+import glob
 import gzip
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -169,23 +171,29 @@ def _read_file(place: Path, separator: str) -> Splits:
         raise FedPFTError(
             f"unknown file type {_suffix(place)!r}; give one of {', '.join(_FORMATS)}"
         )
-    return {"train": _read_tables([place], separator)}
+    return {"train": _read_tables([place], separator, _quotes_are_signs([place]))}
 
 
-def _read_tables(files: Sequence[Path], separator: str) -> Dataset:
-    """Read files of one type that hold the rows of one split."""
+def _read_tables(files: Sequence[Path], separator: str, literal: bool) -> Dataset:
+    """Read files of one type that hold the rows of one split.
+
+    Args:
+        files: of one type.
+        separator: of the columns of CSV files.
+        literal: whether quotes are signs like others.
+    """
     suffix = _suffix(files[0])
     rows: Dataset = load_dataset(
         _FORMATS[suffix],
         data_files={"train": list(map(str, files))},
         split="train",
         cache_dir=str(private_cache("rows")),
-        **_options(files, separator),
+        **_options(files, separator, literal),
     )
     return _with_numbers(rows) if _FORMATS[suffix] == "csv" else rows
 
 
-def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
+def _options(files: Sequence[Path], separator: str, literal: bool) -> dict[str, Any]:
     """Return how these files are read; CSV as texts, all with the first one's columns.
 
     Raises:
@@ -202,7 +210,7 @@ def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
         "na_filter": False,
         "sep": "\t" if suffixes == {".tsv"} else separator,
     }
-    if suffixes == {".tsv"} and any(map(_has_bare_quotes, files)):
+    if literal:
         options["quoting"] = csv.QUOTE_NONE
     head = pd.read_csv(files[0], nrows=1, dtype=str, **options)
     if len(head) and not isinstance(head.index, pd.RangeIndex):
@@ -214,22 +222,30 @@ def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
     return {**options, "features": columns}
 
 
-def _has_bare_quotes(file: Path) -> bool:
-    """Tell whether quotes of a TSV file are signs like others, and end no field.
+def _quotes_are_signs(files: Sequence[Path]) -> bool:
+    """Tell whether quotes in TSV files are signs like others, and hold no field."""
+    tsv = [file for file in files if _suffix(file) == ".tsv"]
+    return len(tsv) == len(files) and any(map(_has_bare_quotes, tsv))
 
-    So it is where every line has as many tabs, and quotes would join lines.
+
+def _has_bare_quotes(file: Path) -> bool:
+    """Tell whether quotes would join lines of a TSV file that are rows each.
+
+    They are where every line has as many tabs, and some.
     """
     opened = gzip.open if file.suffix.lower() == ".gz" else open
     with opened(file, "rt", encoding="utf-8", newline="") as lines:
-        tabs = [line.count("\t") for line in lines if line.strip()]
-    if len(set(tabs)) > 1:
+        tabs = [line.count("\t") for line in lines if line.strip("\r\n")]
+    if len(set(tabs)) != 1 or not tabs[0]:
         return False
     with opened(file, "rt", encoding="utf-8", newline="") as lines:
-        rows = csv.reader(lines, delimiter="\t")
+        rows, count = csv.reader(lines, delimiter="\t"), 0
         try:
-            return sum(1 for row in rows if "".join(row).strip()) < len(tabs)
-        except csv.Error:  # a field without end
-            return True
+            for row in rows:
+                count += bool(row)
+        except csv.Error:  # a field is too long for it: does it go over lines?
+            return rows.line_num > count + 1
+    return count < len(tabs)
 
 
 def _with_numbers(rows: Dataset) -> Dataset:
@@ -260,13 +276,17 @@ def _read_directory(
     if _is_described(place):  # else a hub's subset, as of the run, means nothing here
         described: Splits = load_dataset(str(place), subset or None, cache_dir=cache)
         return described
+    literal = _quotes_are_signs(tables)
     if splits := _split_files(place, tables, modality):
-        return {name: _read_tables(ones, separator) for name, ones in splits.items()}
+        return {
+            name: _read_tables(ones, separator, literal)
+            for name, ones in splits.items()
+        }
     suffixes = {_suffix(path) for path in found if path.is_file()}
     # Texts beside tables, a licence perhaps, leave it to `datasets` what is what.
     known = {suffix: _FORMATS[suffix] for suffix in _FORMATS.keys() & _TABLES}
     formats = {known.get(suffix) for suffix in suffixes - {".md", ""}}
-    options = {} if None in formats else _options(tables, separator)
+    options = {} if None in formats else _options(tables, separator, literal)
     rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
     if formats != {"csv"}:
         return rows
@@ -280,14 +300,8 @@ def _read_images(place: Path, found: Sequence[Path], cache: str) -> Splits:
     above. A split without a class that there is to train on (all its images in one
     folder, perhaps) has no labels and is left out.
     """
-    # Also a folder of one class only is labelled: it is a site's, perhaps.
-    read: Splits = load_dataset(
-        "imagefolder",
-        data_dir=str(place),
-        data_files=_image_splits(place, found),
-        drop_labels=False,
-        cache_dir=cache,
-    )
+    splits = _image_splits(place, found)
+    read = _read_image_folders(place, splits, cache)
     above = all(part.features["label"].names == ["images"] for part in read.values())
     folders = {
         split: [
@@ -300,7 +314,7 @@ def _read_images(place: Path, found: Sequence[Path], cache: str) -> Splits:
     most = max(len(set(names)) for names in folders.values())
     classed = {s for s, names in folders.items() if len(set(names)) > 1 or most == 1}
     if learnt := set(folders.get("train", ())):
-        classed = {s for s in classed if learnt & set(folders[s])}
+        classed = {s for s, names in folders.items() if learnt & set(names)}
     for split in folders.keys() - classed:
         logger.warning(
             "%s: split %r has no folder for each class: left out", place, split
@@ -318,33 +332,77 @@ def _read_images(place: Path, found: Sequence[Path], cache: str) -> Splits:
     }
 
 
+def _read_image_folders(
+    place: Path, splits: Mapping[str, list[str]] | None, cache: str
+) -> Splits:
+    """Return images labelled by their folders, a single one too: a site's, perhaps."""
+    # Under keys of its own, since not every name of a split is one to `datasets`.
+    keys = {f"s{i}": split for i, split in enumerate(splits or ())}
+    read: Splits = load_dataset(
+        "imagefolder",
+        data_dir=str(place),
+        data_files={key: splits[split] for key, split in keys.items()}
+        if splits
+        else None,
+        drop_labels=False,
+        cache_dir=cache,
+    )
+    return {keys.get(key, key): part for key, part in read.items()}
+
+
 def _image_splits(place: Path, found: Sequence[Path]) -> dict[str, list[str]] | None:
     """Return split -> patterns of the files of a directory of images.
 
-    Folders at the top are splits where all are called so, else everything is one: by
-    itself `datasets` takes a class called "train", or a file called "test.jpg", for a
-    split. None where there are no images but archives, perhaps: it looks into them.
+    Folders at the top are splits where one to train on has classes below, or where all
+    are called so; else everything is one: by itself `datasets` takes a class called
+    "train", or a file called "test.jpg", for a split. None where there are no images
+    but archives, perhaps: it looks into them.
 
     Raises:
         FedPFTError: every class has folders of splits, which nothing here reads.
     """
     files = [
-        path.relative_to(place)
-        for path in found
-        if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file()
+        path
+        for path in (path.relative_to(place) for path in found)
+        if path.suffix.lower() in ImageFolder.EXTENSIONS
+        and not any(part.startswith((".", "__")) for part in path.parts)
     ]
     if not files:
         return None
-    tops = sorted({file.parts[0] if len(file.parts) > 1 else "" for file in files})
-    if splits := _by_split((top, f"{top}/**") for top in tops):
-        return splits
-    parents = {file.parent.name for file in files}
+    base = _shared_folder(files)
+    below = [path.relative_to(base) for path in files]
+    tops = {path.parts[0] if len(path.parts) > 1 else "" for path in below}
+    classed = {path.parts[0] for path in below if len(_folders(path)) > 1}
+    named = {top for top in tops if _SPLIT_FILE.fullmatch(top.lower())}
+    if named == tops or "train" in _by_split((top, top) for top in named & classed):
+        for top in sorted(tops - named):
+            what = place / base / top if top else f"images at the top of {place / base}"
+            logger.warning("%s: called like no split: left out", what)
+        return _by_split(
+            (top, (glob.escape(str(base / top)) + "/**")) for top in sorted(named)
+        )
+    parents = {path.parent.name for path in below}
     if len(tops) > 1 and _by_split((name, name) for name in parents):
         raise FedPFTError(
             f"images lie in CLASS/SPLIT, as in {files[0].parent}; put them into "
             "SPLIT/CLASS"
         )
     return {"train": ["**"]}
+
+
+def _folders(file: Path) -> tuple[str, ...]:
+    """Return the folders that a file is in, but for one called `images` around it."""
+    folders = file.parent.parts
+    return folders[:-1] if folders[-1:] == ("images",) else folders
+
+
+def _shared_folder(files: Sequence[Path]) -> Path:
+    """Return the folder that all files are in, above what is called like a split."""
+    shared = Path(os.path.commonpath([file.parent for file in files]))
+    for place, part in enumerate(shared.parts):
+        if _SPLIT_FILE.fullmatch(part.lower()):
+            return Path(*shared.parts[:place])
+    return shared
 
 
 def _is_described(place: Path) -> bool:
@@ -372,16 +430,17 @@ def _split_files(
     ]
     if any(path.parent != place for path in tables):
         return {}
-    others = [path for stem, path in named if not _SPLIT_FILE.fullmatch(stem)]
-    if "train" in _by_split(pair for pair in named if pair[1] not in others):
-        for path in others:
-            logger.warning("%s is called like no split: left out", path)
-        named = [pair for pair in named if pair[1] not in others]
-    suffixes = {_suffix(path) for _, path in named}
+    others = [pair for pair in named if not _SPLIT_FILE.fullmatch(pair[0])]
+    if "train" not in _by_split(pair for pair in named if pair not in others):
+        others = []
+    used = [pair for pair in named if pair not in others]
+    suffixes = {_suffix(path) for _, path in used}
     known = {".parquet"} if modality == "image" else _FORMATS.keys()
     if len(suffixes) != 1 or not suffixes <= known:
         return {}
-    return _by_split(named)
+    for _, path in others:
+        logger.warning("%s is called like no split: left out", path)
+    return _by_split(used)
 
 
 def _by_split(named: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
@@ -572,17 +631,22 @@ def texts_in_common(part: Dataset, others: Sequence[Dataset]) -> np.ndarray:
         Booleans [rows].
     """
     columns = [name for name in TEXT_ROLES if name in part.column_names]
-    known = pa.chunked_array(
-        [chunk for rows in others for chunk in _joined(rows, columns).chunks],
-        pa.string(),
-    )
-    return np.array(pc.is_in(_joined(part, columns), value_set=known.combine_chunks()))
+    common = np.zeros(len(part), dtype=bool)
+    at = 0
+    for own in _joined(part, columns):
+        there = common[at : at + len(own)]
+        for rows in others:
+            for known in _joined(rows, columns):
+                there |= np.array(pc.is_in(own, value_set=known))
+        at += len(own)
+    return common
 
 
-def _joined(rows: Dataset, columns: Sequence[str]) -> pa.ChunkedArray:
-    """Return the texts of each row in one."""
-    texts = [pc.cast(_column(rows, name), pa.string()) for name in columns]
-    return pc.binary_join_element_wise(*texts, "\0")
+def _joined(rows: Dataset, columns: Sequence[str]) -> Iterator[pa.Array]:
+    """Yield the texts of each row in one, some rows at a time."""
+    for table in rows.select_columns(list(columns)).with_format("arrow").iter(10_000):
+        texts = [pc.cast(table.column(name), pa.string()) for name in columns]
+        yield pc.binary_join_element_wise(*texts, "\0").combine_chunks()
 
 
 def _column(part: Dataset, name: str) -> pa.ChunkedArray:
@@ -593,6 +657,7 @@ def _column(part: Dataset, name: str) -> pa.ChunkedArray:
 
 
 _INTEGER = re.compile(r"-?[0-9]+")
+_NUMBERS = re.compile("u?int|float")  # types of columns
 
 
 def labels_of(part: Dataset, column: str, named: str = "") -> tuple[str, ...]:
@@ -655,8 +720,8 @@ def label_texts(part: Dataset, column: str) -> list[str]:
 
 def configured_label(name: str, part: Dataset, column: str) -> str:
     """Write a label that a configuration names as `label_texts` writes it: 1.0 as 1."""
-    feature = part.features[column]
-    if isinstance(feature, ClassLabel) or feature in _TEXTS:
+    kind = getattr(part.features[column], "dtype", "")
+    if isinstance(part.features[column], ClassLabel) or not _NUMBERS.match(kind):
         return name
     if _INTEGER.fullmatch(name):
         return str(int(name))

@@ -163,7 +163,10 @@ class Run:
             "plan": strategy.server.plan.to_json(),
             "partitions": strategy.federation.partitions,
             "installs": strategy.federation.installs(),
-            "met": nodes_met(strategy.federation, self.config),
+            "met": {
+                key: None if self.config.privacy.on else rows
+                for key, rows in strategy.federation.met.items()
+            },
             "ledger": strategy.federation.grid.ledger.state(),
             "exposure": strategy.federation.exposure.state(),
             "strategy": form,
@@ -198,8 +201,12 @@ class Run:
 
 
 def nodes_met(federation: Federation, config: Config) -> dict[str, int | None]:
-    """Return the rows of every node that took part; None where none are told."""
+    """Return the rows of every node that was met; None where none are told.
+
+    A node without a name is another one whenever it comes back: of those there are now.
+    """
+    here = {node.key: node.examples for node in federation.nodes.values()}
     return {
         key: None if config.privacy.on else rows
-        for key, rows in sorted(federation.met.items())
+        for key, rows in sorted({**federation.met, **here}.items())
     }

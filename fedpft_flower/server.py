@@ -451,6 +451,7 @@ class ProxyServer:
         )
         return {
             **told.metrics(),
+            "validation-share": self._refined_on_validation,
             "validation-loss-before": before["loss"],
             "validation-loss-after": after["loss"],
             "validation-before": before[self.metric],
@@ -464,11 +465,18 @@ class ProxyServer:
         size = self.config.plug_in.batch_size
         seed = derive_seed(self.config.seed, "refine")
         public = endless_batches(self._public, size, seed)
-        share = self.method.refine_on_validation
-        if not share or self._objective == "generate":  # there inputs say what is right
+        share = self._refined_on_validation
+        if not share:
             return public
         rows, order = self._splits["validation"], derive_seed(seed, "validation")
         return mixed_batches(public, endless_batches(rows, size, order), share)
+
+    @property
+    def _refined_on_validation(self) -> float:
+        """Return the share of the refinement's batches that are validation rows."""
+        if self._objective == "generate":  # there inputs say what is right
+            return 0.0
+        return self.method.refine_on_validation
 
     def _unrefine(self) -> None:
         plug_in(self.fm, self.adapter, self.plan)

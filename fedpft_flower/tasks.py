@@ -474,6 +474,8 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
         for split in _more_tests(config, source, {*roles, *roles.values(), "public"})
     }
     if not parts:
+        for part in source.values():  # a column that is nowhere is what is wrong
+            choose_columns(part, columns, _SETTINGS)
         raise FedPFTError(
             f"data.path = {config.path!r} has the splits {', '.join(source)}; say what "
             "they are: data.train-split, data.validation-split, data.test-split"

@@ -30,7 +30,11 @@ Tokens = dict[str, Tensor]
 
 
 def text_tokens(rows: Dataset, tokenizer: Any, max_length: int, blocks: bool) -> Tokens:
-    """Return the tokens of rows of texts, or of pairs of them."""
+    """Return the tokens of rows of texts, or of pairs of them.
+
+    Raises:
+        FedPFTError: blocks are asked for, and the tokenizer cannot make them.
+    """
     texts = rows.select_columns([c for c in rows.column_names if c.startswith("text")])
     longest = min(max_length, tokenizer.model_max_length)
     how = f"{longest}/blocks" if blocks else f"{longest}"
@@ -105,6 +109,9 @@ def generation_tokens(rows: Dataset, tokenizer: Any, config: DataConfig) -> Toke
     """Return `input_ids` as `text_tokens` does, and how many are the prompt's.
 
     With prompts also `cut`: how many prompts and responses were too long.
+
+    Raises:
+        FedPFTError: a chat template is asked for and cannot put a prompt.
     """
     names = [n for n in ("text", "prompt", "response") if n in rows.column_names]
     texts = rows.select_columns(names)

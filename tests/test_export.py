@@ -268,11 +268,9 @@ def test_protection_and_hostile_names_in_the_card(local_grid, texts, tmp_path):
     assert "| held \\| back | &lt;b>1 | a b |" in card
     assert "epsilon 2.5" in card and "No differential privacy" not in card
     assert "Choices were made on validation; test was only reported." in card
-    summary |= {"select": "best", "best-round": 1, "refinement": {"kept": True}}
+    refinement = {"kept": True, "validation-share": 0.5}
+    summary |= {"select": "best", "best-round": 1, "refinement": refinement}
     (place / "summary.json").write_text(json.dumps(summary))
-    manifest = json.loads((place / "manifest.json").read_text())
-    manifest["config"]["plug-in.validation-share"] = 0.5
-    (place / "manifest.json").write_text(json.dumps(manifest))
     export(place, tmp_path / "again")
     card = (tmp_path / "again" / "README.md").read_text()
     assert "| adapter of | the best round (1) |" in card

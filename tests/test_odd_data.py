@@ -4,8 +4,11 @@ import csv
 import json
 import subprocess
 import sys
+from decimal import Decimal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from PIL import Image as Picture
@@ -15,7 +18,7 @@ from fedpft_flower.app import _apart, _tell_task
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.encoding import encode
 from fedpft_flower.reading import labels_of, read_splits, texts_in_common
-from fedpft_flower.tasks import TaskData, load_public, load_task
+from fedpft_flower.tasks import TaskData, load_public, load_site, load_task
 
 
 def write_lines(path, rows):
@@ -77,6 +80,14 @@ def test_numbers_are_configured_as_they_stand_in_the_data(
         assert written[row["label"]] == written[int(row["text"].split()[1]) % 3]
 
 
+def test_labels_of_other_types_stay_as_they_are_written(tmp_path):
+    values = [Decimal("1.0"), Decimal("2.5")] * 30
+    rows = {"text": [f"t {i}" for i in range(60)], "label": values}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    path = str(tmp_path / "a.parquet")
+    assert load_task(DataConfig(task="text", path=path), 0).labels == ("1.0", "2.5")
+
+
 def test_a_refused_column_of_labels_is_called_as_in_the_data(tmp_path):
     rows = [{"text": f"t {i}", "price": i / 8} for i in range(60)]
     path = write_lines(tmp_path / "a.jsonl", rows)
@@ -103,6 +114,36 @@ def test_a_class_may_be_called_like_a_split(tmp_path, odd):
     (part,) = read_splits(alone, "data.path", "image").values()
     assert part.features["label"].names == sorted(["bus", odd])
     assert len(part) == 12
+
+
+@pytest.mark.parametrize(
+    "stray", ["unlabelled/a", ".hidden/train", "__MACOSX/train", ""]
+)
+def test_what_lies_beside_splits_of_images_is_left_out(tmp_path, stray, caplog):
+    places = [f"{split}/{name}" for split in ("train", "test") for name in ("a", "b")]
+    draw(tmp_path / "odd [1]" / "inner", *places)
+    draw(tmp_path / "odd [1]" / "inner", stray, count=2)
+    found = read_splits(str(tmp_path), "data.path", "image")
+    assert {split: len(part) for split, part in found.items()} == {
+        "train": 12,
+        "test": 12,
+    }
+    assert found["train"].features["label"].names == ["a", "b"]
+    assert ("left out" in caplog.text) == (not stray.startswith((".", "__")))
+
+
+def test_splits_of_images_may_have_long_names(tmp_path):
+    places = [f"{split}/{name}" for split in ("train", "test-clean") for name in "ab"]
+    path = draw(tmp_path, *places, "test-other/a")
+    found = read_splits(path, "data.path", "image")
+    assert set(found) == {"train", "test-clean", "test-other"}
+
+
+def test_a_site_may_have_one_class_and_others_in_its_test(tmp_path):
+    path = draw(tmp_path, "train/a", "test/a", "test/b")
+    rows = load_site(DataConfig(task="image", path=path), ("a", "b"), 0)
+    assert len(rows) == 6
+    assert len(read_splits(path, "data.path", "image")["test"]) == 12
 
 
 def test_a_file_may_be_called_like_a_split(tmp_path):
@@ -154,6 +195,31 @@ def test_quotes_in_a_tsv_file_may_hold_several_lines(tmp_path):
     assert part["text"][:] == texts
 
 
+def test_quotes_that_hold_fields_hold_them(tmp_path):
+    """One column of several lines, a blank row, a field that is long, all quoted."""
+    files = {
+        "a.tsv": (["text"], [["two\nlines"], ["one"]] * 5),
+        "b.tsv": (["text", "label"], [["", ""], ["a", "x"], ["b", "y"]]),
+        "c.tsv": (["text", "label"], [["word " * 40_000, "x"], ["b", "y"]]),
+    }
+    for name, (header, rows) in files.items():
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
+            writer.writerows([header, *rows])
+        (part,) = read_splits(str(tmp_path / name), "data.path").values()
+        assert part.column_names == header
+        assert part["text"][:] == [row[0] for row in rows]
+
+
+def test_quotes_mean_the_same_in_all_tables_of_a_directory(tmp_path):
+    bare = [f'"He said {i}\t{i % 2}' for i in range(9)]
+    (tmp_path / "train.tsv").write_text("\n".join(["text\tlabel", *bare]) + "\n")
+    (tmp_path / "test.tsv").write_text('text\tlabel\n"all" is well\t1\n')
+    found = read_splits(str(tmp_path), "data.path")
+    assert found["train"]["text"][0] == '"He said 0'
+    assert found["test"]["text"][:] == ['"all" is well']
+
+
 def test_a_sample_to_submit_decides_nothing(tmp_path, caplog):
     (tmp_path / "train.csv").write_text("id,text,label\n1,a,x\n2,b,y\n")
     (tmp_path / "test.csv").write_text("id,text\n3,c\n")
@@ -181,6 +247,15 @@ def test_a_test_split_without_what_is_to_be_written_is_not_used(tmp_path, summar
     task = load_task(DataConfig(path=str(tmp_path), **PROMPTS), 0)
     assert len(task.train) + len(task.validation) + len(task.test) == 60
     assert task.notes["test"].endswith("of train, seeded")
+
+
+def test_a_column_that_is_nowhere_is_named(tmp_path):
+    rows = [{"article": f"long {i}", "summary": f"short {i}"} for i in range(9)]
+    for split in ("validation", "test"):
+        write_lines(tmp_path / f"{split}.jsonl", rows)
+    config = DataConfig("generation", str(tmp_path), text_columns="article,sumary")
+    with pytest.raises(FedPFTError, match=r"no column 'sumary'; this data has article"):
+        load_task(config, 0)
 
 
 def test_how_many_rows_are_cut_is_counted(generator_directory):

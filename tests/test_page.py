@@ -237,13 +237,12 @@ def test_curves_have_a_point_for_every_value_and_none_where_none_is(facts):
 
 
 def test_who_only_failed_has_not_trained_and_what_refinement_saw_is_told(facts):
-    config, rounds, *_ = facts
-    config["plug-in.validation-share"] = 0.0
+    _, rounds, summary, _ = facts
     rounds[2]["per-client"]["north"] = client(0, "boom")
     page = check(render_page(*facts))
     assert "1 node trained" in page.text
     assert "batches were validation rows" not in page.text
-    config["plug-in.validation-share"] = 0.25
+    summary["refinement"]["validation-share"] = 0.25
     told = "25.0 % of its batches were validation rows, without their labels"
     assert told in check(render_page(*facts)).text
     rounds[2]["skipped"] = "1 usable replies of 2"
