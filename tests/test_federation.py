@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
-from fedpft_flower import app, client, federation, node, report
+from fedpft_flower import app, client, federation, node, run_directory
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.app import serve
 from fedpft_flower.config import Config, DataConfig, FedPFTError
@@ -308,7 +308,7 @@ def test_a_second_end_of_a_run_is_none_until_it_is_whole(
 ):
     run(local_grid, settings | {"rounds": 1})
     place, *_ = results(settings)
-    monkeypatch.setattr(report, "export_adapter", full)
+    monkeypatch.setattr(run_directory, "export_adapter", full)
     again = {"rounds": 1, "plug-in.steps": 2, "resume": str(place)}
     with pytest.raises(FedPFTError, match="make room"):
         run(local_grid, settings | again)
