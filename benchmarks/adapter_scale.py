@@ -22,9 +22,10 @@ from fedpft_flower.batches import real_logits
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.encoding import shuffled_batches
-from fedpft_flower.evaluation import evaluate, metric_of
+from fedpft_flower.evaluation import evaluate
+from fedpft_flower.metrics import metric_of
 from fedpft_flower.refinement import logit_loss
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 
 TITLES = ("run", "plain", "by labels", "by public rows", "refined", "sub-FM")
 SCALES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5)
@@ -41,8 +42,8 @@ class Point:
     test: float
 
 
-def line(run: FinishedRun) -> str:
-    """Return a run's line of the table."""
+def row(run: FinishedRun) -> list[str]:
+    """Return a run's row of the table."""
     points, metric = measure(run), metric_of(run.config.data)
     plain = next(point for point in points if point.scale == 1.0)
     cells = [run.path.name, f"{plain.test:.3f}"]
@@ -51,7 +52,7 @@ def line(run: FinishedRun) -> str:
         cells.append(f"{best.test:.3f} (at {best.scale:g})")
     after = run.summary["test-after"]
     cells += [f"{after[f'{model}-{metric}']:.3f}" for model in ("fm", "sub-fm")]
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 @torch.no_grad()
@@ -98,4 +99,4 @@ def measure(run: FinishedRun) -> list[Point]:
 
 
 if __name__ == "__main__":
-    run_main(partial(measure_runs, __doc__, TITLES, line))
+    run_main(partial(measure_runs, __doc__, TITLES, row))

@@ -8,15 +8,14 @@ batches before training. Settings change the task and the kept fraction; with --
 the first recipe runs beside those whose name has the text.
 """
 
-import argparse
 import statistics
 from typing import Any
 
-from benchmarks import run_main, spread
+from benchmarks import markdown_table, parser, run_main, spread
 from benchmarks.plain_loop import load
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError
-from fedpft_flower.server import Metrics
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.software import quiet
 
 # The first is what the others are compared with.
@@ -59,11 +58,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run every recipe with every seed, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", default="", help="recipes whose name has this text")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument(
+        "--only", default="", help="recipes whose name has this text"
+    )
+    options = arguments.parse_args()
     quiet()
     first, *others = RECIPES
     chosen = [first, *(name for name in others if options.only in name)]
@@ -88,10 +89,8 @@ def seconds(metrics: Metrics) -> float:
 
 def table(found: dict[str, list[Metrics]]) -> str:
     """Return seconds, gradient error and cosine of every recipe as Markdown."""
-    lines = [
-        "| recipe | seconds | of the first's | gradient error | cosine |",
-        "|---|---|---|---|---|",
-    ]
+    titles = ("recipe", "seconds", "of the first's", "gradient error", "cosine")
+    rows = []
     first = [seconds(one) for one in next(iter(found.values()))]
     for name, ones in found.items():
         taken = [seconds(one) for one in ones]
@@ -100,11 +99,10 @@ def table(found: dict[str, list[Metrics]]) -> str:
             statistics.mean(one["gradient-after"][key] for one in ones)
             for key in ("relative", "cosine")
         )
-        lines.append(
-            f"| {name} | {spread(taken, 1)} | {statistics.median(ratios):.2f} | "
-            f"{errors:.3f} | {cosines:.3f} |"
-        )
-    return "\n".join(lines)
+        ratio = statistics.median(ratios)
+        figures = (f"{ratio:.2f}", f"{errors:.3f}", f"{cosines:.3f}")
+        rows.append((name, spread(taken, 1), *figures))
+    return markdown_table(titles, rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ of `train_adapter`, as a client's training is, with a fresh AdamW and a constant
   length up to one step; the learning rate falls over them as it does over rounds.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Sequence
@@ -25,13 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import run_main
+from benchmarks import markdown_table, parser, run_main
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import load_adapter
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError, TrainConfig, derive_seed
 from fedpft_flower.encoding import Rows
-from fedpft_flower.evaluation import evaluate, metric_of
+from fedpft_flower.evaluation import evaluate
+from fedpft_flower.metrics import metric_of
 from fedpft_flower.sampling import sample
 from fedpft_flower.tasks import task_of
 from fedpft_flower.training import round_lr, train_adapter
@@ -39,17 +39,15 @@ from fedpft_flower.training import round_lr, train_adapter
 
 def main() -> None:
     """Measure both bounds for every seed and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("conf", type=Path)
-    parser.add_argument("set", nargs="*", metavar="key=value")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--nodes", type=int, default=20)
-    parser.add_argument(
+    arguments = parser(__doc__)
+    arguments.add_argument("conf", type=Path)
+    arguments.add_argument("set", nargs="*", metavar="key=value")
+    arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arguments.add_argument("--nodes", type=int, default=20)
+    arguments.add_argument(
         "--clients", type=int, help="`local` takes a seeded sample of so many nodes"
     )
-    options = parser.parse_intermixed_args()
+    options = arguments.parse_intermixed_args()
     config = read_config(options.conf, options.set)
     clients = options.clients or options.nodes
     if not 0 < clients <= options.nodes:
@@ -133,11 +131,9 @@ def table(
     seeds: Sequence[int], central: Sequence[float], alone: Sequence[Sequence[float]]
 ) -> str:
     """Return test metrics as Markdown; spreads are sample deviations."""
-    header = " | ".join(f"seed {seed}" for seed in seeds)
-    lines = [
-        f"| bound | {header} | mean | spread | spread over clients |",
-        "|" + "---|" * (len(seeds) + 4),
-    ]
+    each = (f"seed {seed}" for seed in seeds)
+    titles = ("bound", *each, "mean", "spread", "spread over clients")
+    rows = []
     means = [statistics.mean(accuracies) for accuracies in alone]
     over_clients = statistics.mean(map(deviation, alone))
     for name, values, clients in (
@@ -145,9 +141,8 @@ def table(
         ("local", means, over_clients),
     ):
         figures = [*values, statistics.mean(values), deviation(values), clients]
-        cells = ["-" if math.isnan(f) else f"{f:.3f}" for f in figures]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, *("-" if math.isnan(f) else f"{f:.3f}" for f in figures)])
+    return markdown_table(titles, rows)
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -5,7 +5,6 @@ as real processes, through both grids in turns:
     python -m benchmarks.exchange --nodes 2 --exchanges 7
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -14,18 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks import ROOT, run_main
+from benchmarks import ROOT, markdown_table, parser, run_main
 from deploy.processes import Deployment
 
 
 def main() -> None:
     """Run the deployment and print median and range."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--exchanges", type=int, default=7)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--nodes", type=int, default=2)
+    arguments.add_argument("--exchanges", type=int, default=7)
+    options = arguments.parse_args()
     print(table(measure(options.nodes, options.exchanges)))
 
 
@@ -48,15 +45,12 @@ def measure(nodes: int, exchanges: int) -> dict[str, list[float]]:
 
 def table(seconds: Mapping[str, Sequence[float]]) -> str:
     """Return Markdown: a row a grid."""
-    lines = [
-        "| grid | exchanges | median s | smallest | largest |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, values in seconds.items():
-        middle, low, high = statistics.median(values), min(values), max(values)
-        cells = f"{len(values)} | {middle:.1f} | {low:.1f} | {high:.1f}"
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines)
+        figures = statistics.median(values), min(values), max(values)
+        rows.append([name, len(values), *(f"{value:.1f}" for value in figures)])
+    titles = ("grid", "exchanges", "median s", "smallest", "largest")
+    return markdown_table(titles, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Make runs, and measure those that are finished, each in a line of a table."""
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -8,38 +7,38 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from benchmarks import ROOT
+from benchmarks import ROOT, header, line, parser
 from fedpft_flower.app import load_rows, load_server
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import ROUNDS, FinishedRun, read_rounds
-from fedpft_flower.server import Metrics, ProxyServer
+from fedpft_flower.runs import ROUNDS, FinishedRun, read_rounds
+from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import quiet
 from fedpft_flower.tasks import TaskData
 
 
 def measure_runs(
-    about: str | None, titles: Sequence[str], line: Callable[[FinishedRun], str]
+    about: str | None,
+    titles: Sequence[str],
+    row: Callable[[FinishedRun], Sequence[object]],
 ) -> None:
-    """Print a table with a line for every run named on the command line.
+    """Print a table with a row for every run named on the command line.
 
     Args:
         about: what is measured, for --help.
         titles: the columns.
-        line: measures a run.
+        row: measures a run.
 
     Raises:
         FedPFTError: a directory is that of no finished run.
     """
-    parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    options = parser.parse_args()
+    arguments = parser(about)
+    arguments.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    options = arguments.parse_args()
     quiet()
-    print(f"| {' | '.join(titles)} |")
-    print("|---" * len(titles) + "|")
+    print(header(titles))
     for place in options.runs:
-        print(line(FinishedRun.read(place.absolute())), flush=True)
+        print(line(row(FinishedRun.read(place.absolute()))), flush=True)
 
 
 def run_app(spec: Path, pairs: Sequence[str], nodes: int) -> None:

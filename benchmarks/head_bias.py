@@ -18,15 +18,15 @@ from fedpft_flower.adapters import load_adapter
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.evaluation import predict
 from fedpft_flower.export import adapter_of
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.tasks import task_of
 
 TITLES = ("run", "accuracy", "with the bias", "loss", "with the bias", "bias")
 ITERATIONS = 100
 
 
-def line(run: FinishedRun) -> str:
-    """Return a run's line of the table.
+def row(run: FinishedRun) -> list[str]:
+    """Return a run's row of the table.
 
     Raises:
         FedPFTError: the run is no classifier's, or its adapter is not whole.
@@ -38,10 +38,9 @@ def line(run: FinishedRun) -> str:
     bias = fitted_bias(*predict(server.fm, server.encode(task.validation)))
     logits, labels = predict(server.fm, server.encode(task.test))
     found = [(accuracy(x, labels), loss(x, labels)) for x in (logits, logits + bias)]
-    cells = [run.path.name]
-    cells += [f"{plain:.3f} | {moved:.3f}" for plain, moved in zip(*found, strict=True)]
-    cells.append(" ".join(f"{value:+.2f}" for value in bias.tolist()))
-    return f"| {' | '.join(cells)} |"
+    figures = [f"{value:.3f}" for pair in zip(*found, strict=True) for value in pair]
+    shown = " ".join(f"{value:+.2f}" for value in bias.tolist())
+    return [run.path.name, *figures, shown]
 
 
 def fitted_bias(logits: Tensor, labels: Tensor) -> Tensor:
@@ -78,4 +77,4 @@ def loss(logits: Tensor, labels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    run_main(partial(measure_runs, __doc__, TITLES, line))
+    run_main(partial(measure_runs, __doc__, TITLES, row))

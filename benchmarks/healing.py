@@ -17,7 +17,6 @@ out, as a share of the FM's variance. Recovered is the share of the gap between 
 and FM: 0 is the sub-FM, 1 the FM, below 0 is worse than what was sent.
 """
 
-import argparse
 import csv
 import math
 import statistics
@@ -38,7 +37,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks import run_main, spread
+from benchmarks import markdown_table, parser, run_main, spread
 from benchmarks.plain_loop import load
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import architecture_of, family_of, ffns_of
@@ -52,11 +51,11 @@ from fedpft_flower.encoding import (
     encode_public,
     endless_batches,
     hold_out,
-    processor_from,
     shuffled_batches,
 )
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
+from fedpft_flower.processors import processor_from
 from fedpft_flower.software import quiet
 from fedpft_flower.sub_fm import build_skeleton, config_from, load_weights
 
@@ -81,16 +80,16 @@ class Point:
 
 def main() -> None:
     """Heal with every seed; write `healing.csv` and `healing.png`, print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    arguments = parser(__doc__)
+    arguments.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument("--tokens", type=int, default=200_000, help="to spend")
+    arguments.add_argument(
+        "--points", type=int, default=5, help="measured, and the start"
     )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=200_000, help="to spend")
-    parser.add_argument("--points", type=int, default=5, help="measured, and the start")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--out", type=Path, default=Path("healing"))
-    options = parser.parse_args()
+    arguments.add_argument("--lr", type=float, default=1e-4)
+    arguments.add_argument("--out", type=Path, default=Path("healing"))
+    options = arguments.parse_args()
     if min(options.tokens, options.points) < 1:
         raise FedPFTError("--tokens and --points must be positive; give 1 or more")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +128,7 @@ def heal(config: Config, marks: Sequence[int], lr: float) -> Iterator[Point]:
         public is None
         or task.train is None
         or not task.labels
-        or "text" not in (public.column_names)
+        or "text" not in public.column_names
     ):
         raise FedPFTError(
             f"data.task = {config.data.task!r}: healing needs labelled texts and a "
@@ -240,24 +239,8 @@ def pretrain(
     Yields:
         The tokens of the step's batch, padding left out, and its loss.
     """
-    decoder = architecture_of(model.config).decoder
-    embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
-    size = model.config.hidden_size
-    if embedding.shape[1] != size:
-        raise FedPFTError(
-            f"{model.config.model_type}: hidden states of {size} are not told apart by "
-            f"an embedding of {embedding.shape[1]}; choose another family"
-        )
-    # The FM's own head for tokens, if it ever had one, is not among what was sent.
-    turn = nn.Linear(size, size).to(embedding.device)
-    nn.init.eye_(turn.weight)
-    nn.init.zeros_(turn.bias)
-    ffns = [
-        parameter
-        for ffn in ffns_of(model)
-        for linear in (*(up for up, _ in ffn.up), ffn.down)
-        for parameter in linear.parameters()
-    ]
+    turn = token_head(model)
+    ffns = ffn_parameters(model)
     model.requires_grad_(False)
     for parameter in ffns:
         parameter.requires_grad_(True)
@@ -270,22 +253,11 @@ def pretrain(
     spent = 0
     generator = torch.Generator().manual_seed(derive_seed(seed, "hide"))
     for batch in endless_batches(rows, BATCH, derive_seed(seed, "heal")):
-        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        if decoder:
-            inputs, chosen = batch, mask.clone()
-            chosen[:, 0] = False
-        else:
-            inputs, chosen = hide(batch, tokenizer, generator)
-        if not bool(chosen.any()):
+        loss = token_loss(model, turn, batch, tokenizer, generator)
+        if loss is None:
             continue
-        states = hidden(model, inputs)
-        if decoder:  # the state before a token tells it
-            states, picked = states[:, :-1], chosen[:, 1:]
-        else:
-            picked = chosen
-        logits = turn(states[picked.to(states.device)]) @ embedding.T
-        loss = nn.functional.cross_entropy(logits, ids[chosen].to(logits.device))
-        spent += int(mask.sum())
+        tokens = int(batch["attention_mask"].sum())
+        spent += tokens
         if spent > alone:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -293,7 +265,63 @@ def pretrain(
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        yield int(mask.sum()), float(loss.detach())
+        yield tokens, float(loss.detach())
+
+
+def token_head(model: PreTrainedModel) -> nn.Linear:
+    """Return the attacker's own matrix from states to tokens, the identity at first.
+
+    The FM's own head for tokens, if it ever had one, is not among what was sent.
+
+    Raises:
+        FedPFTError: the family's embedding has not the width of its states.
+    """
+    width = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[1]
+    size = model.config.hidden_size
+    if width != size:
+        raise FedPFTError(
+            f"{model.config.model_type}: hidden states of {size} are not told apart by "
+            f"an embedding of {width}; choose another family"
+        )
+    turn = nn.Linear(size, size).to(model.device)
+    nn.init.eye_(turn.weight)
+    nn.init.zeros_(turn.bias)
+    return turn
+
+
+def ffn_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the weights and biases of all FFNs."""
+    return [
+        parameter
+        for ffn in ffns_of(model)
+        for linear in (*(up for up, _ in ffn.up), ffn.down)
+        for parameter in linear.parameters()
+    ]
+
+
+def token_loss(
+    model: PreTrainedModel,
+    turn: nn.Linear,
+    batch: Batch,
+    tokenizer: Any,
+    generator: torch.Generator,
+) -> Tensor | None:
+    """Return the mean loss of hidden, or of next, tokens; None where there are none."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    decoder = architecture_of(model.config).decoder
+    if decoder:
+        inputs, chosen = batch, mask.clone()
+        chosen[:, 0] = False
+    else:
+        inputs, chosen = hide(batch, tokenizer, generator)
+    if not bool(chosen.any()):
+        return None
+    states, picked = hidden(model, inputs), chosen
+    if decoder:  # the state before a token tells it
+        states, picked = states[:, :-1], chosen[:, 1:]
+    embedding = cast(nn.Embedding, model.get_input_embeddings()).weight
+    logits = turn(states[picked.to(states.device)]) @ embedding.T
+    return nn.functional.cross_entropy(logits, ids[chosen].to(logits.device))
 
 
 def hide(
@@ -393,17 +421,17 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 def table(points: Sequence[Point]) -> str:
     """Return the curve as Markdown: median (least to most) over seeds."""
-    lines = [
-        "| tokens | probe accuracy | recovered | distance | recovered |",
-        "|---|---|---|---|---|",
+    shown = {
+        "probe": "probe accuracy",
+        "probe_recovered": "recovered",
+        "distance": "distance",
+        "distance_recovered": "recovered",
+    }
+    rows = [
+        [ones[0].tokens, *(spread([getattr(p, key) for p in ones], 3) for key in shown)]
+        for ones in _by_place(points)
     ]
-    for ones in _by_place(points):
-        cells = [
-            spread([getattr(p, key) for p in ones], 3)
-            for key in ("probe", "probe_recovered", "distance", "distance_recovered")
-        ]
-        lines.append(f"| {ones[0].tokens} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return markdown_table(["tokens", *shown.values()], rows)
 
 
 if __name__ == "__main__":

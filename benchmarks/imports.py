@@ -9,7 +9,6 @@ train on a sub-FM that the node lacks, so that nothing is trained. A cell is a m
 over processes, with the smallest and the largest behind it.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -34,7 +33,7 @@ from flwr.app import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from benchmarks import ROOT, run_main, spread
+from benchmarks import ROOT, markdown_table, parser, run_main, spread
 from client_app import app
 from fedpft_flower.config import FedPFTError
 
@@ -72,11 +71,9 @@ class Answer:
 
 def main() -> None:
     """Ask every handler in fresh processes and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    arguments = parser(__doc__)
+    arguments.add_argument("--repeats", type=int, default=5)
+    repeats = arguments.parse_args().repeats
     for handler in MESSAGES:
         ask(handler)  # compiles what is new, and fills the disk's cache
     answers = {handler: [ask(handler) for _ in range(repeats)] for handler in MESSAGES}
@@ -137,7 +134,8 @@ def _hello() -> RecordDict:
 
 def _install() -> RecordDict:
     # Here, since the processes of the other handlers must not load it.
-    from fedpft_flower.wire import package_hash, unpack_tensors
+    from fedpft_flower.store import package_hash
+    from fedpft_flower.wire import unpack_tensors
 
     arrays = ArrayRecord({"weight": Array(np.ones(2, dtype=np.float32))})
     text = json.dumps({"files": {}})
@@ -162,15 +160,14 @@ MESSAGES: dict[str, tuple[str, Callable[[], RecordDict]]] = {
 
 def table(answers: Mapping[str, Sequence[Answer]]) -> str:
     """Return the answers as Markdown."""
-    columns = ("handler", "seconds", "CPU seconds", "MB", "loads")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for handler, all_of in answers.items():
         seconds = spread([one.seconds for one in all_of], 2)
         cpu = spread([one.cpu for one in all_of], 2)
         memory = spread([one.memory for one in all_of], 0)
         loads = ", ".join(name for name in HEAVY if name in all_of[0].loaded)
-        lines.append(f"| {handler} | {seconds} | {cpu} | {memory} | {loads} |")
-    return "\n".join(lines)
+        rows.append((handler, seconds, cpu, memory, loads))
+    return markdown_table(("handler", "seconds", "CPU seconds", "MB", "loads"), rows)
 
 
 if __name__ == "__main__":

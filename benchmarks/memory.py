@@ -7,7 +7,6 @@ what the process itself holds (RssAnon of Linux, sampled), without what it had b
 pages of the files, which the system can drop at any time, are not in it.
 """
 
-import argparse
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import run_main
+from benchmarks import parser, run_main
 from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import SubFMConfig
 from fedpft_flower.foundation import load_fm
@@ -32,12 +31,14 @@ WORDS = 8000
 
 def main() -> None:
     """Print sizes, the peak of each step, and its ratio to what must be held."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--keep", type=float, default=0.5)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=12)
+    arguments.add_argument("--hidden", type=int, default=1024)
+    arguments.add_argument("--keep", type=float, default=0.5)
+    arguments.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"]
+    )
+    options = arguments.parse_args()
     with TemporaryDirectory() as directory:
         write(Path(directory), options.layers, options.hidden, options.dtype)
         print(measured(directory, options.keep))

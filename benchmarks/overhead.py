@@ -29,15 +29,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import ROOT, run_main, spread
+from benchmarks import ROOT, markdown_table, parser, run_main, spread
 from benchmarks.finished import only_run, run_app, start_up
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import Adapter, export_adapter
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config
 from fedpft_flower.evaluation import evaluate
-from fedpft_flower.report import LOG, RunDirectory
-from fedpft_flower.server import Metrics
+from fedpft_flower.metrics import Metrics
+from fedpft_flower.run_directory import RunDirectory
+from fedpft_flower.runs import LOG
 from fedpft_flower.tasks import load_task, task_of
 
 # Relative L2 distance of the final adapters. With one thread everywhere it is 0; other
@@ -109,18 +110,16 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("set", nargs="*", metavar="key=value", help="overrides")
-    parser.add_argument("--conf", type=Path, default=ROOT / "conf" / "demo.toml")
-    parser.add_argument("--nodes", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=6, help="2 or more")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
+    arguments = parser(__doc__)
+    arguments.add_argument("set", nargs="*", metavar="key=value", help="overrides")
+    arguments.add_argument("--conf", type=Path, default=ROOT / "conf" / "demo.toml")
+    arguments.add_argument("--nodes", type=int, default=20)
+    arguments.add_argument("--rounds", type=int, default=6, help="2 or more")
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument(
         "--threads", type=int, default=0, help="of the plain loop; 0 finds the best"
     )
-    return parser.parse_intermixed_args()
+    return arguments.parse_intermixed_args()
 
 
 # ------------------------------------------------------------------------ the two sides
@@ -225,7 +224,7 @@ def distance(one: Adapter, other: Adapter) -> float:
 
 def table(repetitions: Sequence[tuple[Side, Side]], threads: int) -> str:
     """Return the comparison as Markdown."""
-    rows: dict[str, Callable[[Side], float]] = {
+    figures: dict[str, Callable[[Side], float]] = {
         "steady round": lambda side: side.steady,
         "round with alignment": lambda side: side.aligned,
         "start-up until round 1": lambda side: side.start_up,
@@ -234,11 +233,8 @@ def table(repetitions: Sequence[tuple[Side, Side]], threads: int) -> str:
         "- - processes, imports": lambda side: side.until_app,
         "- - data, FM, neurons, nodes": lambda side: side.before - side.until_app,
     }
-    lines = [
-        f"| seconds | plain loop (threads: {threads}) | Flower | Flower adds | ratio |",
-        "|---|---|---|---|---|",
-    ]
-    for name, seconds in rows.items():
+    rows = []
+    for name, seconds in figures.items():
         both = [(seconds(plain), seconds(flower)) for plain, flower in repetitions]
         cells = [
             spread([plain for plain, _ in both], 1),
@@ -246,8 +242,10 @@ def table(repetitions: Sequence[tuple[Side, Side]], threads: int) -> str:
             spread([flower - plain for plain, flower in both], 1),
             spread([flower / plain for plain, flower in both], 2),
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    plain_loop = f"plain loop (threads: {threads})"
+    titles = ("seconds", plain_loop, "Flower", "Flower adds", "ratio")
+    return markdown_table(titles, rows)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from fedpft_flower.adapters import Adapter, base_model, get_adapter, load_adapte
 from fedpft_flower.app import load_rows, load_server
 from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.encoding import Rows, shuffled_batches
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.partitions import load_partition
 from fedpft_flower.sampling import sample
-from fedpft_flower.server import Metrics, ProxyServer
+from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import quiet
 from fedpft_flower.sub_fm import compressed_ffns
 from fedpft_flower.tasks import TaskData

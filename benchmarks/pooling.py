@@ -4,7 +4,6 @@ Central LoRA training on the embedded task, the same steps for each:
     python -m benchmarks.pooling --steps 150 --seeds 0 1 2
 """
 
-import argparse
 import statistics
 from collections.abc import Iterator
 from itertools import islice
@@ -12,12 +11,14 @@ from itertools import islice
 import peft
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from benchmarks import run_main
+from benchmarks import header, line, parser, run_main
 from fedpft_flower.adapters import attach_adapter
 from fedpft_flower.architectures import architecture_of
 from fedpft_flower.config import Config, derive_seed
 from fedpft_flower.encoding import TextRows, endless_batches
+from fedpft_flower.evaluation import evaluate
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.tasks import load_task
 
@@ -41,55 +42,44 @@ class MeanPooled(nn.Module):
         self.base = peft.get_peft_model(fm.get_submodule("bert"), lora)
         self.classifier = nn.Linear(fm.config.hidden_size, len(labels))
 
-    def forward(self, **batch: Tensor) -> Tensor:
-        """Return logits [B, C]."""
+    def forward(self, **batch: Tensor) -> SequenceClassifierOutput:
+        """Return logits [B, C], as a stock model does."""
         mask = batch["attention_mask"].unsqueeze(-1)
         states = self.base(**batch).last_hidden_state * mask
-        logits: Tensor = self.classifier(states.sum(dim=1) / mask.sum(dim=1))
-        return logits
+        logits = self.classifier(states.sum(dim=1) / mask.sum(dim=1))
+        return SequenceClassifierOutput(logits=logits)
 
 
-class Stock(nn.Module):
-    """Classify as the stock model does, with the given head modules trained."""
-
-    def __init__(
-        self, config: Config, labels: tuple[str, ...], seed: int, head: list[str]
-    ) -> None:
-        super().__init__()
-        fm = load_fm(config.fm.name, labels, "text", seed, head)
-        self.model = attach_adapter(fm.model, config.lora, fm.head, seed)
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        """Return logits [B, C]."""
-        logits: Tensor = self.model(**batch).logits
-        return logits
+def with_head(
+    name: str, config: Config, labels: tuple[str, ...], seed: int
+) -> nn.Module:
+    """Return MiniLM with LoRA and the head of this name."""
+    if name not in HEADS:
+        return MeanPooled(config, labels, seed)
+    fm = load_fm(config.fm.name, labels, "text", seed, HEADS[name])
+    return attach_adapter(fm.model, config.lora, fm.head, seed)
 
 
 def main() -> None:
     """Train every head with every seed and print test accuracies."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--steps", type=int, default=150)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = arguments.parse_args()
     config = Config()
     task = load_task(config.data, 0)
-    print("| head | " + " | ".join(f"seed {s}" for s in options.seeds) + " | mean |")
-    print("|" + "---|" * (len(options.seeds) + 2))
+    processor = load_fm(config.fm.name, task.labels, "text", 0).processor
+    train = TextRows(task.train, processor, config.data.max_length)
+    test = TextRows(task.test, processor, config.data.max_length)
+    print(header(["head", *(f"seed {seed}" for seed in options.seeds), "mean"]))
     for name in [*HEADS, "mean pooling"]:
         found = []
         for seed in options.seeds:
-            processor = load_fm(config.fm.name, task.labels, "text", seed).processor
-            train = TextRows(task.train, processor, config.data.max_length)
-            test = TextRows(task.test, processor, config.data.max_length)
-            model: nn.Module = (
-                Stock(config, task.labels, seed, HEADS[name])
-                if name in HEADS
-                else MeanPooled(config, task.labels, seed)
-            )
+            model = with_head(name, config, task.labels, seed)
             fit(model, endless_batches(train, 16, seed), options.steps, config, seed)
-            found.append(accuracy(model, test))
-        cells = " | ".join(f"{value:.3f}" for value in found)
-        print(f"| {name} | {cells} | {statistics.mean(found):.3f} |", flush=True)
+            found.append(evaluate(model, test)["accuracy"])
+        figures = (f"{value:.3f}" for value in (*found, statistics.mean(found)))
+        print(line([name, *figures]), flush=True)
 
 
 def fit(
@@ -106,22 +96,10 @@ def fit(
     for step, batch in enumerate(islice(batches, steps)):
         optimiser.param_groups[0]["lr"] = config.train.lr * (1 - step / steps)
         labels = batch.pop("labels")
-        loss = nn.functional.cross_entropy(model(**batch), labels)
+        loss = nn.functional.cross_entropy(model(**batch).logits, labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, rows: TextRows) -> float:
-    """Return the share of rows that are classified correctly."""
-    model.eval()
-    correct = 0
-    for start in range(0, len(rows), 64):
-        batch = rows.batch(range(start, min(start + 64, len(rows))))
-        labels = batch.pop("labels")
-        correct += int((model(**batch).argmax(dim=-1) == labels).sum())
-    return correct / len(rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ as many epochs, N at most, as a few steps tell will fit. DIR is then what `fm.na
 takes.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -27,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from benchmarks import run_main
+from benchmarks import parser, run_main
 from fedpft_flower.config import DataConfig, FedPFTError, derive_seed
-from fedpft_flower.devices import has_bf16
+from fedpft_flower.devices import device_here, has_bf16
+from fedpft_flower.disk import put
 from fedpft_flower.images import decoded_images
 from fedpft_flower.tasks import load_task
 
@@ -74,15 +74,17 @@ class Images:
 
 def main() -> None:
     """Train, or go on training, and save the model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser(__doc__)
+    arguments.add_argument("data", nargs="+")
+    arguments.add_argument("--out", type=Path, required=True)
     for field in dataclasses.fields(Recipe):
         if field.name != "data":
             flag = f"--{field.name.replace('_', '-')}"
-            parser.add_argument(flag, type=field.type, default=field.default)
-    parser.add_argument("--minutes", type=float, help="train no longer than about this")
-    options = vars(parser.parse_args())
+            arguments.add_argument(flag, type=field.type, default=field.default)
+    arguments.add_argument(
+        "--minutes", type=float, help="train no longer than about this"
+    )
+    options = vars(arguments.parse_args())
     out, minutes = options.pop("out"), options.pop("minutes")
     recipe = Recipe(**options | {"data": tuple(options["data"])})
     training, held_out, names = read(recipe)
@@ -190,7 +192,7 @@ class Pretraining:
     def __init__(self, recipe: Recipe, names: list[str], out: Path) -> None:
         """Build the model, or take it from the checkpoint in `out`."""
         self.recipe, self.out, self._names = recipe, out, names
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_here()
         torch.manual_seed(recipe.seed)
         config = ViTConfig(
             image_size=recipe.size,
@@ -302,12 +304,15 @@ class Pretraining:
         tensors = {f"model/{n}": t for n, t in self.model.state_dict().items()}
         for i, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser/{i}/{n}": t for n, t in state.items()}
-        draft = self.out / "checkpoint.partial"
-        save_file({n: t.contiguous() for n, t in tensors.items()}, draft)
-        draft.replace(self.out / f"checkpoint-{self.epoch}.safetensors")
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        place = self.out / f"checkpoint-{self.epoch}.safetensors"
+        put(place, lambda draft: save_file(tensors, draft))
         about = {"epoch": self.epoch, "recipe": dataclasses.asdict(self.recipe)}
-        draft.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        draft.replace(self.out / "checkpoint.json")
+        text = json.dumps(about, indent=1)
+        put(
+            self.out / "checkpoint.json",
+            lambda draft: draft.write_text(text, encoding="utf-8"),
+        )
         (self.out / f"checkpoint-{self.epoch - 1}.safetensors").unlink(missing_ok=True)
 
     def _load(self) -> None:

@@ -30,7 +30,7 @@ from matplotlib import pyplot as plt
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from benchmarks import ROOT, run_main
+from benchmarks import ROOT, markdown_table, parser, run_main
 from benchmarks.finished import only_run, run_app, start_up
 from fedpft_flower.config import nest
 from fedpft_flower.disk import put
@@ -102,12 +102,10 @@ def keep(points: Sequence[Point], path: Path) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "scaling")
-    parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
-    return parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--out", type=Path, default=ROOT / "docs" / "scaling")
+    arguments.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
+    return arguments.parse_args()
 
 
 # --------------------------------------------------------------------------- a point
@@ -212,18 +210,18 @@ def by_axis(points: Sequence[Point]) -> Mapping[str, list[Point]]:
 
 def table(points: Sequence[Point]) -> str:
     """Return all points as Markdown, and the exponents between the last two."""
-    heads = " | ".join(f"{name}, {unit}" for name, unit in FIGURES.values())
-    lines = [f"| axis | value | {heads} |", "|---|---|---|---|---|---|"]
+    rows = []
     for axis, found in by_axis(points).items():
         for point in found:
-            cells = f"{point.start:.1f} | {point.seconds:.2f} | "
-            cells += f"{point.server / 1e9:.2f} | {point.client / 1e9:.2f}"
-            lines.append(f"| {axis} | {point.value:,} | {cells} |")
+            memory = (f"{size / 1e9:.2f}" for size in (point.server, point.client))
+            seconds = (f"{point.start:.1f}", f"{point.seconds:.2f}")
+            rows.append([axis, f"{point.value:,}", *seconds, *memory])
         if len(found) > 1:
             one, other = found[-2:]
-            grown = [f"{exponent(one, other, figure):.2f}" for figure in FIGURES]
-            lines.append(f"| {axis} | exponent, last two | {' | '.join(grown)} |")
-    return "\n".join(lines)
+            grown = (f"{exponent(one, other, figure):.2f}" for figure in FIGURES)
+            rows.append([axis, "exponent, last two", *grown])
+    heads = (f"{name}, {unit}" for name, unit in FIGURES.values())
+    return markdown_table(["axis", "value", *heads], rows)
 
 
 def draw(points: Sequence[Point], path: Path) -> None:

@@ -8,7 +8,6 @@ on one thread, as a virtual client has. PyTorch counts the floating point operat
 a step. Kept is what autograd holds between the two passes, weights left out.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks import run_main, spread
+from benchmarks import markdown_table, parser, run_main, spread
 from benchmarks.plain_loop import load
 from fedpft_flower.adapters import base_model
 from fedpft_flower.batches import Batch
@@ -45,13 +44,11 @@ SAVERS = {
 
 def main() -> None:
     """Measure, and print three tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    arguments.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128])
+    arguments.add_argument("--repeats", type=int, default=9)
+    options = arguments.parse_args()
     quiet()
     torch.set_num_threads(1)
     config = read_config(None, ["method=fedpft-n", *options.settings])
@@ -110,10 +107,7 @@ def seconds_of(runs: Sequence[Callable[[], None]], repeats: int) -> list[list[fl
 
 def against_fm(server: ProxyServer, batches: Sequence[Batch], repeats: int) -> str:
     """Return a table: how much faster a step is on the sub-FM, by its operations."""
-    lines = [
-        "| tokens a row | FM, s | sub-FM, s | ratio | of operations | one by other |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     models = [server.fm, server.sub_fm]
     for batch in batches:
         fm, sub_fm = seconds_of([partial(stepper(m), batch) for m in models], repeats)
@@ -122,10 +116,11 @@ def against_fm(server: ProxyServer, batches: Sequence[Batch], repeats: int) -> s
             flops_of(partial(add_gradients, m, batch, 0)) for m in models
         )
         work = work_fm / work_sub_fm
-        cells = [str(batch["input_ids"].shape[1]), spread(fm, 3), spread(sub_fm, 3)]
-        cells += [f"{ratio:.2f}", f"{work:.2f}", f"{ratio / work:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ratios = (f"{value:.2f}" for value in (ratio, work, ratio / work))
+        length = batch["input_ids"].shape[1]
+        rows.append([length, spread(fm, 3), spread(sub_fm, 3), *ratios])
+    titles = ("FM, s", "sub-FM, s", "ratio", "of operations", "one by other")
+    return markdown_table(["tokens a row", *titles], rows)
 
 
 def kept_by(model: PeftModel, batch: Batch) -> int:
@@ -148,10 +143,8 @@ def kept_by(model: PeftModel, batch: Batch) -> int:
 def savers(model: PeftModel, batch: Batch, repeats: int) -> str:
     """Return a table: what less memory costs on the sub-FM."""
     length = batch["input_ids"].shape[1]
-    lines = [
-        f"| {length} tokens a row | s | of the first's | kept, MB |",
-        "|---|---|---|---|",
-    ]
+    titles = (f"{length} tokens a row", "s", "of the first's", "kept, MB")
+    rows = []
     steps = [partial(stepper(model, *saver), batch) for saver in SAVERS.values()]
     seconds = seconds_of(steps, repeats)
     first = statistics.median(seconds[0])
@@ -160,19 +153,15 @@ def savers(model: PeftModel, batch: Batch, repeats: int) -> str:
         with recomputed(model) if again else nullcontext():
             kept = kept_by(model, part)
         ratio = statistics.median(taken) / first
-        lines.append(
-            f"| {name} | {spread(taken, 3)} | {ratio:.2f} | {kept / 1e6:.0f} |"
-        )
-    return "\n".join(lines)
+        rows.append((name, spread(taken, 3), f"{ratio:.2f}", f"{kept / 1e6:.0f}"))
+    return markdown_table(titles, rows)
 
 
 def numbers(model: PeftModel, batch: Batch, repeats: int) -> str:
     """Return a table: steps in other numbers, how long and how exact they are."""
     length = batch["input_ids"].shape[1]
-    lines = [
-        f"| {length} tokens a row | s | of the first's | gradient error |",
-        "|---|---|---|---|",
-    ]
+    titles = (f"{length} tokens a row", "s", "of the first's", "gradient error")
+    rows = []
     ways = {"as it is": Compute(), "written-out attention": Compute(eager=True)}
     if has_bf16(device_of(model)):  # else it is worked out in float32, slowly
         ways |= {
@@ -188,8 +177,8 @@ def numbers(model: PeftModel, batch: Batch, repeats: int) -> str:
     first = statistics.median(seconds[0])
     for name, taken, error in zip(ways, seconds, errors, strict=True):
         ratio = statistics.median(taken) / first
-        lines.append(f"| {name} | {spread(taken, 3)} | {ratio:.2f} | {error:.1e} |")
-    return "\n".join(lines)
+        rows.append((name, spread(taken, 3), f"{ratio:.2f}", f"{error:.1e}"))
+    return markdown_table(titles, rows)
 
 
 def step_so(

@@ -10,7 +10,6 @@ product of two large matrices reaches in the same numbers; the bare loop does th
 operations.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from benchmarks import run_main, spread
+from benchmarks import markdown_table, parser, run_main, spread
 from benchmarks.scaling import write_fm
 from benchmarks.step import seconds_of
 from fedpft_flower.adapters import attach_adapter, base_model
@@ -179,16 +178,14 @@ def _states(model: nn.Module, batch: Batch) -> Sequence[Tensor]:
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--rows", type=int, default=32, help="of a training batch")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--batches", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--layers", type=int, default=12)
+    arguments.add_argument("--hidden", type=int, default=768)
+    arguments.add_argument("--rows", type=int, default=32, help="of a training batch")
+    arguments.add_argument("--length", type=int, default=128, help="tokens of a row")
+    arguments.add_argument("--batches", type=int, default=20)
+    arguments.add_argument("--repeats", type=int, default=5)
+    options = arguments.parse_args()
     quiet()
     with TemporaryDirectory() as name:
         place = Path(name) / "fm"
@@ -200,12 +197,7 @@ def main() -> None:
 def table(work: Work, repeats: int) -> str:
     """Return Markdown: a row for each kind of work and precision."""
     precisions = ["fp32", "bf16"] if has_bf16(work.device) else ["fp32"]
-    lines = [
-        f"on {name_of(work.device)}",
-        "",
-        "| work | numbers | tokens/s | bare loop | of the bare loop | share of peak |",
-        "|---|---|---|---|---|---|",
-    ]
+    found = []
     for precision in precisions:
         peak = peak_rate(work.device, precision)
         for name, ours, bare, rows in (
@@ -223,10 +215,10 @@ def table(work: Work, repeats: int) -> str:
             ratios = [b / a for a, b in zip(own, others, strict=True)]
             share = operations / statistics.median(own) / peak
             cells = [spread(rates[0], 0), spread(rates[1], 0), spread(ratios, 2)]
-            lines.append(
-                f"| {name} | {precision} | {' | '.join(cells)} | {100 * share:.0f} % |"
-            )
-    return "\n".join(lines)
+            found.append((name, precision, *cells, f"{100 * share:.0f} %"))
+    titles = ("tokens/s", "bare loop", "of the bare loop", "share of peak")
+    shown = markdown_table(["work", "numbers", *titles], found)
+    return f"on {name_of(work.device)}\n\n{shown}"
 
 
 def name_of(device: torch.device) -> str:

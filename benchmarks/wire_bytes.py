@@ -17,12 +17,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks import ROOT, run_main
+from benchmarks import ROOT, markdown_table, parser, run_main
 from benchmarks.finished import only_run
 from benchmarks.tap import APP, STANDBY, Count, NodeTap, Tap
 from deploy.processes import Deployment
 from fedpft_flower.commands import read_config
-from fedpft_flower.server import Metrics
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.wire import HELLO, INSTALL, TRAIN
 
 # Message types, and which of the ledger's kinds they carry; control is apart.
@@ -31,6 +31,7 @@ KINDS = {
     "sub-FM": (INSTALL, ("install", "delta")),
     "training": (TRAIN, ("adapter", "statistics")),
 }
+TITLES = ("ledger", "captured", "more", "requests")  # behind a row's name
 START_SECONDS = 20.0
 
 
@@ -61,14 +62,12 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("set", nargs="*", metavar="key=value", help="overrides")
-    parser.add_argument("--conf", type=Path, default=ROOT / "conf" / "demo.toml")
-    parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--idle", type=float, default=120.0, help="seconds to watch")
-    return parser.parse_intermixed_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("set", nargs="*", metavar="key=value", help="overrides")
+    arguments.add_argument("--conf", type=Path, default=ROOT / "conf" / "demo.toml")
+    arguments.add_argument("--nodes", type=int, default=2)
+    arguments.add_argument("--idle", type=float, default=120.0, help="seconds to watch")
+    return arguments.parse_intermixed_args()
 
 
 def deploy_tapped_superlink(deployment: Deployment) -> Tap:
@@ -107,29 +106,22 @@ def ledger_bytes(rounds: Iterable[Metrics]) -> dict[tuple[str, str], int]:
 
 def table(rounds: list[Metrics], captured: Mapping[str, Count]) -> str:
     """Return ledger and captured bytes of the nodes' connections as Markdown."""
-    lines = [
-        "| nodes and SuperLink | ledger | captured | more | requests |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     ledger = ledger_bytes(rounds)
     for way in ("down", "up"):
         for name, (message_type, _) in KINDS.items():
             count = captured.get(message_type, Count())
             size = count.down if way == "down" else count.up
-            lines.append(_row(f"{way}, {name}", ledger[way, name], size, count))
+            rows.append(_row(f"{way}, {name}", ledger[way, name], size, count))
     for name in (APP, STANDBY):
         count = captured.get(name, Count())
         for way, size in (("down", count.down), ("up", count.up)):
-            lines.append(_row(f"{way}, {name}", 0, size, count))
-    return "\n".join(lines)
+            rows.append(_row(f"{way}, {name}", 0, size, count))
+    return markdown_table(["nodes and SuperLink", *TITLES], rows)
 
 
 def server_table(rounds: list[Metrics], captured: Mapping[str, Count]) -> str:
     """Return the same of the ServerApp's connections: objects hold the payload."""
-    lines = [
-        "| ServerApp and SuperLink | ledger | captured | more | requests |",
-        "|---|---|---|---|---|",
-    ]
     ledger = ledger_bytes(rounds)
     sums = {way: sum(ledger[way, name] for name in KINDS) for way in ("down", "up")}
     rest = dict(captured)
@@ -138,16 +130,18 @@ def server_table(rounds: list[Metrics], captured: Mapping[str, Count]) -> str:
         for action in ("push-object", "pull-object", "pull-messages")
     )
     other = sum(rest.values(), Count())
-    lines.append(_row("down, objects", sums["down"], pushed.up, pushed))
-    lines.append(_row("up, objects", sums["up"], pulled.down, pulled))
-    lines.append(_row("both, polling for replies", 0, polled.up + polled.down, polled))
-    lines.append(_row("both, all else", 0, other.up + other.down, other))
-    return "\n".join(lines)
+    rows = [
+        _row("down, objects", sums["down"], pushed.up, pushed),
+        _row("up, objects", sums["up"], pulled.down, pulled),
+        _row("both, polling for replies", 0, polled.up + polled.down, polled),
+        _row("both, all else", 0, other.up + other.down, other),
+    ]
+    return markdown_table(["ServerApp and SuperLink", *TITLES], rows)
 
 
-def _row(name: str, ledger: int, captured: int, count: Count) -> str:
+def _row(name: str, ledger: int, captured: int, count: Count) -> tuple[str, ...]:
     more = f"{100 * (captured / ledger - 1):.1f} %" if ledger else "-"
-    return f"| {name} | {ledger:,} | {captured:,} | {more} | {count.requests:,} |"
+    return name, f"{ledger:,}", f"{captured:,}", more, f"{count.requests:,}"
 
 
 def _rates(taps: list[Tap], seconds: float) -> list[tuple[float, float]]:

@@ -133,7 +133,8 @@ def load_adapter(model: PeftModel, adapter: Mapping[str, Tensor]) -> None:
     Raises:
         FedPFTError: a name is missing or left over, or a shape differs.
     """
-    check_adapter(adapter, get_adapter(model))
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_adapter(adapter, own)
     set_peft_model_state_dict(model, dict(adapter))
 
 

@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -33,7 +34,7 @@ from fedpft_flower.batches import (
     unit_cotangents,
 )
 from fedpft_flower.config import derive_seed
-from fedpft_flower.descent import Progress, Schedule, Trainable, descend
+from fedpft_flower.descent import Loss, Progress, Schedule, Trainable, descend
 from fedpft_flower.plan import Plan
 from fedpft_flower.sensitivity import Site, sensitivities, weigh
 from fedpft_flower.sub_fm import compressed_ffns
@@ -199,53 +200,75 @@ def distil(
     Raises:
         FedPFTError: the loss is not finite.
     """
-    fm_layers, sub_fm_layers = layers_of(base_model(fm)), layers_of(base_model(sub_fm))
-    teacher_layers = [fm_layers[plan.teacher(layer)] for layer in plan.aligned]
-    student_layers = [sub_fm_layers[place] for place in plan.places(plan.aligned)]
-    fm_ffns, student_ffns = ffns_of(base_model(fm)), list[FFN]()
-    if product_weight:
-        student_ffns = compressed_ffns(base_model(sub_fm), plan)
-        with torch.no_grad():
-            teacher_products = [weight_products(fm_ffns[i]) for i in plan.compressed]
-    # Without what is behind the layers: nobody asks for its logits.
-    student = base_model(sub_fm).base_model
-    target_of, held_target_of = (
-        Teacher(base_model(fm), teacher_layers, room, share, seed)
+    fm.eval()
+    sub_fm.eval()
+    target_of = _targets(fm, plan, held_out, memory, share, seed)
+    loss_of = _DistillationLoss(fm, sub_fm, plan, target_of, product_weight)
+    # By another name where a step costs more: what is fastest is kept by it.
+    name = "alignment loss by sensitivity" if share else "alignment loss"
+    remedy = f"lower the learning rate {schedule.lr:g} (align.lr, align.during-lr)"
+    models = [base_model(fm), base_model(sub_fm)]
+    loss = Loss(loss_of, name, remedy)
+    with _learning([parameter for parameter, _ in trainable]):
+        return descend(models, trainable, batches, loss, schedule, report, held_out)
+
+
+class _DistillationLoss:
+    """Return the loss of a batch: of hidden states, and of the FFNs' products."""
+
+    def __init__(
+        self,
+        fm: PeftModel,
+        sub_fm: PeftModel,
+        plan: Plan,
+        target_of: Callable[[Batch], "Target"],
+        product_weight: float,
+    ) -> None:
+        # Without what is behind the layers: nobody asks for its logits.
+        self._student = base_model(sub_fm).base_model
+        self._all = layers_of(base_model(sub_fm))
+        self._layers = [self._all[place] for place in plan.places(plan.aligned)]
+        self._target_of, self._weight = target_of, product_weight
+        self._ffns, self._products = list[FFN](), list[list[Tensor]]()
+        if product_weight:
+            self._ffns = compressed_ffns(base_model(sub_fm), plan)
+            fm_ffns = ffns_of(base_model(fm))
+            with torch.no_grad():
+                self._products = [weight_products(fm_ffns[i]) for i in plan.compressed]
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, int]:
+        target = self._target_of(batch)
+        with (
+            outputs_of(self._layers) as outputs,
+            ended_behind(self._layers[-1], self._all),
+        ):
+            self._student(**batch)
+        found = [real_tokens(h, batch.get("attention_mask")) for h in outputs]
+        loss = state_loss(target.states, found, target.weights)
+        if self._ffns:
+            with torch.autocast(loss.device.type, enabled=False):  # as the teacher's
+                products = [weight_products(ffn) for ffn in self._ffns]
+            loss = loss + self._weight * product_loss(self._products, products)
+        return loss, len(found[0])
+
+
+def _targets(
+    fm: PeftModel,
+    plan: Plan,
+    held_out: Sequence[Batch],
+    memory: float,
+    share: float,
+    seed: int,
+) -> Callable[[Batch], "Target"]:
+    """Return what the student follows on a batch; of one held out it is kept anyway."""
+    fm_layers = layers_of(base_model(fm))
+    layers = [fm_layers[plan.teacher(layer)] for layer in plan.aligned]
+    usual, patient = (
+        Teacher(base_model(fm), layers, room, share, seed)
         for room in (memory, max(memory, HELD_OUT_BYTES))
     )
     held = {id(batch) for batch in held_out}
-    fm.eval()
-    sub_fm.eval()
-
-    def loss_of(batch: Batch) -> tuple[Tensor, int]:
-        mask = batch.get("attention_mask")
-        target = held_target_of(batch) if id(batch) in held else target_of(batch)
-        with outputs_of(student_layers) as outputs:
-            student(**batch)
-        found = [real_tokens(h, mask) for h in outputs]
-        loss = state_loss(target.states, found, target.weights)
-        if student_ffns:
-            with torch.autocast(loss.device.type, enabled=False):  # as the teacher's
-                products = [weight_products(ffn) for ffn in student_ffns]
-            loss = loss + product_weight * product_loss(teacher_products, products)
-        return loss, len(found[0])
-
-    # By another name where a step costs more: what is fastest is kept by it.
-    name = "alignment loss by sensitivity" if share else "alignment loss"
-    lr = schedule.lr
-    remedy = f"lower the learning rate {lr:g} (align.lr, align.during-lr)"
-    with _learning([parameter for parameter, _ in trainable]):
-        return descend(
-            [base_model(fm), base_model(sub_fm)],
-            trainable,
-            batches,
-            loss_of,
-            schedule,
-            report,
-            name,
-            remedy,
-            held_out,
-        )
+    return lambda batch: patient(batch) if id(batch) in held else usual(batch)
 
 
 @dataclass(frozen=True)
@@ -299,7 +322,11 @@ class Teacher:
             seed = derive_seed(self._seed, "sensitivity", b"".join(keys).hex())
             sites = [Site(layer) for layer in self._layers]
             return list(sensitivities(self._fm, sites, batch, seed))
-        with torch.no_grad(), outputs_of(self._layers) as outputs:
+        with (
+            torch.no_grad(),
+            outputs_of(self._layers) as outputs,
+            ended_behind(self._layers[-1], layers_of(self._fm)),
+        ):
             self._fm.base_model(**batch)  # nobody asks for its logits
         return [[real_tokens(h, batch.get("attention_mask")) for h in outputs]]
 
@@ -370,6 +397,31 @@ def outputs_of(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def ended_behind(last: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the layers behind one not run: they return what that one returned.
+
+    Args:
+        last: the last that runs.
+        layers: all of its model, first to last.
+    """
+    behind = list(layers)[[*layers].index(last) + 1 :]
+    held: list[Any] = []
+
+    def hold(module: nn.Module, inputs: object, output: object) -> None:
+        held[:] = [output]
+
+    handle = last.register_forward_hook(hold)
+    for layer in behind:
+        layer.forward = lambda *args, **kwargs: held[0]
+    try:
+        yield
+    finally:
+        handle.remove()
+        for layer in behind:
+            del layer.forward
 
 
 # ----------------------------------------------------------------------- the measure

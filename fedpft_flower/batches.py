@@ -27,7 +27,11 @@ def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
         mask: attention mask [B, T], or None when every token is real.
     """
     flat = values.reshape(-1, values.shape[-1])
-    return flat if mask is None else flat[mask.reshape(-1).bool()]
+    if mask is None:
+        return flat
+    # By places, since the gradient of a choice by booleans is added up token by token.
+    places = mask.reshape(-1).nonzero().squeeze(1)
+    return flat.index_select(0, places.to(flat.device))
 
 
 def real_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -6,18 +6,15 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from fedpft_flower.architectures import (
-    AUTO_PROCESSORS,
-    Architecture,
-    model_class_of,
-)
+from fedpft_flower.architectures import AUTO_PROCESSORS, Architecture, model_class_of
 from fedpft_flower.config import Objective, names_in
-from fedpft_flower.evaluation import METRICS, metric_of
 from fedpft_flower.methods import METHODS
+from fedpft_flower.metrics import METRICS, metric_of
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.tasks import task_of
 from fedpft_flower.wording import (
+    adapter_of,
     count_nodes,
     data_name,
     last_part,
@@ -146,6 +143,7 @@ def _loading(run: FinishedRun, origin: Origin) -> str:
         f'model = {model}.from_pretrained("merged")',
         f'processor = {processor}.from_pretrained("merged")',
         "```",
+        *(["The processor needs Pillow.", ""] if image else []),
         "or, with the model that the adapter belongs to,",
         "```python",
         "from peft import PeftModel",
@@ -181,15 +179,15 @@ def _training(run: FinishedRun) -> str:
     kept = (
         "the whole model"
         if plan.is_whole
-        else f"{len(plan.layers)} of {len(plan.widths)} layers, {len(plan.compressed)} "
-        f"of them compressed; {percent(run.summary['share-withheld'])} of the "
-        "model's weights were never sent"
+        else f"{plan.told}; {percent(run.summary['share-withheld'])} of the model's "
+        "weights were never sent"
     )
     rows = [
         ("method", f"{config.method} ({METHODS[config.method].paper})"),
         ("clients had", kept),
         ("aggregation", config.strategy),
         ("rounds", run.summary["rounds"]),
+        ("adapter of", adapter_of(run.summary)),
         ("clients", count_nodes(nodes)),
         ("LoRA", f"r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout}"),
         ("learning rate", f"{config.train.lr}, decay {config.train.lr_decay}"),
@@ -209,7 +207,12 @@ def _data(run: FinishedRun) -> str:
     told = [f"Task `{settings['data.task']}`, data `{data_name(settings)}`."]
     if path := last_part(str(settings["data.public-path"])):
         told.append(f"Public data, unlabelled: `{path}`.")
-    told.append("Choices were made on validation; test was only reported.")
+    refined = run.summary["refinement"]
+    share = refined.get("validation-share", 0.0) if refined.get("kept") else 0.0
+    seen = f", whose inputs are {percent(share)} of what it was refined on" * bool(
+        share
+    )
+    told.append(f"Choices were made on validation{seen}; test was only reported.")
     table = _table(["split", "rows", "from", "SHA-256"], splits)
     return f"## Data\n\n{' '.join(told)}\n\n{table}"
 

@@ -5,7 +5,6 @@ A checkpoint is a directory `checkpoints/round-000003` with `tensors.safetensors
 whole, or not at all.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -24,11 +23,11 @@ from fedpft_flower.config import (
     Scalar,
     flat_defaults,
 )
-from fedpft_flower.disk import put
+from fedpft_flower.disk import file_hash, put
 
 _SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
 
-FORMAT = 4  # of the files; rises when older ones can no longer be read
+FORMAT = 5  # of the files; rises when older ones can no longer be read
 
 # The refinement comes after all that checkpoints are made of.
 REFINEMENT_KEYS = {key for key in flat_defaults() if key.startswith("plug-in.")}
@@ -80,7 +79,7 @@ class Checkpoints:
             )
             state = {
                 "round": checkpoint.round,
-                "tensors-sha256": _hash(tensors),
+                "tensors-sha256": file_hash(tensors),
                 **checkpoint.state,
             }
             (draft / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -110,7 +109,7 @@ class Checkpoints:
             try:
                 state = json.loads((place / "state.json").read_text(encoding="utf-8"))
                 tensors = place / "tensors.safetensors"
-                if _hash(tensors) != state["tensors-sha256"]:
+                if file_hash(tensors) != state["tensors-sha256"]:
                     raise ValueError("its tensors have another hash")
                 _check_format(state)
                 return Checkpoint(current, load_file(tensors), state)
@@ -221,11 +220,6 @@ def check_partitions(saved: Mapping[str, Any], now: int) -> None:
 def identity(config: Mapping[str, Scalar], hashes: Mapping[str, str]) -> dict[str, Any]:
     """Return what must be the same for a run to be continued."""
     return {"format": FORMAT, "identity": {"config": dict(config), **hashes}}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _short(value: Any) -> str:

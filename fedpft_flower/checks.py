@@ -1,8 +1,8 @@
 """Check what a run asks for before anything is loaded."""
 
 from fedpft_flower.config import Config
-from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
+from fedpft_flower.metrics import metric_of
 from fedpft_flower.privacy import check_private
 from fedpft_flower.strategies import strategy_of
 

@@ -1,8 +1,8 @@
 """Train the adapter on a node's rows, on the sub-FM that it holds, measure activity.
 
 A node never has the FM and never asks a hub. In deployment every message runs in a new
-process, in simulation one process serves many virtual clients: what is cached here is
-keyed by content alone.
+process, in simulation one process serves many virtual clients: what is held here is
+keyed by all that decides what it is, and never by who the client is.
 """
 
 from dataclasses import dataclass, replace
@@ -14,11 +14,7 @@ from peft import PeftModel
 
 from fedpft_flower.activity import inactive_rates
 from fedpft_flower.adapters import attach_adapter, base_model, get_adapter, load_adapter
-from fedpft_flower.architectures import (
-    Architecture,
-    architecture_of,
-    is_within,
-)
+from fedpft_flower.architectures import Architecture, architecture_of, is_within
 from fedpft_flower.config import (
     Config,
     FedPFTError,
@@ -27,11 +23,13 @@ from fedpft_flower.config import (
     derive_seed,
 )
 from fedpft_flower.devices import device_here, peak_memory, place, release
-from fedpft_flower.encoding import Rows, encode, load_processor, shuffled_batches
+from fedpft_flower.encoding import Rows, encode, shuffled_batches
 from fedpft_flower.flops import FlopMeter
 from fedpft_flower.node import Identity, identify, local_rows, own_training
 from fedpft_flower.package import Package
+from fedpft_flower.processors import load_processor
 from fedpft_flower.quantisation import quantise
+from fedpft_flower.store import Store, package_from
 from fedpft_flower.sub_fm import (
     build_skeleton,
     compressed_ffns,
@@ -43,14 +41,12 @@ from fedpft_flower.wire import (
     ARRAYS,
     CONFIG,
     METRICS,
-    Store,
     arrays_of,
     config_of,
     last_line,
     one_line_errors,
     pack_rates,
     pack_tensors,
-    package_from,
     reply,
     train_metrics,
     unpack_tensors,

@@ -73,8 +73,14 @@ USUAL_SHARE = Share()
 MOST_PER_GPU = 100
 
 
-def share_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `share_of` reads."""
+def machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the app's place, and the options that `share_of` reads."""
+    parser.add_argument(
+        "--app",
+        type=Path,
+        default=CHECKOUT,
+        help="checkout of the app (default: where this package lives)",
+    )
     parser.add_argument(
         "--cpus-per-client",
         type=int,
@@ -230,13 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--nodes", type=int, default=20, help="virtual nodes (default: %(default)s)"
     )
-    parser.add_argument(
-        "--app",
-        type=Path,
-        default=CHECKOUT,
-        help="checkout of the app (default: where this package lives)",
-    )
-    share_options(parser)
+    machine_options(parser)
     parser.add_argument(
         "--verbose", action="store_true", help="show Flower's and Ray's output too"
     )

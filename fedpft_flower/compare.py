@@ -16,9 +16,9 @@ from fedpft_flower.commands import (
     CHECKOUT,
     USUAL_SHARE,
     Share,
+    machine_options,
     run_experiment,
     share_of,
-    share_options,
 )
 from fedpft_flower.config import (
     MARK,
@@ -30,9 +30,9 @@ from fedpft_flower.config import (
 )
 from fedpft_flower.disk import lock, put
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
-from fedpft_flower.evaluation import metric_of
 from fedpft_flower.methods import method_of
-from fedpft_flower.report import FinishedRun, is_finished, runs_root
+from fedpft_flower.metrics import metric_of
+from fedpft_flower.runs import FinishedRun, is_finished, runs_root
 from fedpft_flower.spec import Cell, Spec
 from fedpft_flower.tables import Result, best_of, row_of, write_tables
 from fedpft_flower.wording import duration
@@ -231,7 +231,10 @@ class Comparison:
         except (FedPFTError, OSError) as error:
             return _Failed(str(error))
         if failure is not None:
-            return _Failed(failure.told or failure.status, list(failure.lines)[-30:])
+            lines = list(failure.lines)[-30:]
+            # A run that broke told nothing: its last words, or how it ended.
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            return _Failed(failure.told or last or failure.status, lines)
         (made,) = (
             [Path(config.resume)] if config.resume else {*runs.glob("*")} - earlier
         )
@@ -442,11 +445,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tables", action="store_true", help="run nothing, write tables and plots"
     )
-    parser.add_argument(
-        "--app",
-        type=Path,
-        default=CHECKOUT,
-        help="checkout of the app (default: where this package lives)",
-    )
-    share_options(parser)
+    machine_options(parser)
     return parser

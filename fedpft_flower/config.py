@@ -9,8 +9,8 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, cast, get_type_hints
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 # What an alignment before training is made of.
 ALIGNMENTS = ("bias", "least-squares", "distill")
@@ -18,6 +18,7 @@ ALIGNMENTS = ("bias", "least-squares", "distill")
 Modality = Literal["text", "image"]
 Objective = Literal["classify", "generate"]
 Scalar = bool | int | float | str
+Row = TypeVar("Row")
 
 # Settings that may name places: what is read there, and where results are.
 READ_PATHS = ("fm.name", "data.path", "data.public-path")
@@ -425,7 +426,7 @@ class Config:
 
     def flat(self) -> dict[str, Scalar]:
         """Return the flat keys and values that `from_run_config` reads."""
-        return _flatten(self, "")
+        return {_kebab(key): value for key, value in flatten(asdict(self)).items()}
 
 
 def flat_defaults() -> dict[str, Scalar]:
@@ -460,6 +461,17 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
     """Derive an independent 63-bit seed for one named purpose of a run."""
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def row_called(name: str, rows: Mapping[str, Row], key: str) -> Row:
+    """Return the row of a table that a setting names.
+
+    Raises:
+        FedPFTError: there is no such row.
+    """
+    if name not in rows:
+        raise FedPFTError(f"{key} = {name!r}; choose one of {', '.join(rows)}")
+    return rows[name]
 
 
 def names_in(text: str) -> tuple[str, ...]:
@@ -505,18 +517,7 @@ def _typed(key: str, value: Any, kind: type) -> Any:
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
-def _flatten(section: Any, prefix: str) -> dict[str, Scalar]:
-    flat: dict[str, Scalar] = {}
-    for item in fields(section):
-        key, value = prefix + _kebab(item.name), getattr(section, item.name)
-        if is_dataclass(value):
-            flat |= _flatten(value, f"{key}.")
-        else:
-            flat[key] = value
-    return flat
-
-
-# Ranges: key -> (smallest, largest, whether the smallest itself is allowed).
+# The smallest and largest value, and whether the smallest itself is allowed.
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "rounds": (1, 1e6, True),
     "seed": (0, 2**53, True),
@@ -607,15 +608,31 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def outside(
+    name: str, value: float, low: float, high: float, closed: tuple[bool, bool]
+) -> Iterator[str]:
+    """Yield what is wrong with a value that is not in a range.
+
+    Args:
+        name: whose value it is.
+        value: a number, or NaN, which is in no range.
+        low: the smallest.
+        high: the largest.
+        closed: whether these two are allowed themselves.
+    """
+    above = low <= value if closed[0] else low < value
+    below = value <= high if closed[1] else value < high
+    if not (above and below):
+        begin, end = "[" if closed[0] else "(", "]" if closed[1] else ")"
+        yield f"{name} = {value!r} is outside {begin}{low:g}, {high:g}{end}"
+
+
 def _problems(config: Config) -> Iterator[str]:
     flat = config.flat()
     for key, (low, high, closed) in _RANGES.items():
         value = flat[key]
         assert isinstance(value, int | float)
-        inside = low <= value <= high if closed else low < value <= high
-        if not inside:  # also true for NaN
-            bracket = "[" if closed else "("
-            yield f"{key} = {value!r} is outside {bracket}{low:g}, {high:g}]"
+        yield from outside(key, value, low, high, (closed, True))
     for key, choices in _CHOICES.items():
         if flat[key] not in choices:
             yield f"{key} = {flat[key]!r}; choose one of {', '.join(choices)}"

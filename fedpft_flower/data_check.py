@@ -15,10 +15,9 @@ from fedpft_flower.commands import read_config
 from fedpft_flower.config import DataConfig, FedPFTError, names_in
 from fedpft_flower.endings import one_line_end
 from fedpft_flower.images import check_images
-from fedpft_flower.reading import labels_of
+from fedpft_flower.reading import TEXT_ROLES, labels_of
 from fedpft_flower.tasks import columns_of, load_site, source_of, task_of
 
-_TEXT_ROLES = ("text", "text_pair", "prompt", "response")
 FEW = 10  # rows of a class from which on it is mentioned
 
 
@@ -129,7 +128,7 @@ def _describe_labels(found: Findings, rows: Dataset, labels: Sequence[str]) -> N
 
 
 def _text_lengths(rows: Dataset) -> Iterator[str]:
-    for column in _TEXT_ROLES:
+    for column in TEXT_ROLES:
         if column in rows.column_names:
             words = [len(text.split()) for text in rows[column][:]]
             middle, most = np.percentile(words, [50, 95])
@@ -155,7 +154,7 @@ def _odd_classes(counts: Counter[str], labels: Sequence[str]) -> Iterator[str]:
 
 
 def _odd_texts(rows: Dataset) -> Iterator[str]:
-    columns = [name for name in _TEXT_ROLES if name in rows.column_names]
+    columns = [name for name in TEXT_ROLES if name in rows.column_names]
     texts = list(zip(*(rows[name][:] for name in columns), strict=True))
     empty = sum(not "".join(row).strip() for row in texts)
     again = len(texts) - len(set(texts))

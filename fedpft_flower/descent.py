@@ -1,5 +1,6 @@
 """Lower a loss by gradient steps, within a budget: the server's every training loop."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,16 +11,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedpft_flower.batches import Batch
-from fedpft_flower.compute import asked_for, best_here, rough_shapes
+from fedpft_flower.compute import Compute, asked_for, best_here, rough_shapes
 from fedpft_flower.config import FedPFTError
 
 # A parameter that may change, and the mask of its entries that may (None: all).
 Trainable = tuple[Tensor, Tensor | None]
 # Returns the loss of a batch, and how many tokens it has.
-Loss = Callable[[Batch], tuple[Tensor, int]]
+LossOf = Callable[[Batch], tuple[Tensor, int]]
 
 # How often the held-out loss is measured during a budget.
 CHECKS = 10
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Hold a loss, and how to speak of it."""
+
+    of: LossOf
+    # What people call it; what is found to be fastest is kept under this name.
+    name: str
+    # What they can do when it is not finite.
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -59,15 +71,16 @@ class Progress:
     done: bool = False
 
 
+_BEGINNING = Progress(share=0.0, steps=0, tokens=0, seconds=0.0, loss=math.nan)
+
+
 def descend(
     models: Sequence[PreTrainedModel],
     trainable: Sequence[Trainable],
     batches: Iterator[Batch],
-    loss_of: Loss,
+    loss: Loss,
     schedule: Schedule,
     report: Callable[[Progress], None],
-    name: str,
-    remedy: str,
     held_out: Sequence[Batch] = (),
 ) -> Progress:
     """Lower a loss by Adam without weight decay, until a budget is used.
@@ -80,11 +93,9 @@ def descend(
         models: all that the loss runs, the one that changes last.
         trainable: the parameters that may change; they take gradients.
         batches: endless inputs.
-        loss_of: the loss.
+        loss: what to lower.
         schedule: how fast and how long.
         report: called after every step.
-        name: of the loss, to people; what is found to be fastest is kept under it.
-        remedy: what they can do when it is not finite.
         held_out: inputs that this descent does not learn from, where there is a
             patience.
 
@@ -95,37 +106,28 @@ def descend(
         FedPFTError: the loss is not finite.
     """
     parameters = [parameter for parameter, _ in trainable]
-    device = parameters[0].device
-    how = asked_for(schedule.precision)
-    if how is None:
-        first = next(batches)
-        batches = chain([first], batches)
-        how = best_here(
-            models,
-            lambda: torch.autograd.grad(loss_of(first)[0], parameters),
-            (name, rough_shapes(first)),
-        )
+    how, batches = _compute(loss, models, batches, parameters, schedule.precision)
 
     def computed_loss(batch: Batch) -> tuple[Tensor, int]:
-        with how.step(device):
-            return loss_of(batch)
+        with how.step(parameters[0].device):
+            return loss.of(batch)
 
     optimiser = torch.optim.Adam(parameters, lr=schedule.lr)
     with how.steps(models):
         watch = (
             _Watch(parameters, computed_loss, held_out) if schedule.patience else None
         )
-        began = time.monotonic()
-        progress = Progress(
-            share=0.0, steps=0, tokens=0, seconds=0.0, loss=float("nan")
-        )
+        began, progress = time.monotonic(), _BEGINNING
         while not progress.done:
             optimiser.param_groups[0]["lr"] = schedule.lr * (1.0 - progress.share)
-            loss, tokens = computed_loss(next(batches))
+            found, tokens = computed_loss(next(batches))
             steps, tokens = progress.steps + 1, progress.tokens + tokens
-            if not bool(torch.isfinite(loss)):
-                raise FedPFTError(f"{name} is {loss.item()} at step {steps}; {remedy}")
-            _step(optimiser, loss, trainable)
+            value = float(found.detach())  # a GPU is waited for here, once a step
+            if not math.isfinite(value):
+                raise FedPFTError(
+                    f"{loss.name} is {value} at step {steps}; {loss.remedy}"
+                )
+            _step(optimiser, found, trainable)
             share = schedule.used(steps, tokens, time.monotonic() - began)
             over = watch is not None and watch.failures(share) >= schedule.patience
             progress = Progress(
@@ -133,7 +135,7 @@ def descend(
                 steps,
                 tokens,
                 seconds=time.monotonic() - began,
-                loss=float(loss.detach()),
+                loss=value,
                 held_out=watch.last if watch else None,
                 done=share >= 1.0 or over,
             )
@@ -141,6 +143,26 @@ def descend(
     if watch:
         watch.restore()
     return progress
+
+
+def _compute(
+    loss: Loss,
+    models: Sequence[PreTrainedModel],
+    batches: Iterator[Batch],
+    parameters: Sequence[Tensor],
+    precision: str,
+) -> tuple[Compute, Iterator[Batch]]:
+    """Return how steps are computed, and all batches: a trial looks at the first."""
+    how = asked_for(precision)
+    if how is not None:
+        return how, batches
+    first = next(batches)
+    how = best_here(
+        models,
+        lambda: torch.autograd.grad(loss.of(first)[0], parameters),
+        (loss.name, rough_shapes(first)),
+    )
+    return how, chain([first], batches)
 
 
 def _step(
@@ -156,7 +178,7 @@ class _Watch:
     """Measure a loss on held-out batches now and then; keep the best parameters."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], loss_of: Loss, batches: Sequence[Batch]
+        self, parameters: Sequence[Tensor], loss_of: LossOf, batches: Sequence[Batch]
     ) -> None:
         self._parameters, self._loss_of, self._batches = parameters, loss_of, batches
         self._checks, self._failures = 0, 0

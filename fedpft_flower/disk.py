@@ -1,6 +1,7 @@
 """Find places on disk, and write what is there whole or not at all."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from fedpft_flower.config import FedPFTError
 
 
 def cache_dir() -> Path:
-    """Return where extracted data and installed sub-FMs are kept on this machine.
+    """Return where extracted rows, tokens, sub-FMs and probes are kept here.
 
     `FEDPFT_CACHE` names it; the default is `~/.cache/fedpft-flower`.
     """
@@ -57,7 +58,11 @@ def existing_path(name: str) -> Path | None:
 
 
 def put(place: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file or directory under a temporary name, flush it, and rename it."""
+    """Write a file or directory under a temporary name, flush it, and rename it.
+
+    Raises:
+        OSError: the disk refuses; what was there stays.
+    """
     draft = place.with_name(f".{place.stem}.partial{place.suffix}")
     _remove(draft)  # what a killed process left
     try:
@@ -126,3 +131,9 @@ def keep(place: Path, write: Callable[[Path], Any]) -> None:
     finally:
         if draft is not None:
             draft.unlink(missing_ok=True)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,29 +1,19 @@
-"""Encode rows as batches of model inputs: texts once, images when they are asked for.
-
-Encoded texts are kept on disk by content, so that a node which runs every message in a
-new process does not tokenise its rows again each round.
-"""
+"""Encode rows as batches of model inputs: texts once, images when asked for."""
 
 import hashlib
 import itertools
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fedpft_flower.architectures import AUTO_PROCESSORS, Architecture
 from fedpft_flower.batches import Batch
 from fedpft_flower.config import (
     DataConfig,
@@ -31,10 +21,9 @@ from fedpft_flower.config import (
     Modality,
     Objective,
     derive_seed,
-    first_line,
 )
-from fedpft_flower.disk import keep, last_used, private_cache
 from fedpft_flower.images import crop_and_flip, decoded_images
+from fedpft_flower.tokens import generation_tokens, text_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +33,6 @@ BUCKET = 8
 NO_TARGET = -100  # label of a token that no loss and no metric counts
 # Of processed images in memory, for each data set: 400 of 224 x 224 pixels.
 KEPT_BYTES = 256_000_000
-KEEP = 2000  # encoded data sets on disk; the oldest are removed
 
 
 class Rows(Protocol):
@@ -99,9 +87,12 @@ class TextRows(_Tokenised):
             tokenizer: the FM's.
             max_length: longer texts are cut, in tokens.
             blocks: do not cut them, make several rows of them; without labels.
+
+        Raises:
+            FedPFTError: blocks are asked for, and the tokenizer cannot make them.
         """
         self._tokenizer = tokenizer
-        self._features = _tokens(rows, tokenizer, max_length, blocks)
+        self._features = text_tokens(rows, tokenizer, max_length, blocks)
         super().__init__(self._features.pop("ends"))
         self._labels = None if blocks else _labels(rows)
 
@@ -143,10 +134,12 @@ class GenerationRows(_Tokenised):
                 text has two tokens.
         """
         self._padding = tokenizer.pad_token_id
-        features = _generation_tokens(rows, tokenizer, config)
+        features = generation_tokens(rows, tokenizer, config)
         super().__init__(features["ends"])
         self._ids = features["input_ids"].long()
         self._prompts = features["prompts"].tolist()
+        # How many prompts and responses were cut.
+        self.cut: list[int] = features.get("cut", torch.zeros(2)).int().tolist()
         if not len(self):
             raise FedPFTError(
                 f"none of {len(rows)} texts has two tokens, so nothing can be learnt; "
@@ -390,255 +383,3 @@ def content_hash(rows: Dataset) -> str:
 
 def _labels(rows: Dataset) -> Tensor | None:
     return torch.tensor(rows["label"][:]) if "label" in rows.column_names else None
-
-
-# ------------------------------------------------------------- tokens, kept on disk
-
-# Each feature of all rows in one int32 vector, and `ends`: where rows end in it.
-Tokens = dict[str, Tensor]
-
-
-def _tokens(rows: Dataset, tokenizer: Any, max_length: int, blocks: bool) -> Tokens:
-    """Return the tokens of rows of texts, or of pairs of them."""
-    texts = rows.select_columns([c for c in rows.column_names if c.startswith("text")])
-    longest = min(max_length, tokenizer.model_max_length)
-    how = f"{longest}/blocks" if blocks else f"{longest}"
-    return _kept(
-        texts, tokenizer, how, lambda: _tokenise(texts, tokenizer, longest, blocks)
-    )
-
-
-def _kept(
-    texts: Dataset, tokenizer: Any, how: str, tokenise: Callable[[], Tokens]
-) -> Tokens:
-    """Return the tokens of texts from the disk, or tokenise and keep them there."""
-    key = f"{_texts_hash(texts)}/{_fingerprint(tokenizer)}/{how}"
-    place = (
-        private_cache("encoded")
-        / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-    )
-    try:
-        kept = load_file(place)
-        os.utime(place)
-    except (OSError, SafetensorError):  # not there, or cut
-        kept = tokenise()
-        _keep(kept, place)
-    return kept
-
-
-def _texts_hash(texts: Dataset) -> str:
-    """Return a hash of texts as they lie in memory: of a million in a second.
-
-    Equal texts may lie otherwise and are then tokenised again.
-    """
-    digest = hashlib.sha256(json.dumps(texts.column_names).encode())
-    for table in texts.with_format("arrow").iter(batch_size=10_000):
-        for batch in table.combine_chunks().to_batches():
-            digest.update(batch.serialize())
-    return digest.hexdigest()
-
-
-def _tokenise(texts: Dataset, tokenizer: Any, longest: int, blocks: bool) -> Tokens:
-    if blocks and not tokenizer.is_fast:
-        raise FedPFTError(
-            "data.public-long = 'blocks' needs a tokenizer of the fast kind, and the "
-            "FM's is none; set 'cut'"
-        )
-    columns = [texts[name][:] for name in sorted(texts.column_names)]
-    encoded = tokenizer(
-        *columns,
-        truncation=True,
-        max_length=longest,
-        return_overflowing_tokens=blocks,
-    )
-    encoded.pop("overflow_to_sample_mapping", None)
-    # A model needs one token at least, and not every tokenizer adds some.
-    filler = {"input_ids": tokenizer.pad_token_id, "attention_mask": 1}
-    encoded = {
-        name: [row or [filler.get(name, 0)] for row in values]
-        for name, values in encoded.items()
-    }
-    return _in_vectors(encoded)
-
-
-def _in_vectors(encoded: Mapping[str, Sequence[Sequence[int]]]) -> Tokens:
-    features = {
-        name: torch.tensor([v for row in values for v in row], dtype=torch.int32)
-        for name, values in encoded.items()
-    }
-    sizes = [len(ids) for ids in encoded["input_ids"]]
-    return {**features, "ends": torch.tensor(sizes, dtype=torch.int64).cumsum(0)}
-
-
-def _generation_tokens(rows: Dataset, tokenizer: Any, config: DataConfig) -> Tokens:
-    """Return `input_ids` as `_tokens` does, and how many of a row are the prompt's."""
-    names = [n for n in ("text", "prompt", "response") if n in rows.column_names]
-    texts = rows.select_columns(names)
-    longest = min(config.max_length, tokenizer.model_max_length)
-    if names == ["text"]:
-        return _kept(
-            texts,
-            tokenizer,
-            f"{longest}/generation, each block with its start",
-            lambda: _text_blocks(texts["text"][:], tokenizer, longest),
-        )
-    template = config.prompt_template
-    return _kept(
-        texts,
-        tokenizer,
-        f"{longest}/generation/{template}",
-        lambda: _responses(texts, tokenizer, longest, template),
-    )
-
-
-def _put(prompt: str, template: str, tokenizer: Any) -> str:
-    """Put a prompt as the template says."""
-    if template != "chat":
-        return template.replace("{prompt}", prompt)
-    turns = [{"role": "user", "content": prompt}]
-    try:
-        put: str = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
-    except Exception as error:  # none is there, or one that raises anything
-        raise FedPFTError(
-            f"data.prompt-template = 'chat': the FM's tokenizer cannot put a prompt "
-            f"({error}); write a template, such as '{{prompt}}\\n'"
-        ) from error
-    return put
-
-
-def _text_blocks(texts: Sequence[str], tokenizer: Any, longest: int) -> Tokens:
-    end = tokenizer.eos_token_id
-    blocks = [
-        block
-        for ids in _open_ended(texts, tokenizer)
-        for block in _blocks([*ids, end], longest, tokenizer.bos_token_id)
-    ]
-    nothing = torch.zeros(len(blocks), dtype=torch.int32)
-    return {**_in_vectors({"input_ids": blocks}), "prompts": nothing}
-
-
-def _blocks(ids: Sequence[int], longest: int, start: int | None) -> list[Sequence[int]]:
-    """Cut tokens into blocks; a block of one has nothing to predict.
-
-    Where the tokenizer put its start token first, every block begins with it.
-    """
-    before, rest = ([start], ids[1:]) if ids[0] == start else ([], ids)
-    step = max(1, longest - len(before))
-    cut = [[*before, *rest[at : at + step]] for at in range(0, len(rest), step)]
-    return [block for block in cut if len(block) > 1]
-
-
-def _responses(texts: Dataset, tokenizer: Any, longest: int, template: str) -> Tokens:
-    end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
-    prompts = [_put(prompt, template, tokenizer) for prompt in texts["prompt"][:]]
-    # A chat template writes the special tokens itself.
-    asked = _open_ended(prompts, tokenizer, special=template != "chat")
-    answered = _open_ended(texts["response"][:], tokenizer, special=False)
-    rows, lengths = [], []
-    for before, ids in zip(asked, answered, strict=True):
-        response = [*ids, end][: longest - 1]
-        prompt = before or [end]  # without any token nothing predicts the first
-        room = longest - len(response)
-        if len(prompt) > room:
-            kept_start = prompt[:1] if prompt[0] == start and room > 1 else []
-            prompt = [*kept_start, *prompt[len(prompt) - room + len(kept_start) :]]
-        rows.append([*prompt, *response])
-        lengths.append(len(prompt))
-    prompts_of = torch.tensor(lengths, dtype=torch.int32)
-    return {**_in_vectors({"input_ids": rows}), "prompts": prompts_of}
-
-
-def _open_ended(
-    texts: Sequence[str], tokenizer: Any, special: bool = True
-) -> list[list[int]]:
-    """Return the tokens of texts, without an end token that a tokenizer may add."""
-    encoded = tokenizer(list(texts), add_special_tokens=special)["input_ids"]
-    adds_end = special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-    return [list(ids[:-1]) if adds_end else list(ids) for ids in encoded]
-
-
-@lru_cache(maxsize=4)
-def _fingerprint(tokenizer: Any) -> str:
-    """Return the hash of all that decides how a tokenizer encodes: its files."""
-    digest = hashlib.sha256()
-    for name, body in processor_files(tokenizer).items():
-        digest.update(name.encode() + body)
-    return digest.hexdigest()
-
-
-def load_processor(place: Path, row: Architecture) -> Any:
-    """Load the tokenizer or image processor of a model from its saved files.
-
-    Args:
-        place: their folder.
-        row: the model's family. Decoders count positions from the first token, so they
-            are padded at the end, which not every tokenizer saves.
-    """
-    processor = AUTO_PROCESSORS[row.modality].from_pretrained(
-        place, local_files_only=True, trust_remote_code=False
-    )
-    if row.decoder:
-        processor.padding_side = "right"
-    return processor
-
-
-def processor_from(files: Mapping[str, bytes], row: Architecture) -> Any:
-    """Load a processor as `load_processor` does, from the contents of its files.
-
-    Raises:
-        FedPFTError: `transformers` does not load it from them.
-    """
-    with TemporaryDirectory() as directory:
-        for name, body in files.items():
-            (Path(directory) / name).write_bytes(body)
-        try:
-            return load_processor(Path(directory), row)
-        except Exception as error:  # a tokenizer's own class raises almost anything
-            raise FedPFTError(
-                "the FM's processor cannot be loaded from the files that it saves "
-                f"({first_line(error)}), so no node could have it; give the FM one of "
-                "the classes that transformers saves whole"
-            ) from error
-
-
-# Words, numbers, signs and another script: what every tokenizer makes many tokens of.
-_PROBE = "Neurons of feed-forward networks, 12.5 % kept: naïve or not? 神经元"
-
-
-def check_same_tokens(one: Any, other: Any) -> None:
-    """Check that a tokenizer encodes as it did before it was saved.
-
-    Raises:
-        FedPFTError: it does not, so that nodes would see other tokens than the FM was
-            made for.
-    """
-    try:
-        first = one(_PROBE)["input_ids"]
-    except Exception:  # a vocabulary of its own, of a code perhaps, with nothing for it
-        return
-    if first != (second := other(_PROBE)["input_ids"]):
-        raise FedPFTError(
-            f"the FM's tokenizer ({type(one).__name__}) encodes otherwise once it was "
-            f"saved (one text as {len(first)} and {len(second)} tokens), as nodes get "
-            "it; give the FM a tokenizer.json"
-        )
-
-
-def processor_files(processor: Any) -> dict[str, bytes]:
-    """Return the files of a tokenizer or image processor, by their names.
-
-    A fast tokenizer writes how it last cut and padded into them.
-    """
-    with TemporaryDirectory() as directory:
-        processor.save_pretrained(directory)
-        paths = sorted(Path(directory).iterdir())
-        return {path.name: path.read_bytes() for path in paths if path.is_file()}
-
-
-def _keep(features: Tokens, place: Path) -> None:
-    keep(place, lambda draft: save_file(features, draft))
-    kept = sorted(place.parent.glob("*.safetensors"), key=last_used)
-    for old in kept[:-KEEP]:
-        old.unlink(missing_ok=True)

@@ -30,11 +30,11 @@ from fedpft_flower.foundation import (
     source_of_fm,
 )
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.software import quiet
+from fedpft_flower.store import tensors_hash
 from fedpft_flower.sub_fm import frozen_weights
 from fedpft_flower.tasks import task_of
-from fedpft_flower.wire import tensors_hash
 from fedpft_flower.wording import last_part
 
 # How the names of files begin that say what others may do with an FM.

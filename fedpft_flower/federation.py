@@ -12,25 +12,23 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fedpft_flower.config import FedPFTError
+from fedpft_flower.delta import make_delta
+from fedpft_flower.grid import CountingGrid
 from fedpft_flower.protection import Exposure
 from fedpft_flower.refusals import REFUSED
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import differences, source_hash, versions
+from fedpft_flower.store import package_hash, package_json, package_tensors
 from fedpft_flower.wire import (
     ARRAYS,
     CONFIG,
     HELLO,
     INSTALL,
     PACKAGE,
-    CountingGrid,
     config_of,
-    make_delta,
     message_bytes,
     metrics_of,
     pack_tensors,
-    package_hash,
-    package_json,
-    package_tensors,
     reason_of,
 )
 
@@ -169,6 +167,8 @@ class Federation:
         self.grid, self._labels = grid, labels
         self._timeout, self._wait = timeout, wait
         self.nodes: dict[int, Node] = {}
+        # Rows of every node with a name that was ever met; None: not told.
+        self.met: dict[str, int | None] = {}
         # Before training a node that cannot take part ends the run; later, such a node
         # is left out instead.
         self.training = False
@@ -337,7 +337,10 @@ class Federation:
         return {**self._given, **{n.key: n.installed for n in self.nodes.values()}}
 
     def forget(self, node: int) -> None:
-        """Note that a node has lost its copy of the current sub-FM."""
+        """Note that a node has lost its copy of the current sub-FM.
+
+        Of its machine's store nothing is believed any more.
+        """
         self.nodes[node].installed = ""
         self._held[self.nodes[node].store].clear()
 
@@ -463,6 +466,8 @@ class Federation:
                 continue
             known.installed = self._given.get(known.key, "")
             self.nodes[node] = known
+            if known.named:
+                self.met[known.key] = known.examples
             self._held.setdefault(known.store, set()).update(held)
             if known.differing:
                 logger.warning("%s has %s", known.key, _told(known.differing, ours))

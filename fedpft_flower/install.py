@@ -3,11 +3,11 @@
 from flwr.app import ConfigRecord, Context, Message
 
 from fedpft_flower.config import FedPFTError
+from fedpft_flower.delta import apply_delta
+from fedpft_flower.store import Store
 from fedpft_flower.wire import (
     CONFIG,
     PACKAGE,
-    Store,
-    apply_delta,
     arrays_of,
     config_of,
     message_bytes,

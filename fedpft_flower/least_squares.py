@@ -27,13 +27,7 @@ from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.batches import Batch
 from fedpft_flower.config import AlignConfig, FedPFTError
-from fedpft_flower.moments import (
-    Seen,
-    Sums,
-    observe,
-    output_of,
-    skipped,
-)
+from fedpft_flower.moments import Seen, Sums, observe, output_of, skipped
 from fedpft_flower.plan import Plan
 from fedpft_flower.selection import energy_ratio
 from fedpft_flower.sensitivity import Sensitivity
@@ -42,6 +36,9 @@ from fedpft_flower.sensitivity import Sensitivity
 HOLD_OUT_EVERY = 10
 # The ridge is multiplied by the one of these factors that has the least held-out error.
 RIDGE_FACTORS = (1.0, 10.0, 100.0, 1000.0)
+
+# Columns [D, K] and bias [D] of a layer's output; None where it has no bias.
+Output = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class Quadratic:
             found = found + (bias * (bias + shift)).sum()
         return found
 
-    def solve(self) -> tuple[Tensor, Tensor | None]:
+    def solve(self) -> Output:
         """Return the V [D, K] and c [D] that minimise the objective."""
         gram, cross = self.gram, self.cross
         if self.bias is not None:
@@ -156,27 +153,29 @@ def refit(
                 "align.before = 'bias', but the FFNs of this FM have no output bias; "
                 "choose 'least-squares'"
             )
-        if bias_only:
-            factors: tuple[float, ...] = (0.0,)
-            solutions = [(learnt.columns, learnt.centre(learnt.columns))]
-        else:
-            factors = RIDGE_FACTORS
-            solutions = [learnt.with_ridge(factor).solve() for factor in factors]
         present = learnt.columns, learnt.bias
-        errors = [float(held_out.error(*solution)) for solution in solutions]
-        best = min(range(len(errors)), key=errors.__getitem__)
-        walks[1].ffns[place].write_output(*solutions[best])
+        factor, solution = min(
+            _solutions(learnt, bias_only), key=lambda pair: held_out.error(*pair[1])
+        )
+        walks[1].ffns[place].write_output(*solution)
         report(
             Fit(
                 layer=layer,
                 tokens=learnt.tokens,
-                ridge_factor=factors[best],
+                ridge_factor=factor,
                 before=learnt.unexplained(*present),
-                after=learnt.unexplained(*solutions[best]),
+                after=learnt.unexplained(*solution),
                 held_out_before=held_out.unexplained(*present),
-                held_out_after=held_out.unexplained(*solutions[best]),
+                held_out_after=held_out.unexplained(*solution),
             )
         )
+
+
+def _solutions(learnt: Quadratic, bias_only: bool) -> list[tuple[float, Output]]:
+    """Return what a layer's output may become: ridge factor, and columns with bias."""
+    if bias_only:
+        return [(0.0, (learnt.columns, learnt.centre(learnt.columns)))]
+    return [(factor, learnt.with_ridge(factor).solve()) for factor in RIDGE_FACTORS]
 
 
 class Walk:

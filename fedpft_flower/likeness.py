@@ -54,7 +54,9 @@ def likeness(fm: PeftModel, sub_fm: PeftModel, batches: Iterable[Batch]) -> Like
         error += float((sub_state - state).square().sum())
         size += float(state.square().sum())
         said, sub_said = (
-            real_answers(values, mask).argmax(dim=-1) for values in (logits, sub_logits)
+            # Answers first: logits of a generating model are large.
+            real_answers(values.argmax(dim=-1, keepdim=True), mask)
+            for values in (logits, sub_logits)
         )
         answers += len(said)
         same += int((said == sub_said).sum())

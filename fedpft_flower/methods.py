@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.config import Config, row_called
 from fedpft_flower.planners import Planner, drop_layers, keep_all, keep_salient
 from fedpft_flower.selection import selection_of
 
@@ -83,11 +83,7 @@ def method_of(config: Config) -> Method:
     Raises:
         FedPFTError: there is no such method or selection.
     """
-    if config.method not in METHODS:
-        raise FedPFTError(
-            f"method = {config.method!r}; choose one of {', '.join(METHODS)}"
-        )
-    row = METHODS[config.method]
+    row = row_called(config.method, METHODS, "method")
     if config.sub_fm.selection:
         selection_of(config.sub_fm.selection)
     if row.planner is keep_all:  # there is nothing to select or to align

@@ -7,15 +7,16 @@ Names of nodes and reasons of failures come from nodes: everything is escaped
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from fedpft_flower import curves
 from fedpft_flower.charts import STYLE as CHART_STYLE
-from fedpft_flower.charts import Series, bars, lines, strip
+from fedpft_flower.charts import bars, lines, strip
 from fedpft_flower.config import Config, Scalar
-from fedpft_flower.evaluation import metric_of
 from fedpft_flower.markup import Markup, element
+from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.wording import (
+    adapter_of,
     count_nodes,
     data_name,
     last_part,
@@ -24,11 +25,9 @@ from fedpft_flower.wording import (
     size,
 )
 
-Metrics = Mapping[str, Any]
-
 _DESCRIPTION = {
     "train": "training rows in one place (virtual clients share them)",
-    "validation": "every choice is made on it",
+    "validation": "every choice is made on it; labels are used for nothing else",
     "test": "only reported",
     "public": "the server's own, unlabelled: aligns the sub-FM",
 }
@@ -168,11 +167,17 @@ def _subtitle(
     summary: Metrics,
     metric: str,
 ) -> str:
-    nodes = {name for entry in rounds for name in entry.get("clients", ())}
+    nodes = {
+        name
+        for entry in rounds
+        if "skipped" not in entry
+        for name, one in entry.get("per-client", {}).items()
+        if one["outcome"] == "ok"
+    }
     return (
         f"Federated proxy fine-tuning: task {settings['data.task']}, judged by "
-        f"{metric}, {summary['rounds']} rounds, {len(nodes)} nodes trained, seed "
-        f"{settings['seed']}"
+        f"{metric}, {summary['rounds']} rounds, {len(nodes)} "
+        f"node{'s' * (len(nodes) != 1)} trained, seed {settings['seed']}"
     )
 
 
@@ -204,21 +209,17 @@ def _facts(
     settings: Mapping[str, Scalar], summary: Metrics, manifest: Metrics, plan: Plan
 ) -> list[tuple[str, object]]:
     nodes, labels = manifest["nodes"], manifest["labels"]
-    cut = (
-        f"{len(plan.layers)} of {len(plan.widths)} layers kept, {len(plan.compressed)} "
-        "of them compressed"
-    )
     return [
         ("method", settings["method"]),
         ("aggregation strategy", settings["strategy"]),
         ("FM", settings["fm.name"]),
-        ("sub-FM", "the whole FM" if plan.is_whole else cut),
+        ("sub-FM", "the whole FM" if plan.is_whole else plan.told),
         ("task", settings["data.task"]),
         ("data", last_part(str(settings["data.path"])) or "embedded"),
         ("labels", ", ".join(labels) if labels else "none: text is generated"),
         ("nodes", count_nodes(nodes)),
         ("rounds", f"{summary['rounds']} of {settings['rounds']}"),
-        ("adapter of", f"the {summary['select']} round{_best(summary)}"),
+        ("adapter of", adapter_of(summary)),
         ("seed", manifest["seed"]),
         ("platform", _platform(manifest)),
         (
@@ -275,10 +276,6 @@ def _settings(settings: Mapping[str, Scalar]) -> Markup:
     )
 
 
-def _best(summary: Metrics) -> str:
-    return f" ({summary['best-round']})" if summary["select"] == "best" else ""
-
-
 def _platform(manifest: Metrics) -> str:
     machine = manifest["machine"]
     return f"{machine['platform']}, {machine['threads']} threads"
@@ -310,7 +307,18 @@ def _results(summary: Metrics, metric: str, plan: Plan) -> list[Markup]:
         ],
         set(range(2, 2 + len(names))),
     )
-    return [table, element("p", _refinement(refined, metric), class_="quiet")]
+    told = _refinement(refined, metric) + _followed(refined)
+    return [table, element("p", told, class_="quiet")]
+
+
+def _followed(refined: Metrics) -> str:
+    """Say where the refinement saw validation rows, on which its figures then are."""
+    if not (share := refined.get("validation-share")):
+        return ""
+    return (
+        f" {percent(share)} of its batches were validation rows, without their labels, "
+        "so that figures on validation behind it are of rows that it has seen."
+    )
 
 
 def _refinement(refined: Metrics, metric: str) -> str:
@@ -333,18 +341,31 @@ def _names(found: Metrics) -> set[str]:
     return {name.removeprefix("fm-") for name in found if name.startswith("fm-")}
 
 
-def _curves(rounds: Sequence[Metrics], metric: str, plan: Plan) -> Markup:
-    models = [("FM, plugged in", "fm")]
-    models += [] if plan.is_whole else [("sub-FM", "sub-fm")]
-    scores = {name: _series(rounds, f"{key}-{metric}") for name, key in models}
-    losses = {
-        f"{name}, validation": _series(rounds, f"{key}-loss") for name, key in models
+def _curves(rounds: Sequence[Metrics], metric: str, plan: Plan) -> list[Markup]:
+    shown = curves.scores(rounds, metric, plan), curves.losses(rounds, plan)
+    drawn = {
+        f"{what}: {name}": dict(points)
+        for what, found in zip((metric, "loss"), shown, strict=True)
+        for name, points in found.items()
     }
-    losses["clients, training"] = _series(rounds, "train-loss")
-    return _figures(
-        lines(f"{metric} on validation", metric, scores),
-        lines("Loss", "cross-entropy", losses),
-    )
+    rows = [
+        [
+            entry["round"],
+            *(
+                _score(points[entry["round"]]) if entry["round"] in points else ""
+                for points in drawn.values()
+            ),
+        ]
+        for entry in rounds
+    ]
+    table = _table(["round", *drawn], rows, set(range(1, 1 + len(drawn))))
+    return [
+        _figures(
+            lines(f"{metric} on validation", metric, shown[0]),
+            lines("Loss", "cross-entropy", shown[1]),
+        ),
+        element("details", element("summary", "Figures of every round"), table),
+    ]
 
 
 def _bytes(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
@@ -388,19 +409,7 @@ def _bytes(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
 
 
 def _gradient_error(rounds: Sequence[Metrics]) -> Markup:
-    found = {
-        f"{when} alignment": {
-            entry["round"]: error
-            for entry in rounds
-            if (error := entry.get("alignment", {}).get(f"gradient-{when}"))
-        }
-        for when in ("before", "after")
-    }
-    found["while training"] = {
-        entry["round"]: entry["gradient-error"]
-        for entry in rounds
-        if "gradient-error" in entry
-    }
+    found = curves.gradient_errors(rounds)
     measured = {current for errors in found.values() for current in errors}
     if not measured:
         return _nothing("This run measured no gradient error.")
@@ -418,14 +427,7 @@ def _gradient_error(rounds: Sequence[Metrics]) -> Markup:
         return _table(titles, rows, {1, 2})
     return _figures(
         *(
-            lines(
-                title,
-                unit,
-                {
-                    label: [(current, error[name]) for current, error in errors.items()]
-                    for label, errors in found.items()
-                },
-            )
+            lines(title, unit, curves.of_errors(found, name))
             for title, unit, name in kinds
         )
     )
@@ -540,7 +542,7 @@ def _time(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
         if "seconds" in entry
     }
     memory = {
-        name: [(x, y / 1e9) for x, y in _series(rounds, f"peak-memory-{key}")]
+        name: [(x, y / 1e9) for x, y in curves.series(rounds, f"peak-memory-{key}")]
         for name, key in (("server", "server"), ("largest client", "client"))
     }
     return [
@@ -575,10 +577,6 @@ def _protection(summary: Metrics, rounds: Sequence[Metrics]) -> list[Markup]:
 
 
 # ------------------------------------------------------------------------ its pieces
-
-
-def _series(rounds: Iterable[Metrics], key: str) -> Series:
-    return [(entry["round"], entry[key]) for entry in rounds if key in entry]
 
 
 def _figures(*figures: Markup) -> Markup:
@@ -631,7 +629,10 @@ def _table(
         element("tbody", *body),
         class_=class_,
     )
-    return element("div", table, class_="scroll", tabindex=0)
+    label = caption or f"table by {titles[0]}"
+    return element(
+        "div", table, class_="scroll", tabindex=0, role="region", aria_label=label
+    )
 
 
 def _score(value: float) -> str:

@@ -1,5 +1,6 @@
 """Share the training rows among virtual clients, by flwr-datasets' partitioners."""
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -34,7 +35,7 @@ def load_partition(
     except ValueError as error:  # the partitioner says that it cannot
         reason = " ".join(str(error).split())
         raise FedPFTError(
-            f"partition.kind = {partition.kind!r} leaves an empty partition among "
+            f"partition.kind = {partition.kind!r} cannot share {data.task!r} among "
             f"{count} nodes ({reason}); change partition.* or use fewer nodes"
         ) from error
     if not len(part):
@@ -74,16 +75,54 @@ def _iid(
 def _dirichlet(
     train: Dataset, config: PartitionConfig, count: int, seed: int
 ) -> tuple[Partitioner, Dataset]:
-    chosen = DirichletPartitioner(
-        num_partitions=count,
-        partition_by="label",
-        alpha=config.alpha,
-        # Small enough that a draw meets it even with strong skew; never empty.
-        min_partition_size=max(1, min(10, len(train) // (10 * count))),
-        self_balancing=False,
-        seed=seed,
+    def draw(least: int) -> Partitioner:
+        return DirichletPartitioner(
+            num_partitions=count,
+            partition_by="label",
+            alpha=config.alpha,
+            min_partition_size=least,
+            self_balancing=False,
+            seed=seed,
+        )
+
+    least = max(1, min(10, len(train) // (10 * count)))
+    trial = draw(least)
+    trial.dataset = train.select_columns(["label"])
+    try:
+        with warnings.catch_warnings():  # it tells of every draw
+            warnings.simplefilter("ignore")
+            trial.load_partition(0)
+    except ValueError:  # ten draws gave some client fewer: of few classes most do
+        return _deal(train, _filled(train, draw(0), count, least, seed))
+    return draw(least), train
+
+
+def _filled(
+    train: Dataset, drawn: Partitioner, count: int, least: int, seed: int
+) -> np.ndarray:
+    """Return each row's client as drawn, but `least` rows at least for every client.
+
+    What a client lacks comes, row by row, from who has most.
+    """
+    drawn.dataset = train.select_columns(["label"]).add_column(
+        "row", np.arange(len(train))
     )
-    return chosen, train
+    rows = [list(drawn.load_partition(client)["row"][:]) for client in range(count)]
+    generator = np.random.default_rng(seed)
+    while len(poorest := min(rows, key=len)) < least:
+        richest = max(rows, key=len)
+        poorest.append(richest.pop(int(generator.integers(len(richest)))))
+    clients = np.empty(len(train), dtype=np.int64)
+    for client, own in enumerate(rows):
+        clients[own] = client
+    return clients
+
+
+def _deal(train: Dataset, clients: np.ndarray) -> tuple[Partitioner, Dataset]:
+    """Give each row to the client that is named for it."""
+    others = [name for name in train.column_names if name != "client"]
+    dealt = train.select_columns(others).add_column("client", clients)
+    return NaturalIdPartitioner("client"), dealt
 
 
 def _pathological(
@@ -115,8 +154,7 @@ def _natural(
             f"data.client-column has {len(ids)} different values, but there are "
             f"{count} nodes; use {len(ids)} nodes or fewer"
         )
-    dealt = train.remove_columns("client").add_column("client", places % count)
-    return NaturalIdPartitioner("client"), dealt
+    return _deal(train, places % count)
 
 
 def _sizes(

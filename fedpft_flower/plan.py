@@ -95,6 +95,14 @@ class Plan:
         return [self.layers.index(layer) for layer in layers]
 
     @property
+    def told(self) -> str:
+        """Return in words what is kept."""
+        return (
+            f"{len(self.layers)} of {len(self.widths)} layers kept, "
+            f"{len(self.compressed)} of them compressed"
+        )
+
+    @property
     def is_whole(self) -> bool:
         """Tell whether every neuron of every layer is kept."""
         return self.layers == tuple(range(len(self.widths))) and not self.compressed

@@ -3,17 +3,19 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fedpft_flower.batches import Batch
 from fedpft_flower.descent import Progress
+from fedpft_flower.least_squares import Fit
 
 logger = logging.getLogger(__name__)
 
 SECONDS = 10.0  # between two lines
 
 
-class Shown:
+class LoggedBatches:
     """Hold batches that tell every few seconds how far a pass over them is."""
 
     def __init__(self, batches: Sequence[Batch], what: str) -> None:
@@ -29,7 +31,7 @@ class Shown:
             yield batch
 
 
-class Told:
+class DescentLog:
     """Log a line every few seconds, and the last one; remember first and last step."""
 
     def __init__(self, what: str) -> None:
@@ -67,4 +69,40 @@ class Told:
             "seconds": last.seconds,
             "loss-first": first.loss,
             "loss-last": last.loss,
+        }
+
+
+class FitLog:
+    """Log what least squares did to every layer, and remember it."""
+
+    def __init__(self) -> None:
+        self._began, self._fits = time.monotonic(), list[Fit]()
+
+    def __call__(self, fit: Fit) -> None:
+        """Take the fit of a layer."""
+        self._fits.append(fit)
+        logger.info(
+            "least squares: layer %d, unexplained %.3f -> %.3f (held out %.3f -> "
+            "%.3f), %d tokens, %.0f s",
+            fit.layer,
+            fit.before,
+            fit.after,
+            fit.held_out_before,
+            fit.held_out_after,
+            fit.tokens,
+            time.monotonic() - self._began,
+        )
+        if fit.held_out_after > fit.held_out_before:
+            logger.warning(
+                "least squares: layer %d is worse on the tokens held out; raise "
+                "data.public-rows, data.public-tokens, align.calibration-tokens or "
+                "align.ridge",
+                fit.layer,
+            )
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the seconds, and every layer's fit."""
+        return {
+            "seconds": time.monotonic() - self._began,
+            "layers": [asdict(fit) for fit in self._fits],
         }

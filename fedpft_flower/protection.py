@@ -5,6 +5,7 @@ guarantee: the sheet says what a reader of the messages has, not what can be mad
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fedpft_flower.codec import decode_weights, encode_weights
-from fedpft_flower.evaluation import is_better, metric_row
-from fedpft_flower.wire import bits
+from fedpft_flower.delta import bits
+from fedpft_flower.metrics import is_better, metric_row
 from fedpft_flower.wording import percent
 
 Figures = dict[str, Any]
@@ -143,7 +144,8 @@ def _share_rows(figures: Figures) -> Iterable[dict[str, str]]:
         (
             "sent-verbatim",
             "sent verbatim",
-            "every client has these values, as exact as the wire carries them",
+            "every client has these values, as exact as the wire carries them; of "
+            "several sub-FMs that were sent, those of the one with most",
         ),
         (
             "re-fitted",
@@ -260,7 +262,6 @@ def _paired_interval(ones: str, others: str) -> tuple[float, float] | None:
     count = len(differences)
     if count < 2:
         return None
-    mean = sum(differences) / count
-    variance = sum((d - mean) ** 2 for d in differences) / (count - 1)
-    half = 1.96 * math.sqrt(variance / count)
+    mean = statistics.mean(differences)
+    half = 1.96 * statistics.stdev(differences) / math.sqrt(count)
     return mean - half, mean + half

@@ -1,19 +1,16 @@
 """Read rows from files, directories and hubs, and the labels in their columns."""
 
+import csv
+import glob
+import gzip
 import logging
 import math
+import os
 import re
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -30,6 +27,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from fedpft_flower.config import FedPFTError, Modality, OwnRowsError, first_line
 from fedpft_flower.disk import existing_path, private_cache
@@ -38,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Splits = Mapping[str, Dataset]
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 _FORMATS = {
     ".csv": "csv",
@@ -172,23 +171,29 @@ def _read_file(place: Path, separator: str) -> Splits:
         raise FedPFTError(
             f"unknown file type {_suffix(place)!r}; give one of {', '.join(_FORMATS)}"
         )
-    return {"train": _read_tables([place], separator)}
+    return {"train": _read_tables([place], separator, _quotes_are_signs([place]))}
 
 
-def _read_tables(files: Sequence[Path], separator: str) -> Dataset:
-    """Read files of one type that hold the rows of one split."""
+def _read_tables(files: Sequence[Path], separator: str, literal: bool) -> Dataset:
+    """Read files of one type that hold the rows of one split.
+
+    Args:
+        files: of one type.
+        separator: of the columns of CSV files.
+        literal: whether quotes are signs like others.
+    """
     suffix = _suffix(files[0])
     rows: Dataset = load_dataset(
         _FORMATS[suffix],
         data_files={"train": list(map(str, files))},
         split="train",
         cache_dir=str(private_cache("rows")),
-        **_options(files, separator),
+        **_options(files, separator, literal),
     )
     return _with_numbers(rows) if _FORMATS[suffix] == "csv" else rows
 
 
-def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
+def _options(files: Sequence[Path], separator: str, literal: bool) -> dict[str, Any]:
     """Return how these files are read; CSV as texts, all with the first one's columns.
 
     Raises:
@@ -205,6 +210,8 @@ def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
         "na_filter": False,
         "sep": "\t" if suffixes == {".tsv"} else separator,
     }
+    if literal:
+        options["quoting"] = csv.QUOTE_NONE
     head = pd.read_csv(files[0], nrows=1, dtype=str, **options)
     if len(head) and not isinstance(head.index, pd.RangeIndex):
         raise FedPFTError(
@@ -213,6 +220,32 @@ def _options(files: Sequence[Path], separator: str) -> dict[str, Any]:
     # `datasets` would fix each column's type by the first rows, and fail at others.
     columns = Features({str(column): Value("string") for column in head.columns})
     return {**options, "features": columns}
+
+
+def _quotes_are_signs(files: Sequence[Path]) -> bool:
+    """Tell whether quotes in TSV files are signs like others, and hold no field."""
+    tsv = [file for file in files if _suffix(file) == ".tsv"]
+    return len(tsv) == len(files) and any(map(_has_bare_quotes, tsv))
+
+
+def _has_bare_quotes(file: Path) -> bool:
+    """Tell whether quotes would join lines of a TSV file that are rows each.
+
+    They are where every line has as many tabs, and some.
+    """
+    opened = gzip.open if file.suffix.lower() == ".gz" else open
+    with opened(file, "rt", encoding="utf-8", newline="") as lines:
+        tabs = [line.count("\t") for line in lines if line.strip("\r\n")]
+    if len(set(tabs)) != 1 or not tabs[0]:
+        return False
+    with opened(file, "rt", encoding="utf-8", newline="") as lines:
+        rows, count = csv.reader(lines, delimiter="\t"), 0
+        try:
+            for row in rows:
+                count += bool(row)
+        except csv.Error:  # a field is too long for it: does it go over lines?
+            return rows.line_num > count + 1
+    return count < len(tabs)
 
 
 def _with_numbers(rows: Dataset) -> Dataset:
@@ -237,51 +270,57 @@ def _read_directory(
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     cache = str(private_cache("rows"))
     found = list(place.rglob("*"))
-    tables = [path for path in found if _suffix(path) in _TABLES]
+    tables = sorted(path for path in found if _suffix(path) in _TABLES)
     if modality == "image" and not tables:
-        return _read_images(place, cache)
+        return _read_images(place, found, cache)
     if _is_described(place):  # else a hub's subset, as of the run, means nothing here
         described: Splits = load_dataset(str(place), subset or None, cache_dir=cache)
         return described
+    literal = _quotes_are_signs(tables)
     if splits := _split_files(place, tables, modality):
-        return {name: _read_tables(ones, separator) for name, ones in splits.items()}
+        return {
+            name: _read_tables(ones, separator, literal)
+            for name, ones in splits.items()
+        }
     suffixes = {_suffix(path) for path in found if path.is_file()}
     # Texts beside tables, a licence perhaps, leave it to `datasets` what is what.
     known = {suffix: _FORMATS[suffix] for suffix in _FORMATS.keys() & _TABLES}
     formats = {known.get(suffix) for suffix in suffixes - {".md", ""}}
-    options = {} if None in formats else _options(tables, separator)
+    options = {} if None in formats else _options(tables, separator, literal)
     rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
     if formats != {"csv"}:
         return rows
     return {name: _with_numbers(part) for name, part in rows.items()}
 
 
-def _read_images(place: Path, cache: str) -> Splits:
+def _read_images(place: Path, found: Sequence[Path], cache: str) -> Splits:
     """Return the splits of a directory of images, labelled by their folders.
 
     In the layout CLASS/images/FILE, as Tiny-ImageNet has it, the class is the folder
-    above. A split whose images are all in one such folder, beside others with several,
-    has no classes and is left out.
+    above. A split without a class that there is to train on (all its images in one
+    folder, perhaps) has no labels and is left out.
     """
-    # Also a folder of one class only is labelled: it is a site's, perhaps.
-    read: Splits = load_dataset(
-        "imagefolder", data_dir=str(place), drop_labels=False, cache_dir=cache
-    )
-    if any(part.features["label"].names != ["images"] for part in read.values()):
-        return read
+    splits = _image_splits(place, found)
+    read = _read_image_folders(place, splits, cache)
+    above = all(part.features["label"].names == ["images"] for part in read.values())
     folders = {
         split: [
-            Path(image["path"]).parent.parent.name
+            (path.parent.parent if above else path.parent).name
             for image in part.cast_column("image", Image(decode=False))["image"][:]
+            if (path := Path(image["path"]))
         ]
         for split, part in read.items()
     }
     most = max(len(set(names)) for names in folders.values())
     classed = {s for s, names in folders.items() if len(set(names)) > 1 or most == 1}
+    if learnt := set(folders.get("train", ())):
+        classed = {s for s, names in folders.items() if learnt & set(names)}
     for split in folders.keys() - classed:
         logger.warning(
             "%s: split %r has no folder for each class: left out", place, split
         )
+    if not above and classed == read.keys():
+        return read
     label = ClassLabel(names=sorted({n for s in classed for n in folders[s]}))
     return {
         split: read[split]
@@ -291,6 +330,79 @@ def _read_images(place: Path, cache: str) -> Splits:
         for split in read
         if split in classed
     }
+
+
+def _read_image_folders(
+    place: Path, splits: Mapping[str, list[str]] | None, cache: str
+) -> Splits:
+    """Return images labelled by their folders, a single one too: a site's, perhaps."""
+    # Under keys of its own, since not every name of a split is one to `datasets`.
+    keys = {f"s{i}": split for i, split in enumerate(splits or ())}
+    read: Splits = load_dataset(
+        "imagefolder",
+        data_dir=str(place),
+        data_files={key: splits[split] for key, split in keys.items()}
+        if splits
+        else None,
+        drop_labels=False,
+        cache_dir=cache,
+    )
+    return {keys.get(key, key): part for key, part in read.items()}
+
+
+def _image_splits(place: Path, found: Sequence[Path]) -> dict[str, list[str]] | None:
+    """Return split -> patterns of the files of a directory of images.
+
+    Folders at the top are splits where one to train on has classes below, or where all
+    are called so; else everything is one: by itself `datasets` takes a class called
+    "train", or a file called "test.jpg", for a split. None where there are no images
+    but archives, perhaps: it looks into them.
+
+    Raises:
+        FedPFTError: every class has folders of splits, which nothing here reads.
+    """
+    files = [
+        path
+        for path in (path.relative_to(place) for path in found)
+        if path.suffix.lower() in ImageFolder.EXTENSIONS
+        and not any(part.startswith((".", "__")) for part in path.parts)
+    ]
+    if not files:
+        return None
+    base = _shared_folder(files)
+    below = [path.relative_to(base) for path in files]
+    tops = {path.parts[0] if len(path.parts) > 1 else "" for path in below}
+    classed = {path.parts[0] for path in below if len(_folders(path)) > 1}
+    named = {top for top in tops if _SPLIT_FILE.fullmatch(top.lower())}
+    if named == tops or "train" in _by_split((top, top) for top in named & classed):
+        for top in sorted(tops - named):
+            what = place / base / top if top else f"images at the top of {place / base}"
+            logger.warning("%s: called like no split: left out", what)
+        return _by_split(
+            (top, (glob.escape(str(base / top)) + "/**")) for top in sorted(named)
+        )
+    parents = {path.parent.name for path in below}
+    if len(tops) > 1 and _by_split((name, name) for name in parents):
+        raise FedPFTError(
+            f"images lie in CLASS/SPLIT, as in {files[0].parent}; put them into "
+            "SPLIT/CLASS"
+        )
+    return {"train": ["**"]}
+
+
+def _folders(file: Path) -> tuple[str, ...]:
+    """Return the folders that a file is in, but for one called `images` around it."""
+    folders = file.parent.parts
+    return folders[:-1] if folders[-1:] == ("images",) else folders
+
+
+def _shared_folder(files: Sequence[Path]) -> Path:
+    """Return the folder that all files are in, above what is called like a split."""
+    shared = Path(os.path.commonpath([file.parent for file in files]))
+    for place, part in enumerate(shared.parts):
+        if _SPLIT_FILE.fullmatch(part.lower()):
+            return Path(*shared.parts[:place])
+    return shared
 
 
 def _is_described(place: Path) -> bool:
@@ -310,27 +422,46 @@ def _split_files(
     """Return split -> files of a directory whose every table is named by its split.
 
     `datasets` takes such tables for one table, so they would need equal columns, and
-    `validation_matched` and `validation_mismatched` would be one split. Here several
-    names of one role to evaluate are several splits.
+    `validation_matched` and `validation_mismatched` would be one split. Where there is
+    one to train on, a table called otherwise, a sample to submit perhaps, is left out.
     """
-    suffixes = {_suffix(path) for path in tables}
+    named = [
+        (Path(path.name.lower().removesuffix(".gz")).stem, path) for path in tables
+    ]
+    if any(path.parent != place for path in tables):
+        return {}
+    others = [pair for pair in named if not _SPLIT_FILE.fullmatch(pair[0])]
+    if "train" not in _by_split(pair for pair in named if pair not in others):
+        others = []
+    used = [pair for pair in named if pair not in others]
+    suffixes = {_suffix(path) for _, path in used}
     known = {".parquet"} if modality == "image" else _FORMATS.keys()
     if len(suffixes) != 1 or not suffixes <= known:
         return {}
-    roles: dict[str, dict[str, list[Path]]] = {}
-    for path in sorted(tables):
-        match = _SPLIT_FILE.fullmatch(Path(path.name.lower().removesuffix(".gz")).stem)
-        if path.parent != place or match is None:
+    for _, path in others:
+        logger.warning("%s is called like no split: left out", path)
+    return _by_split(used)
+
+
+def _by_split(named: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    """Return split -> what is called so; nothing where a name is none of a split.
+
+    Several names of one role to evaluate are several splits.
+    """
+    roles: dict[str, dict[str, list[T]]] = {}
+    for called, one in named:
+        match = _SPLIT_FILE.fullmatch(called.lower())
+        if match is None:
             return {}
         role = _SYNONYMS.get(match["role"], match["role"])
         name = role if match["name"] == match["role"] else match["name"]
-        roles.setdefault(role, {}).setdefault(name, []).append(path)
-    splits: dict[str, list[Path]] = {}
-    for role, named in roles.items():
-        if role == "train" or len(named) == 1:
-            splits[role] = [path for paths in named.values() for path in paths]
+        roles.setdefault(role, {}).setdefault(name, []).append(one)
+    splits: dict[str, list[T]] = {}
+    for role, by_name in roles.items():
+        if role == "train" or len(by_name) == 1:
+            splits[role] = [one for ones in by_name.values() for one in ones]
         else:
-            splits |= named
+            splits |= by_name
     return splits
 
 
@@ -439,16 +570,15 @@ def _missing(part: Dataset, column: str) -> list[int]:
     values = _column(part, column)
     gone = values.is_null(nan_is_null=True).to_numpy()
     if column == "label" and part.features[column] in _TEXTS:
-        gone |= np.array([not text.strip() for text in part[column][:]])
+        texts = part[column][:]  # one may be null
+        gone |= np.array([not (text or "").strip() for text in texts], dtype=bool)
     missing: list[int] = gone.nonzero()[0].tolist()
     return missing
 
 
 _TEXTS = (Value("string"), Value("large_string"))
-_INPUTS = {
-    **dict.fromkeys(("text", "text_pair", "prompt", "response"), Value("string")),
-    "image": Image(),
-}
+TEXT_ROLES = ("text", "text_pair", "prompt", "response")
+_INPUTS = {**dict.fromkeys(TEXT_ROLES, Value("string")), "image": Image()}
 
 
 def cast_input(part: Dataset, column: str) -> Dataset:
@@ -490,6 +620,35 @@ def with_texts(part: Dataset, columns: Sequence[str]) -> Dataset:
     return part.select(np.flatnonzero(full))
 
 
+def texts_in_common(part: Dataset, others: Sequence[Dataset]) -> np.ndarray:
+    """Tell which rows have the same inputs as a row of others.
+
+    Args:
+        part: rows of texts.
+        others: rows with the same columns of texts, or more.
+
+    Returns:
+        Booleans [rows].
+    """
+    columns = [name for name in TEXT_ROLES if name in part.column_names]
+    common = np.zeros(len(part), dtype=bool)
+    at = 0
+    for own in _joined(part, columns):
+        there = common[at : at + len(own)]
+        for rows in others:
+            for known in _joined(rows, columns):
+                there |= np.array(pc.is_in(own, value_set=known))
+        at += len(own)
+    return common
+
+
+def _joined(rows: Dataset, columns: Sequence[str]) -> Iterator[pa.Array]:
+    """Yield the texts of each row in one, some rows at a time."""
+    for table in rows.select_columns(list(columns)).with_format("arrow").iter(10_000):
+        texts = [pc.cast(table.column(name), pa.string()) for name in columns]
+        yield pc.binary_join_element_wise(*texts, "\0").combine_chunks()
+
+
 def _column(part: Dataset, name: str) -> pa.ChunkedArray:
     """Return a column as Arrow has it, of the rows that were selected."""
     if part._indices is None:
@@ -498,10 +657,16 @@ def _column(part: Dataset, name: str) -> pa.ChunkedArray:
 
 
 _INTEGER = re.compile(r"-?[0-9]+")
+_NUMBERS = re.compile("u?int|float")  # types of columns
 
 
-def labels_of(part: Dataset, column: str) -> tuple[str, ...]:
+def labels_of(part: Dataset, column: str, named: str = "") -> tuple[str, ...]:
     """Return the different labels of a column, numbers in their order, texts in theirs.
+
+    Args:
+        part: rows.
+        column: with the labels.
+        named: what the data calls it, where that differs.
 
     Raises:
         FedPFTError: the column holds no labels.
@@ -509,10 +674,11 @@ def labels_of(part: Dataset, column: str) -> tuple[str, ...]:
     feature = part.features[column]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
-    values = [v for v in _different(part, column) if v is not None]
+    named = named or column
+    values = [v for v in _different(part, column, named) if v is not None]
     if any(isinstance(v, float) and not v.is_integer() for v in values):
         raise FedPFTError(
-            f"data.label-column = {column!r} holds fractions such as "
+            f"data.label-column = {named!r} holds fractions such as "
             f"{next(v for v in values if not float(v).is_integer())!r}, which are no "
             "classes; name another column, or list them in data.labels"
         )
@@ -522,14 +688,26 @@ def labels_of(part: Dataset, column: str) -> tuple[str, ...]:
 def in_order(labels: Collection[str]) -> tuple[str, ...]:
     """Return labels in the order of the label set: by number where all are numbers."""
     numbers = all(_INTEGER.fullmatch(label) for label in labels)
-    return tuple(sorted(labels, key=int if numbers else str))
+    if not numbers:
+        return tuple(sorted(labels))
+    # Texts such as "1" and "01" are two labels, in an order that every process finds.
+    return tuple(sorted(labels, key=lambda label: (int(label), label)))
 
 
 def has_labels(part: Dataset, column: str) -> bool:
     """Tell a labelled split from one whose labels are withheld: all -1, null, blank."""
     if column not in part.column_names:
         return False
-    return any(str(one).strip() for one in set(_different(part, column)) - {-1, None})
+    return any(
+        str(one).strip() for one in set(_different(part, column, column)) - {-1, None}
+    )
+
+
+def has_texts(part: Dataset, column: str) -> bool:
+    """Tell a split with texts from one whose texts are withheld: all null, blank."""
+    if column not in part.column_names or part.features[column] == Value("null"):
+        return False
+    return part.features[column] not in _TEXTS or bool(len(with_texts(part, [column])))
 
 
 def label_texts(part: Dataset, column: str) -> list[str]:
@@ -540,17 +718,30 @@ def label_texts(part: Dataset, column: str) -> list[str]:
     return [label_text(value) for value in values]
 
 
+def configured_label(name: str, part: Dataset, column: str) -> str:
+    """Write a label that a configuration names as `label_texts` writes it: 1.0 as 1."""
+    kind = getattr(part.features[column], "dtype", "")
+    if isinstance(part.features[column], ClassLabel) or not _NUMBERS.match(kind):
+        return name
+    if _INTEGER.fullmatch(name):
+        return str(int(name))
+    try:
+        return label_text(float(name))
+    except ValueError:  # no number: True, or a mistake
+        return name
+
+
 def label_text(value: Any) -> str:
     """Write a label as text; whole numbers alike, whether read as 1 or as 1.0."""
     whole = isinstance(value, float) and math.isfinite(value) and value.is_integer()
     return str(int(value)) if whole else str(value)
 
 
-def _different(part: Dataset, column: str) -> Iterable[Any]:
+def _different(part: Dataset, column: str, named: str) -> Iterable[Any]:
     try:
         return list(part.unique(column))
     except (TypeError, pa.ArrowException) as error:
         raise FedPFTError(
-            f"data.label-column = {column!r} holds {part.features[column]}; name a "
+            f"data.label-column = {named!r} holds {part.features[column]}; name a "
             "column of texts or numbers"
         ) from error

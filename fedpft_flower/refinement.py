@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedpft_flower.adapters import base_model
 from fedpft_flower.batches import Batch, inputs_of, real_logits
-from fedpft_flower.descent import Progress, Schedule, descend
+from fedpft_flower.descent import Loss, Progress, Schedule, descend
 
 
 def logit_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -73,11 +73,9 @@ def refine(
 
     name, remedy = "the loss of the refinement", f"lower plug-in.lr = {schedule.lr:g}"
     trainable = [(parameter, None) for parameter in lora]
+    models, loss = [base_model(sub_fm), base_model(fm)], Loss(loss_of, name, remedy)
     try:
-        models = [base_model(sub_fm), base_model(fm)]
-        return descend(
-            models, trainable, batches, loss_of, schedule, report, name, remedy
-        )
+        return descend(models, trainable, batches, loss, schedule, report)
     finally:
         for parameter in lora:
             parameter.grad = None

@@ -7,7 +7,7 @@ import numpy as np
 from fedpft_flower.config import Config, FedPFTError, TrainConfig, derive_seed
 
 
-def check_clients(config: TrainConfig, nodes: int) -> int:
+def clients_per_round(config: TrainConfig, nodes: int) -> int:
     """Return how many of so many nodes train in a round.
 
     Raises:

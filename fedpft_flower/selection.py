@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.batches import Batch
-from fedpft_flower.config import AlignConfig, FedPFTError, derive_seed
+from fedpft_flower.config import AlignConfig, derive_seed, row_called
 from fedpft_flower.moments import Moments, neuron_moments
 from fedpft_flower.sensitivity import Sensitivity
 
@@ -166,7 +166,7 @@ def greedy_columns(
         best = int(_gains(target, rest, open_, floor).argmax())
         scale = rest[best].clamp_min(floor).sqrt()
         column = (metric[best] - factor[:step, best] @ factor[:step]) / scale
-        target -= torch.outer(target[:, best] / scale, column)
+        target.addr_(target[:, best] / scale, column, alpha=-1)
         rest = rest - column.square()
         factor[step] = column
         open_[best] = False
@@ -206,11 +206,7 @@ def selection_of(name: str) -> Selection:
     Raises:
         FedPFTError: there is no such selection.
     """
-    if name not in SELECTIONS:
-        raise FedPFTError(
-            f"sub-fm.selection = {name!r}; choose one of {', '.join(SELECTIONS)}"
-        )
-    return SELECTIONS[name]
+    return row_called(name, SELECTIONS, "sub-fm.selection")
 
 
 def score(

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -42,28 +42,28 @@ from fedpft_flower.batches import Batch
 from fedpft_flower.config import Config, FedPFTError, Objective, derive_seed
 from fedpft_flower.descent import Schedule, Trainable
 from fedpft_flower.encoding import (
+    GenerationRows,
     Rows,
-    check_same_tokens,
     encode,
     encode_public,
     endless_batches,
     hold_out,
     mixed_batches,
-    processor_files,
-    processor_from,
     shuffled_batches,
     within_tokens,
 )
-from fedpft_flower.evaluation import judge, metric_of
+from fedpft_flower.evaluation import judge
 from fedpft_flower.foundation import FoundationModel
-from fedpft_flower.least_squares import Fit, refit
+from fedpft_flower.least_squares import refit
 from fedpft_flower.likeness import likeness
 from fedpft_flower.methods import method_of
+from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.moments import count_tokens
-from fedpft_flower.package import Package, check_processor_file
+from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
-from fedpft_flower.progress import Shown, Told
+from fedpft_flower.processors import saved_and_loaded
+from fedpft_flower.progress import DescentLog, FitLog, LoggedBatches
 from fedpft_flower.quantisation import check_frozen
 from fedpft_flower.refinement import refine
 from fedpft_flower.selection import score, selection_of
@@ -96,8 +96,6 @@ CALIBRATION_TOKENS, LEAST_TOKENS = 40, 25
 # Of a layer's neurons: how many the selection is given tokens for.
 USUAL_SHARE = 0.25
 
-Metrics = dict[str, Any]
-
 # Beginnings of the names in a saved state.
 _ADAPTER, _WEIGHT, _LIMIT = "adapter/", "sub-fm/", "activity-limit/"
 
@@ -123,42 +121,31 @@ class ProxyServer:
             plan: the plan of a run that goes on; None makes one.
 
         Raises:
-            FedPFTError: the plan asks for what the FM does not have, or a public corpus
-                is needed and there is none.
+            FedPFTError: the plan asks for what the FM does not have; a public corpus is
+                needed and there is none, or holds no row within its budget; rows are
+                longer than the FM takes; no node would take the FM's processor or
+                config, or quantise it as asked.
         """
         self.config, self.method = config, method_of(config)
-        # Before it is used: whether rows were encoded earlier must not change them.
-        self._processor_files = processor_files(fm.processor)
-        for name in self._processor_files:  # what no node would take ends here
-            check_processor_file(name)
         # Rows are encoded here as at the nodes: by what was saved.
-        self._processor = processor_from(self._processor_files, fm.architecture)
-        if fm.architecture.modality == "text":
-            check_same_tokens(fm.processor, self._processor)
+        self._processor_files, self._processor = saved_and_loaded(
+            fm.processor, fm.architecture
+        )
         self._head = fm.head
         self._modality, self._objective = fm.architecture.modality, fm.objective
         # What a run is judged by.
         self.metric = metric_of(config.data)
         self._model_config = config_fields(fm.model.config)
-        config_from(self._model_config)  # the same
-        _check_length(config.data.max_length, fm)
-        if self.method.needs_public and public is None:
-            raise FedPFTError(
-                f"method = {config.method!r} needs a public corpus and there is none; "
-                "set data.public-path"
-            )
-        check_frozen(fm.model, config.train.frozen)
+        config_from(self._model_config)  # what no node would take ends here
+        _check_fits(config, fm, public)
         self._public = self.encode_public(public) if public is not None else None
         # Of calibration tokens, by the number of neurons they are for.
         self._sensitive: dict[int, Sensitivity | None] = {}
         self._splits = {
-            "validation": self.encode(task.validation, keep=True),
-            "test": self.encode(task.test, keep=True),
-            **{
-                name: self.encode(rows, keep=True)
-                for name, rows in task.more_tests.items()
-            },
+            name: self.encode(rows, keep=True) for name, rows in task.judged.items()
         }
+        for name, rows in self._splits.items():
+            _tell_cuts(name, rows, config.data.max_length)
         # Seconds that choosing neurons took.
         self.selection_seconds = 0.0
         self.plan = plan or self._choose(fm.model)
@@ -191,19 +178,20 @@ class ProxyServer:
         began = time.monotonic()
         widths = [ffn.width for ffn in ffns]
         counts = kept_counts(config.sub_fm, widths)
-        cut = [width for c, width in zip(counts, widths, strict=True) if c < width]
+        pairs = list(zip(counts, widths, strict=True))
+        compressed = [width for count, width in pairs if count < width]
         name = self.method.selection
         batches: Iterable[Batch] = []
         sensitivity: Sensitivity | None = None
-        if cut and selection_of(name).needs != "nothing":
+        if compressed and selection_of(name).needs != "nothing":
             logger.info("choosing neurons by selection %r", name)
             # As many tokens whatever is kept, so that a smaller sub-FM's neurons are in
             # a larger one; but enough for each that is kept.
-            most = max(c for c, width in zip(counts, widths, strict=True) if c < width)
+            most = max(count for count, width in pairs if count < width)
             enough = math.ceil(most * LEAST_TOKENS / CALIBRATION_TOKENS)
-            looked_at = max(round(USUAL_SHARE * max(cut)), enough)
+            looked_at = max(round(USUAL_SHARE * max(compressed)), enough)
             calibration, sensitivity = self._calibration(model, looked_at, most)
-            batches = Shown(calibration, "choosing neurons")
+            batches = LoggedBatches(calibration, "choosing neurons")
         scores = score(
             model, name, counts, batches, config.align, config.seed, sensitivity
         )
@@ -380,9 +368,14 @@ class ProxyServer:
         steps = self.method.steps_before if self.plan.aligned else []
         for step in steps:
             if step == "distill":
-                align, patience = self.config.align, self.method.patience
-                limits = align.steps, align.tokens, align.seconds
-                schedule = self._schedule(align.lr, *limits, patience)
+                align = self.config.align
+                schedule = self._schedule(
+                    align.lr,
+                    align.steps,
+                    tokens=align.tokens,
+                    seconds=align.seconds,
+                    patience=self.method.patience,
+                )
                 metrics |= self._distil("align", self._alignable(), schedule, 0)
             else:
                 assert step in ("bias", "least-squares")
@@ -435,7 +428,7 @@ class ProxyServer:
         if not steps or self.plan.is_whole:
             return {}
         batches = self._refinement_batches()
-        told, (before, _) = Told("refine"), self._judge("fm", "validation")
+        told, (before, _) = DescentLog("refine"), self._judge("fm", "validation")
         try:
             refine(self.fm, self.sub_fm, batches, self._schedule(plug.lr, steps), told)
         except FedPFTError as error:  # the trained adapter is worth keeping
@@ -458,6 +451,7 @@ class ProxyServer:
         )
         return {
             **told.metrics(),
+            "validation-share": self._refined_on_validation,
             "validation-loss-before": before["loss"],
             "validation-loss-after": after["loss"],
             "validation-before": before[self.metric],
@@ -471,11 +465,18 @@ class ProxyServer:
         size = self.config.plug_in.batch_size
         seed = derive_seed(self.config.seed, "refine")
         public = endless_batches(self._public, size, seed)
-        share = self.method.refine_on_validation
-        if not share or self._objective == "generate":  # there inputs say what is right
+        share = self._refined_on_validation
+        if not share:
             return public
         rows, order = self._splits["validation"], derive_seed(seed, "validation")
         return mixed_batches(public, endless_batches(rows, size, order), share)
+
+    @property
+    def _refined_on_validation(self) -> float:
+        """Return the share of the refinement's batches that are validation rows."""
+        if self._objective == "generate":  # there inputs say what is right
+            return 0.0
+        return self.method.refine_on_validation
 
     def _unrefine(self) -> None:
         plug_in(self.fm, self.adapter, self.plan)
@@ -610,38 +611,20 @@ class ProxyServer:
                 "'public'"
             )
         trainable = neuron_level(ffns, most_inactive(rates, align.proportion))
-        limits = align.during_steps, align.during_tokens, align.during_seconds
-        schedule = self._schedule(align.during_lr, *limits)
+        schedule = self._schedule(
+            align.during_lr,
+            align.during_steps,
+            tokens=align.during_tokens,
+            seconds=align.during_seconds,
+        )
         return self._distil("realign", trainable, schedule, current)
 
-    def _schedule(self, lr: float, *limits: Any) -> Schedule:
-        return replace(Schedule(lr, *limits), precision=self.config.server_precision)
+    def _schedule(self, lr: float, steps: int, **limits: Any) -> Schedule:
+        return Schedule(lr, steps, **limits, precision=self.config.server_precision)
 
     def _refit(self, bias_only: bool = False) -> Metrics:
         """Refit output weights by least squares; the seconds and every layer's fit."""
-        began, fits = time.monotonic(), list[Fit]()
-
-        def report(fit: Fit) -> None:
-            fits.append(fit)
-            logger.info(
-                "least squares: layer %d, unexplained %.3f -> %.3f (held out %.3f -> "
-                "%.3f), %d tokens, %.0f s",
-                fit.layer,
-                fit.before,
-                fit.after,
-                fit.held_out_before,
-                fit.held_out_after,
-                fit.tokens,
-                time.monotonic() - began,
-            )
-            if fit.held_out_after > fit.held_out_before:
-                logger.warning(
-                    "least squares: layer %d is worse on the tokens held out; raise "
-                    "data.public-rows, data.public-tokens, align.calibration-tokens or "
-                    "align.ridge",
-                    fit.layer,
-                )
-
+        told = FitLog()
         self._forget("sub-fm")
         most = max(len(self.plan.kept[layer]) for layer in self.plan.compressed)
         batches, sensitivity = self._calibration(base_model(self.fm), most, most)
@@ -651,14 +634,11 @@ class ProxyServer:
             self.plan,
             batches,
             self.config.align,
-            report,
+            told,
             bias_only,
             sensitivity,
         )
-        return {
-            "seconds": time.monotonic() - began,
-            "layers": [asdict(fit) for fit in fits],
-        }
+        return told.metrics()
 
     def _calibration(
         self, model: PreTrainedModel, size: int, kept: int
@@ -720,7 +700,7 @@ class ProxyServer:
                 )
             kept_back, rows = hold_out(rows, count, derive_seed(seed, "held out"))
             held_out = list(shuffled_batches(kept_back, align.batch_size, seed))
-        told = Told(what)
+        told = DescentLog(what)
         self._forget("sub-fm")
         last = distil(
             self.fm,
@@ -747,11 +727,36 @@ class ProxyServer:
         rms = activation_rms(body, self._compressed(), batches)
         self.limits = [self.config.align.inactive_threshold * r for r in rms]
 
-    def _activity_batches(self) -> Any:
+    def _activity_batches(self) -> Iterator[Batch]:
         assert self._public is not None
         seed = derive_seed(self.config.seed, "activity")
         size = self.config.align.batch_size
         return islice(shuffled_batches(self._public, size, seed), ACTIVITY_BATCHES)
+
+
+def _check_fits(config: Config, fm: FoundationModel, public: Dataset | None) -> None:
+    """Check what a run asks of its FM and its public corpus."""
+    _check_length(config.data.max_length, fm)
+    if method_of(config).needs_public and public is None:
+        raise FedPFTError(
+            f"method = {config.method!r} needs a public corpus and there is none; "
+            "set data.public-path"
+        )
+    check_frozen(fm.model, config.train.frozen)
+
+
+def _tell_cuts(split: str, rows: Rows, length: int) -> None:
+    prompts, responses = rows.cut if isinstance(rows, GenerationRows) else (0, 0)
+    if prompts or responses:
+        logger.warning(
+            "%s: %d prompts and %d responses of %d are cut to data.max-length = %d "
+            "tokens together; figures are of what is left",
+            split,
+            prompts,
+            responses,
+            len(rows),
+            length,
+        )
 
 
 def _check_length(length: int, fm: FoundationModel) -> None:

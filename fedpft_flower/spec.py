@@ -253,7 +253,15 @@ def _uncommented(text: str) -> str:
 
 
 def _problems(table: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with a spec as it was read."""
+    """Yield what is wrong with a spec; behind the first the others may be untrue."""
+    yield from _key_problems(table)
+    yield from _list_problems(table)
+    yield from _method_problems(table)
+    yield from _table_problems(table)
+    yield from _mention_problems(table)
+
+
+def _key_problems(table: Mapping[str, Any]) -> Iterator[str]:
     for key, value in table.items():
         if key not in _KEYS:
             yield f"unknown key {key!r}; a spec has {', '.join(_KEYS)}"
@@ -264,6 +272,9 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is missing"
     if table["nodes"] < 1:
         yield f"nodes = {table['nodes']}; give at least 1"
+
+
+def _list_problems(table: Mapping[str, Any]) -> Iterator[str]:
     for kept in table.get("kept", []):
         if type(kept) in (int, float) and not 0 < kept < 1:
             yield f"kept = {kept}; give fractions between 0 and 1"
@@ -278,6 +289,9 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} = {values}; give a list of {kinds[-1].__name__}s"
         if len(set(values)) < len(values):
             yield f"{key} = {values} names one twice"
+
+
+def _method_problems(table: Mapping[str, Any]) -> Iterator[str]:
     own = table.get("method", {})
     for method in table["methods"]:
         if method not in own and method not in METHODS:
@@ -288,6 +302,9 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
     for method in own:
         if method not in table["methods"]:
             yield f"[method.{method}] is none of methods; add it there, or remove it"
+
+
+def _table_problems(table: Mapping[str, Any]) -> Iterator[str]:
     for kind in ("task", "partition", "method"):
         for name, settings in table.get(kind, {}).items():
             if not _NAME.fullmatch(name):
@@ -297,11 +314,12 @@ def _problems(table: Mapping[str, Any]) -> Iterator[str]:
             elif kind == "task" and not isinstance(settings.get("base", ""), str):
                 yield f"task.{name}: base = {settings['base']!r} is no file's name"
     for key, setting in (("kept", "sub-fm.keep-fraction"), ("lrs", "train.lr")):
-        for method, settings in own.items():
-            if not (key in table and isinstance(settings, Mapping)):
-                continue
-            if setting in flatten(settings):
+        for method, settings in table.get("method", {}).items():
+            if key in table and setting in flatten(settings):
                 yield f"{key} and {setting} of method {method!r} exclude each other"
+
+
+def _mention_problems(table: Mapping[str, Any]) -> Iterator[str]:
     for pair in table.get("pairs", []):
         if not isinstance(pair, list) or len(pair) != 2:
             yield f'pairs: {pair} is no pair; write ["one", "other"]'

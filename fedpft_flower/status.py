@@ -12,9 +12,8 @@ from pathlib import Path
 from fedpft_flower.config import Config, FedPFTError, flatten, one_line
 from fedpft_flower.disk import last_used
 from fedpft_flower.endings import one_line_end
-from fedpft_flower.evaluation import metric_of
-from fedpft_flower.report import LOG, is_finished, read_rounds, runs_root
-from fedpft_flower.server import Metrics
+from fedpft_flower.metrics import Metrics, metric_of
+from fedpft_flower.runs import LOG, is_finished, read_rounds, runs_root
 from fedpft_flower.wording import duration, last_part, size
 
 _LINES = 5  # of the log, and of the errors, that are shown

@@ -13,7 +13,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.config import FedPFTError, outside
 
 # Beginnings of the names that do not average adapters by themselves, and why.
 _NOT_OFFERED = {
@@ -260,9 +260,4 @@ def _problem(
         found = type(value).__name__
         return f"{argument} = {value!r} is {found}; give one {wanted.__name__}"
     low, bound, closed = _RANGES[argument]
-    inside = low <= value < bound if closed else low < value < bound
-    if not inside:  # also true for NaN
-        return (
-            f"{argument} = {value} is outside {'[' if closed else '('}{low}, {bound:g})"
-        )
-    return ""
+    return next(outside(argument, value, low, bound, (closed, False)), "")

@@ -12,15 +12,16 @@ from fedpft_flower.activity import average_rates
 from fedpft_flower.adapters import Adapter
 from fedpft_flower.config import FedPFTError, one_line
 from fedpft_flower.federation import Federation, RoundError
+from fedpft_flower.grid import ChosenNodes
+from fedpft_flower.metrics import Metrics
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.sampling import sample, stand_ins
-from fedpft_flower.server import Metrics, ProxyServer
+from fedpft_flower.server import ProxyServer
 from fedpft_flower.strategies import shortage
 from fedpft_flower.tasks import task_of
 from fedpft_flower.wire import (
     ARRAYS,
     METRICS,
-    ChosenNodes,
     arrays_of,
     config_of,
     metrics_of,
@@ -67,12 +68,10 @@ class FedPFT(Strategy):
         """Log the method and the plan."""
         plan = self.server.plan
         logger.info(
-            "method %s: %d of %d layers kept, %d of them compressed, adapters in %d; "
-            "%.1f %% of the FM's weights stay at the server",
+            "method %s: %s, adapters in %d; %.1f %% of the FM's weights stay at the "
+            "server",
             self.server.config.method,
-            len(plan.layers),
-            len(plan.widths),
-            len(plan.compressed),
+            plan.told,
             len(plan.layers if plan.adapters is None else plan.adapters),
             100 * self.server.share_withheld,
         )

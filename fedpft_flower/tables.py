@@ -18,9 +18,9 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.curves import aligned_error
 from fedpft_flower.disk import put
-from fedpft_flower.evaluation import is_better, metric_of, metric_row
-from fedpft_flower.report import aligned_error
+from fedpft_flower.metrics import is_better, metric_of, metric_row
 from fedpft_flower.spec import Cell, Spec
 
 
@@ -138,14 +138,24 @@ def row_of(result: Result) -> dict[str, Any]:
     if result.found is None:
         return row
     summary, found = result.found["summary"], result.found
-    start, *later = gradient_errors(found)
-    parameters = summary.get("parameters", {})
     return row | {
         "nodes": found["nodes"],
         "rounds": summary.get("rounds"),
         "metric": result.metric,
+        **_score_columns(result),
+        **_gradient_columns(found),
+        **_cost_columns(summary),
+        **_protection_columns(summary),
+        "fm-sha256": found["manifest"].get("fm-sha256"),
+    }
+
+
+def _score_columns(result: Result) -> dict[str, Any]:
+    assert result.found is not None
+    before = result.found["summary"].get("test-before", {})
+    return {
         "validation": result.validation,
-        "test-before": summary.get("test-before", {}).get(f"fm-{result.metric}"),
+        "test-before": before.get(f"fm-{result.metric}"),
         "test-plugged-in": result.test("plain"),
         "test-fm": result.test("fm"),
         "test-sub-fm": result.test("sub-fm"),
@@ -154,33 +164,39 @@ def row_of(result: Result) -> dict[str, Any]:
             for name, scores in result.more_tests.items()
             for model in ("fm", "sub-fm")
         },
+    }
+
+
+def _gradient_columns(found: dict[str, Any]) -> dict[str, Any]:
+    start, *later = gradient_errors(found)
+    return {
         "gradient-error": start.get("relative"),
         "gradient-cosine": start.get("cosine"),
         "gradient-error-last": later[-1].get("relative") if later else None,
+    }
+
+
+_COSTS = (
+    *("share-withheld", "bytes-install-per-client", "bytes-per-client-and-round"),
+    *("bytes-down", "bytes-up", "flops-per-client-and-round", "server-seconds"),
+    *("peak-memory-server", "peak-memory-client", "failures"),
+)
+
+
+def _cost_columns(summary: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = summary.get("parameters", {})
+    return {
         **{f"parameters-{name}": count for name, count in parameters.items()},
-        **{
-            key: summary.get(key)
-            for key in (
-                "share-withheld",
-                "bytes-install-per-client",
-                "bytes-per-client-and-round",
-                "bytes-down",
-                "bytes-up",
-                "flops-per-client-and-round",
-                "server-seconds",
-                "peak-memory-server",
-                "peak-memory-client",
-                "failures",
-            )
-        },
+        **{key: summary.get(key) for key in _COSTS},
         "round-seconds": summary.get("seconds"),
-        **{
-            key: summary.get("protection", {}).get(key)
-            for key in ("sent-verbatim", "re-fitted", "theft-gap")
-        },
-        "epsilon": (summary.get("privacy") or {}).get("epsilon"),
-        "delta": (summary.get("privacy") or {}).get("delta"),
-        "fm-sha256": found["manifest"].get("fm-sha256"),
+    }
+
+
+def _protection_columns(summary: Mapping[str, Any]) -> dict[str, Any]:
+    sheet, spent = summary.get("protection", {}), summary.get("privacy") or {}
+    return {
+        **{key: sheet.get(key) for key in ("sent-verbatim", "re-fitted", "theft-gap")},
+        **{key: spent.get(key) for key in ("epsilon", "delta")},
     }
 
 
@@ -219,6 +235,10 @@ def markdown(spec: Spec, results: Sequence[Result]) -> str:
     for task, partition in spec.columns:
         rows = _long_table(spec, by_group, task, partition)
         text += [f"## {_title(spec, task, partition)}", "", *rows, ""]
+        for split in _more_tests(by_group, task, partition):
+            title = f"## {split}, {_title(spec, task, partition)}"
+            rows = _split_table(spec, by_group, (task, partition), split)
+            text += [title, "", *rows, ""]
     if spec.pairs:
         text += ["## Differences", "", *_differences(spec, by_group), ""]
     for state in ("failed", "unrun"):
@@ -285,7 +305,8 @@ def _about(spec: Spec, results: Sequence[Result]) -> str:
         "more than rows, it holds the truth in about half of all cases for two seeds, "
         "three quarters for three), so the gap of every seed stands beside it. The "
         "gradient error is over a method's own adapters: of fewer layers where layers "
-        "are dropped, so it does not compare with that of others."
+        "are dropped, so it does not compare with that of others. Server s: the "
+        "seconds of choosing neurons, alignment and refinement, without evaluation."
     )
 
 
@@ -339,10 +360,12 @@ def _long_table(
         *("MB once", "MB a round", "GFLOP a round", "server s"),
         *("gradient error", "cosine"),
     )
-    for of, share, method, kept in spec.groups():
-        found = groups.get((of, share, method, kept), [])
-        if (of, share) != (task, partition) or not found:
+    for of_task, of_partition, method, kept in spec.groups():
+        group = (of_task, of_partition, method, kept)
+        found = groups.get(group, [])
+        if group[:2] != (task, partition) or not found:
             continue
+        others = _alike(spec, groups, (task, partition, spec.reference, kept))
         rows = [row_of(result) for result in found]
         lines.append(
             _line(
@@ -354,9 +377,7 @@ def _long_table(
                     _spread([result.test(model) for result in found])
                     for model in ("fm", "plain", "sub-fm")
                 ),
-                *_gap(
-                    found, _alike(spec, groups, (of, share, spec.reference, kept)), spec
-                ),
+                *_gap(found, others, spec),
                 _column(rows, "parameters-sub-fm", 1e-6, 1, " M"),
                 _column(rows, "share-withheld", 100, 1, " %"),
                 _column(rows, "bytes-install-per-client", 1e-6, 1),
@@ -367,6 +388,32 @@ def _long_table(
                 _column(rows, "gradient-cosine"),
             )
         )
+    return lines
+
+
+def _split_table(
+    spec: Spec, groups: dict[Group, list[Result]], column: tuple[str, str], split: str
+) -> list[str]:
+    """Return the table of a further test split of a task and partition."""
+    lines = _header(
+        *("method", "kept", "FM", "sub-FM", f"gap to {spec.reference}", "by seed")
+    )
+    for task, partition, method, kept in spec.groups():
+        found = groups.get((task, partition, method, kept), [])
+        known = [r for r in found if split in r.more_tests]
+        if (task, partition) != column or not known:
+            continue
+        others = _alike(spec, groups, (task, partition, spec.reference, kept))
+        values = [
+            _marked(
+                _spread([r.test(model, split) for r in known]),
+                len(known),
+                len(spec.seeds),
+            )
+            for model in ("fm", "sub-fm")
+        ]
+        gap = _gap(known, others, spec, split)
+        lines.append(_line(method, f"{kept:g}", *values, *gap))
     return lines
 
 
@@ -423,21 +470,27 @@ def _seeds(count: int) -> str:
     return f"{count} seed{'s' if count > 1 else ''}"
 
 
-def _gap(ones: list[Result], others: list[Result], spec: Spec) -> tuple[str, str]:
+def _gap(
+    ones: list[Result], others: list[Result], spec: Spec, split: str = ""
+) -> tuple[str, str]:
     """Return the mean difference of the FM's test metric, and that of every seed.
 
     The mean has its 95 % interval.
     """
-    pairs = [pair for pair in _paired(ones, others) if pair[0] != pair[1]]
+    pairs = [
+        pair
+        for pair in _paired(ones, others)
+        if pair[0] != pair[1] and all(split in ("", *one.more_tests) for one in pair)
+    ]
     if not pairs:
         return "-", "-"
     metric = pairs[0][0].metric
     row = metric_row(metric)
     scale, unit, digits = (100, " points", 1) if row.in_points else (1, "", 2)
-    by_seed = [scale * (a.test("fm") - b.test("fm")) for a, b in pairs]
+    by_seed = [scale * (a.test("fm", split) - b.test("fm", split)) for a, b in pairs]
     mean = statistics.mean(by_seed)
     each = ", ".join(f"{one:+.{digits}f}" for one in by_seed)
-    rights = [(_hits(one), _hits(other)) for one, other in pairs]
+    rights = [(_hits(one, split), _hits(other, split)) for one, other in pairs]
     told = f" [{_seeds(len(pairs))}]" if len(pairs) < len(spec.seeds) else ""
     sizes = {len(hits) for pair in rights for hits in pair}
     if not row.by_row or len(sizes) > 1 or not max(sizes):
@@ -446,23 +499,26 @@ def _gap(ones: list[Result], others: list[Result], spec: Spec) -> tuple[str, str
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}){unit}{told}", each
 
 
-def _hits(result: Result) -> NDArray[np.float64]:
+def _hits(result: Result, split: str) -> NDArray[np.float64]:
     assert result.found is not None
-    hits = result.found.get("hits", {}).get("fm", "")
+    name = f"fm ({split})" if split else "fm"
+    hits = result.found.get("hits", {}).get(name, "")
     return np.array(list(hits), dtype=np.float64)
 
 
-def interval(values: NDArray[np.float64], draws: int = 4000) -> tuple[float, float]:
+DRAWS = 4000  # of a bootstrap
+
+
+def interval(values: NDArray[np.float64]) -> tuple[float, float]:
     """Return the middle 95 % of the mean by a bootstrap over seeds and examples.
 
     Args:
         values: of every seed and example [S, N]; differences make it a paired one.
-        draws: how many samples.
     """
     generator = np.random.default_rng(0)
     seeds, examples = values.shape
-    means = np.empty(draws)
-    for draw in range(draws):
+    means = np.empty(DRAWS)
+    for draw in range(DRAWS):
         rows = generator.integers(seeds, size=seeds)
         columns = generator.integers(examples, size=examples)
         means[draw] = values[rows].mean(axis=0)[columns].mean()

@@ -26,15 +26,19 @@ from fedpft_flower.config import (
     PartitionConfig,
     derive_seed,
     names_in,
+    row_called,
 )
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.reading import (
+    TEXT_ROLES,
     Row,
     Splits,
     cast_input,
     choose_columns,
     complete_rows,
+    configured_label,
     has_labels,
+    has_texts,
     in_order,
     is_on_hub,
     label_texts,
@@ -63,6 +67,11 @@ class TaskData:
     # Further test splits, each reported apart.
     more_tests: dict[str, Dataset] = field(default_factory=dict)
 
+    @property
+    def judged(self) -> dict[str, Dataset]:
+        """Return the splits that the server judges models on, by name."""
+        return {"validation": self.validation, "test": self.test, **self.more_tests}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -81,7 +90,7 @@ class Task:
 
 @lru_cache(maxsize=2)
 def load_task(config: DataConfig, seed: int) -> TaskData:
-    """Load the splits of a task; cached by content, since workers are reused.
+    """Load the splits of a task; kept by these settings, since workers are reused.
 
     Raises:
         FedPFTError: an unknown task, unreadable data, a missing column or split, or a
@@ -123,9 +132,8 @@ def load_site(config: DataConfig, labels: Sequence[str], seed: int) -> Dataset:
             f"data-path {why} {_own_tasks()}",
         )
     source = source_of(config, "data-path", hub=False)
-    rows = _split(source, config.train_split, "train-split")
-    rows = choose_columns(rows, columns_of(config), _SETTINGS)
-    rows = complete_rows(rows, config.train_split)
+    _split(source, config.train_split, "train-split")
+    rows = _part(source, config.train_split, columns_of(config))
     if task.objective == "classify":
         rows = _labelled(rows, labels, config.train_split)
     return _for_training(rows, config, seed)
@@ -264,7 +272,7 @@ def _takes_pairs(config: DataConfig) -> bool:
 
 def _own_public(config: DataConfig, seed: int) -> Dataset:
     task = task_of(config.task)
-    kind = "image" if task.modality == "image" else "text"
+    kind = task.modality
     pairs = kind == "text" and task.objective == "classify"
     roles = (kind, "text_pair") if pairs else (kind,)
     columns = names_in(config.public_column) or (kind,)
@@ -325,9 +333,7 @@ def task_of(name: str) -> Task:
     Raises:
         FedPFTError: there is no such task.
     """
-    if name not in TASKS:
-        raise FedPFTError(f"data.task = {name!r}; choose one of {', '.join(TASKS)}")
-    return TASKS[name]
+    return row_called(name, TASKS, "data.task")
 
 
 def check_kind(data: DataConfig, partition: PartitionConfig) -> None:
@@ -462,13 +468,14 @@ def _load_own(config: DataConfig, seed: int) -> TaskData:
         wanted = dict(columns)
         if role == "train" and config.client_column:
             wanted["client"] = config.client_column
-        part = choose_columns(source[split], wanted, _SETTINGS)
-        parts[role], notes[role] = complete_rows(part, split), split
+        parts[role], notes[role] = _part(source, split, wanted), split
     more = {
-        split: complete_rows(choose_columns(source[split], columns, _SETTINGS), split)
+        split: _part(source, split, columns)
         for split in _more_tests(config, source, {*roles, *roles.values(), "public"})
     }
     if not parts:
+        for part in source.values():  # a column that is nowhere is what is wrong
+            choose_columns(part, columns, _SETTINGS)
         raise FedPFTError(
             f"data.path = {config.path!r} has the splits {', '.join(source)}; say what "
             "they are: data.train-split, data.validation-split, data.test-split"
@@ -552,16 +559,24 @@ _USUAL = {
 
 
 def _can_evaluate(part: Dataset, config: DataConfig) -> bool:
-    """Tell whether a split says what is right; texts to generate do so themselves."""
-    generate = task_of(config.task).objective == "generate"
-    return generate or has_labels(part, config.label_column)
+    """Tell whether a split says what is right: has labels, or texts to generate."""
+    classify = task_of(config.task).objective == "classify"
+    given = has_labels if classify else has_texts
+    return given(part, _answers(config))
+
+
+def _answers(config: DataConfig) -> str:
+    """Return the column that says what is right: of the label, or of the last text."""
+    columns = columns_of(config)
+    return columns.get("label") or [*columns.values()][-1]
 
 
 def _check_labels(part: Dataset, config: DataConfig, role: str, split: str) -> None:
     if not _can_evaluate(part, config):
+        what = "labels" if task_of(config.task).objective == "classify" else "texts"
         raise FedPFTError(
-            f"data.{role}-split = {split!r} has no labels in column "
-            f"{config.label_column!r}; name another split or column"
+            f"data.{role}-split = {split!r} has no {what} in column "
+            f"{_answers(config)!r}; name another split or column"
         )
 
 
@@ -609,10 +624,7 @@ TASKS: dict[str, Task] = {
 }
 
 _SETTINGS = {
-    "text": "data.text-columns",
-    "text_pair": "data.text-columns",
-    "prompt": "data.text-columns",
-    "response": "data.text-columns",
+    **dict.fromkeys(TEXT_ROLES, "data.text-columns"),
     "image": "data.image-column",
     "label": "data.label-column",
     "client": "data.client-column",
@@ -625,6 +637,11 @@ def _split(source: Splits, name: str, key: str) -> Dataset:
     return source[name]
 
 
+def _part(source: Splits, split: str, columns: Mapping[str, str]) -> Dataset:
+    """Return a split's rows, each with every column, under the names of their roles."""
+    return complete_rows(choose_columns(source[split], columns, _SETTINGS), split)
+
+
 def _label_names(parts: Mapping[str, Dataset], config: DataConfig) -> tuple[str, ...]:
     """Return the label set: the configured one, or what rows tell of it.
 
@@ -633,7 +650,8 @@ def _label_names(parts: Mapping[str, Dataset], config: DataConfig) -> tuple[str,
     names = names_in(config.labels)
     if not names:
         rows = [parts["train"]] if "train" in parts else list(parts.values())
-        found = [labels_of(part, "label") for part in rows]
+        named = config.label_column
+        found = [labels_of(part, "label", named) for part in rows]
         names = found[0] if len({*found}) == 1 else in_order(set().union(*found))
     if len(set(names)) < max(2, len(names)):
         raise FedPFTError(f"data.labels: {names} needs two or more different labels")
@@ -643,7 +661,8 @@ def _label_names(parts: Mapping[str, Dataset], config: DataConfig) -> tuple[str,
 def _labelled(part: Dataset, names: Sequence[str], split: str) -> Dataset:
     """Turn the label column into indices of `names`."""
     texts = label_texts(part, "label")
-    places = {name: i for i, name in enumerate(names)}
+    written = [configured_label(name, part, "label") for name in names]
+    places = {name: i for i, name in enumerate(written)}
     outside = sorted(set(texts) - places.keys())
     if outside:
         known = f"the label set ({', '.join(names)})"

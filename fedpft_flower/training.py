@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +19,7 @@ from fedpft_flower.architectures import layers_of
 from fedpft_flower.batches import Batch
 from fedpft_flower.compute import Compute, asked_for, best_here, rough_shapes
 from fedpft_flower.config import FedPFTError, TrainConfig, derive_seed
-from fedpft_flower.encoding import (
-    NO_TARGET,
-    Rows,
-    endless_batches,
-    shuffled_batches,
-)
+from fedpft_flower.encoding import NO_TARGET, Rows, endless_batches, shuffled_batches
 from fedpft_flower.flops import FlopMeter
 
 
@@ -102,22 +97,15 @@ def train_adapter(
             with how.step(device), meter.watch(batch):
                 losses.append(add_gradients(model, batch, config.micro_batch_size))
             flops += meter.flops(batch)
-            for parameter, first in zip(parameters, start, strict=False):
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - first, alpha=proximal_mu)
+            if proximal_mu:
+                _add_proximal(parameters, start, proximal_mu)
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimiser.step()
             ends.append(time.monotonic())
     model.eval()
     mean = sum(losses) / len(losses)
-    # The last step's adapter is in no loss.
-    finite = all(bool(parameter.isfinite().all()) for parameter in parameters)
-    if not (finite and math.isfinite(mean)):
-        raise FedPFTError(
-            f"local training diverged: the mean loss is {mean}, the adapter is "
-            f"{'' if finite else 'not '}finite; lower train.lr = {config.lr}"
-        )
+    _check_finite(mean, parameters, config.lr)
     steps = [end - before for before, end in pairwise([began, *ends])]
     return TrainReport(
         mean,
@@ -128,6 +116,25 @@ def train_adapter(
         flops,
         how,
     )
+
+
+def _add_proximal(
+    parameters: Sequence[Tensor], start: Sequence[Tensor], mu: float
+) -> None:
+    """Add the gradient of mu / 2 * ||w - w_0||^2."""
+    for parameter, first in zip(parameters, start, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - first, alpha=mu)
+
+
+def _check_finite(loss: float, parameters: Sequence[Tensor], lr: float) -> None:
+    # The last step's adapter is in no loss.
+    finite = all(bool(parameter.isfinite().all()) for parameter in parameters)
+    if not (finite and math.isfinite(loss)):
+        raise FedPFTError(
+            f"local training diverged: the mean loss is {loss}, the adapter is "
+            f"{'' if finite else 'not '}finite; lower train.lr = {lr}"
+        )
 
 
 def _best_here(model: PeftModel, rows: Rows, config: TrainConfig) -> Compute:

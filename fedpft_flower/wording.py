@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import PurePath
+from typing import Any
 
 from fedpft_flower.config import READ_PATHS, WRITTEN_PATHS, Scalar
 from fedpft_flower.disk import existing_path
@@ -47,6 +48,12 @@ def count_nodes(nodes: Mapping[str, int | None]) -> str:
     told = [rows for rows in nodes.values() if rows is not None]
     rows = f"{sum(told)} training rows" if told else "rows that they did not tell"
     return f"{len(nodes)} with {rows}"
+
+
+def adapter_of(summary: Mapping[str, Any]) -> str:
+    """Return after which round a finished run's adapter was the delivered one."""
+    best = f" ({summary['best-round']})" if summary["select"] == "best" else ""
+    return f"the {summary['select']} round{best}"
 
 
 def data_name(config: Mapping[str, Scalar]) -> str:

@@ -14,7 +14,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedpft_flower import report
+from fedpft_flower import run_directory
 from tests.families import CONFIGS, tiny_model
 
 torch.set_num_threads(1)  # the same sums in the same order everywhere
@@ -101,7 +101,7 @@ def settings(vit_directory, tmp_path, monkeypatch):
     """Return the flat configuration of a small federation on digits."""
     monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))  # an empty store
     # Drawing takes as long as a round of so small a run.
-    monkeypatch.setattr(report, "draw_curves", lambda *a: a[-1].touch())
+    monkeypatch.setattr(run_directory, "draw_curves", lambda *a: a[-1].touch())
     return {
         "method": "fedpft",
         "rounds": 3,

@@ -21,8 +21,10 @@ from fedpft_flower.alignment import (
     compare_gradients,
     distil,
     emulator_level,
+    ended_behind,
     layer_level,
     neuron_level,
+    outputs_of,
 )
 from fedpft_flower.architectures import (
     ARCHITECTURES,
@@ -37,12 +39,7 @@ from fedpft_flower.config import AlignConfig, FedPFTError, LoraConfig, SubFMConf
 from fedpft_flower.descent import Schedule
 from fedpft_flower.moments import observe
 from fedpft_flower.plan import Plan
-from fedpft_flower.planners import (
-    keep_all,
-    keep_salient,
-    parameters_of,
-    size_of,
-)
+from fedpft_flower.planners import keep_all, keep_salient, parameters_of, size_of
 from fedpft_flower.selection import Evidence, norm
 from fedpft_flower.sub_fm import (
     build_skeleton,
@@ -477,6 +474,25 @@ def test_layer_distillation_reduces_the_error_and_changes_only_ffns(family):
     allowed = {id(parameter) for parameter, _ in trainable}
     names = {n for n, p in sub.named_parameters() if id(p) in allowed}
     assert changed == names
+
+
+@families
+def test_layers_behind_the_last_that_is_looked_at_do_not_run(family):
+    fm, batch = tiny_model(family), tiny_batch(family)
+    layers, ran = layers_of(fm), []
+    with torch.no_grad(), outputs_of([layers[1]]) as expected:
+        logits = fm(**batch).logits
+    inner = next(layers[2].children())
+    handle = inner.register_forward_hook(lambda *_: ran.append(1))
+    ends = ended_behind(layers[1], layers)
+    with torch.no_grad(), outputs_of([layers[1]]) as found, ends:
+        fm.base_model(**batch)
+    assert torch.equal(found[0], expected[0])
+    assert not ran
+    with torch.no_grad():
+        assert torch.equal(fm(**batch).logits, logits)
+    handle.remove()
+    assert ran
 
 
 def test_the_fm_sees_rows_that_are_held_out_once():

@@ -1,19 +1,23 @@
 """The benchmarks' functions, on the tiny ViT: what is compared, and what is matched."""
 
 import statistics
+import sys
 from dataclasses import replace
 from datetime import datetime
 
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from benchmarks import (
     alignment,
     bounds,
     head_bias,
     imports,
+    markdown_table,
     overhead,
+    parser,
+    pooling,
     pretrain_vit,
     scaling,
     throughput,
@@ -22,7 +26,7 @@ from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.flops import flops_of
 from fedpft_flower.foundation import load_fm
-from fedpft_flower.report import FinishedRun
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.tasks import load_task
 from tests.test_federation import results, run
 
@@ -33,6 +37,16 @@ NODES = 5
 def config(settings):
     settings |= {"train.local-steps": 0, "train.local-epochs": 2, "align.every": 2}
     return Config.from_run_config(settings)
+
+
+def test_a_table_has_a_line_for_titles_a_rule_and_a_line_a_row():
+    rows = iter([("one", 1), ["", 2.5]])
+    wanted = "| name | number |\n|---|---|\n| one | 1 |\n|  | 2.5 |"
+    assert markdown_table(("name", "number"), rows) == wanted
+
+
+def test_help_keeps_the_lines_of_its_text():
+    assert "one\n\n  two\n" in parser("one\n\n  two").format_help()
 
 
 def side(config, place):
@@ -312,8 +326,30 @@ def test_a_fitted_bias_gives_every_class_its_share():
 def test_what_a_bias_is_worth_is_a_line_for_every_run(local_grid, settings):
     run(local_grid, settings)
     finished = FinishedRun.read(results(settings)[0])
-    cells = [cell.strip() for cell in head_bias.line(finished).split("|")[1:-1]]
+    cells = head_bias.row(finished)
+    assert len(cells) == len(head_bias.TITLES)
     after = finished.summary["test-after"]
     assert cells[0] == finished.path.name
     assert cells[1] == f"{after['fm-accuracy']:.3f}"
     assert cells[3] == f"{after['fm-loss']:.3f}"
+
+
+def test_every_head_is_trained_and_judged(
+    bert_directory, tmp_path, monkeypatch, capsys
+):
+    words = ["good", "bad", "film", "very", "not"]
+    texts = [" ".join(words[: 1 + i % 5][:: (-1) ** i]) for i in range(60)]
+    rows = Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(60)]})
+    rows.to_csv(str(tmp_path / "rows.csv"))
+    settings = {"data.task": "text", "data.path": str(tmp_path / "rows.csv")}
+    settings["fm.name"] = str(bert_directory)
+    monkeypatch.setattr(pooling, "Config", lambda: Config.from_run_config(settings))
+    monkeypatch.setattr(sys, "argv", ["pooling", "--steps", "2", "--seeds", "0", "1"])
+    pooling.main()
+    titles, rule, *lines = capsys.readouterr().out.splitlines()
+    assert (titles, rule) == ("| head | seed 0 | seed 1 | mean |", "|---|---|---|---|")
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [name for name, *_ in cells] == [*pooling.HEADS, "mean pooling"]
+    for _, *found in cells:
+        one, other, mean = map(float, found)
+        assert mean == pytest.approx((one + other) / 2, abs=1e-3)

@@ -2,13 +2,7 @@
 
 import pytest
 import torch
-from flwr.app import (
-    ConfigRecord,
-    Context,
-    Message,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 
@@ -18,8 +12,9 @@ from fedpft_flower.codec import (
     encode_arrays,
     encode_weights,
 )
+from fedpft_flower.delta import apply_delta, make_delta
 from fedpft_flower.mods import codec_mod
-from fedpft_flower.wire import apply_delta, make_delta, pack_tensors, unpack_tensors
+from fedpft_flower.wire import pack_tensors, unpack_tensors
 from tests.test_federation import results, run
 
 CODECS = ("fp32", "bf16", "fp16", "int8")

@@ -346,6 +346,21 @@ def test_a_stopped_run_that_cannot_be_read_is_not_begun_anew(
     assert engine  # the others went on
 
 
+def test_a_run_that_broke_is_told_by_its_last_words(
+    spec_file, engine, tmp_path, monkeypatch
+):
+    comparison = Comparison(Spec(spec_file), tmp_path / "out")
+    for lines, said in (
+        (["round 1", "Killed by signal 9", " "], "Killed by signal 9"),
+        ([f"{MARK}error: no room", "Traceback"], "no room"),
+        ([], "finished:failed"),
+    ):
+        failure = Failure("finished:failed", lines)
+        monkeypatch.setattr(compare, "run_experiment", lambda *_, f=failure: f)
+        flat = comparison.spec.config(comparison.spec.all_cells[0]).flat()
+        assert comparison._attempt(flat).reason == said
+
+
 def test_a_run_that_cannot_be_resumed_starts_anew_but_for_what_it_released(
     spec_file, engine, tmp_path, monkeypatch
 ):
@@ -422,6 +437,37 @@ def test_further_test_splits_have_columns_of_their_own():
     lines = tables._paper_table(spec, groups)
     assert lines[0] == "| method | kept | t (accuracy) | hard, t (accuracy) |"
     assert lines[2] == "| a | 0.5 | 0.500 (0.000) | 0.250 [1 seed] |"
+
+
+def test_further_test_splits_have_gaps_of_their_own():
+    def results(method, *right):
+        found = []
+        for seed, hits in enumerate(right):
+            share = sum(map(int, hits)) / len(hits)
+            scores = {"fm-accuracy": share, "sub-fm-accuracy": 0.1}
+            summary = {"test-after": scores, "more-tests": {"hard": scores}}
+            of = {"fm": "0" * 8, "fm (hard)": hits}
+            cell = {"config": {"data.task": "digits"}, "summary": summary, "hits": of}
+            found.append(tables.Result(Cell("t", "", method, 1, 1, seed), cell, None))
+        return found
+
+    spec = SimpleNamespace(
+        seeds=[0, 1],
+        reference="b",
+        groups=lambda: [("t", "", "a", 1), ("t", "", "b", 1)],
+        kept=lambda *of: [1],
+    )
+    groups = {
+        ("t", "", "a", 1): results("a", "11110000", "11111100"),
+        ("t", "", "b", 1): results("b", "11111111", "11111111"),
+    }
+    lines = tables._split_table(spec, groups, ("t", ""), "hard")
+    assert lines[0] == "| method | kept | FM | sub-FM | gap to b | by seed |"
+    first = lines[2]
+    assert first.startswith("| a | 1 | 0.625 (0.177) | 0.100 (0.000) | -37.5 (-")
+    assert first.endswith(" points | -50.0, -25.0 |")
+    assert lines[3].endswith("| - | - |")
+    assert len(tables._split_table(spec, groups, ("t", ""), "other")) == 2
 
 
 def test_differences_find_the_fraction_that_the_other_has():

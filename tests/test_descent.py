@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.config import Config, FedPFTError
-from fedpft_flower.descent import CHECKS, Progress, Schedule, descend
+from fedpft_flower.descent import CHECKS, Loss, Progress, Schedule, descend
 
 GOAL = torch.tensor([1.0, -2.0, 3.0])
 
@@ -24,11 +24,9 @@ def descended(schedule, batches, held_out=(), mask=None):
         [],
         [(parameter, mask)],
         cycle(batches),
-        loss_of,
+        Loss(loss_of, "the loss", "lower lr"),
         schedule,
         seen.append,
-        "the loss",
-        "lower lr",
         held_out,
     )
     assert last == seen[-1]

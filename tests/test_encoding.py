@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from benchmarks.plain_loop import load
-from fedpft_flower import encoding
+from fedpft_flower import tokens
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.encoding import (
     TextRows,
@@ -78,13 +78,13 @@ def test_a_budget_of_tokens_takes_whole_rows_drawn_at_random(bert_directory):
 def counted(bert_directory, tmp_path, monkeypatch):
     """Return a tokenizer in an empty cache, and how often texts were tokenised."""
     monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path))
-    calls, really = [], encoding._tokenise
+    calls, really = [], tokens._tokenise
 
     def tokenise(*arguments):
         calls.append(1)
         return really(*arguments)
 
-    monkeypatch.setattr(encoding, "_tokenise", tokenise)
+    monkeypatch.setattr(tokens, "_tokenise", tokenise)
     return AutoTokenizer.from_pretrained(bert_directory), calls, tmp_path / "encoded"
 
 
@@ -118,7 +118,7 @@ def test_a_cut_file_is_made_again_and_old_ones_go(counted, monkeypatch):
     again = TextRows(pairs("good film", "very bad"), tokenizer, 16)
     assert len(calls) == 2
     assert same(first.batch([0, 1]), again.batch([0, 1]))
-    monkeypatch.setattr(encoding, "KEEP", 2)
+    monkeypatch.setattr(tokens, "KEEP", 2)
     for i in range(4):
         TextRows(pairs("good", str(i)), tokenizer, 16)
     assert len(list(place.iterdir())) == 2

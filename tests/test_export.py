@@ -267,6 +267,14 @@ def test_protection_and_hostile_names_in_the_card(local_grid, texts, tmp_path):
     card = (tmp_path / "given" / "README.md").read_text()
     assert "| held \\| back | &lt;b>1 | a b |" in card
     assert "epsilon 2.5" in card and "No differential privacy" not in card
+    assert "Choices were made on validation; test was only reported." in card
+    refinement = {"kept": True, "validation-share": 0.5}
+    summary |= {"select": "best", "best-round": 1, "refinement": refinement}
+    (place / "summary.json").write_text(json.dumps(summary))
+    export(place, tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "| adapter of | the best round (1) |" in card
+    assert "validation, whose inputs are 50.0 % of what it was refined on;" in card
 
 
 def test_what_cannot_be_exported_ends_in_one_line_and_leaves_nothing(

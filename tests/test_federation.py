@@ -25,17 +25,18 @@ from safetensors.torch import load_file
 
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
-from fedpft_flower import app, client, federation, node, report
+from fedpft_flower import app, client, federation, node, run_directory
 from fedpft_flower.adapters import get_adapter
 from fedpft_flower.app import serve
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
-from fedpft_flower.report import LOG
+from fedpft_flower.runs import LOG
 from fedpft_flower.software import versions
+from fedpft_flower.store import Store, tensors_hash
 from fedpft_flower.tasks import load_task
-from fedpft_flower.wire import HELLO, Store, tensors_hash
+from fedpft_flower.wire import HELLO
 
 NODES = 5
 
@@ -307,7 +308,7 @@ def test_a_second_end_of_a_run_is_none_until_it_is_whole(
 ):
     run(local_grid, settings | {"rounds": 1})
     place, *_ = results(settings)
-    monkeypatch.setattr(report, "export_adapter", full)
+    monkeypatch.setattr(run_directory, "export_adapter", full)
     again = {"rounds": 1, "plug-in.steps": 2, "resume": str(place)}
     with pytest.raises(FedPFTError, match="make room"):
         run(local_grid, settings | again)
@@ -593,10 +594,11 @@ def test_others_stand_in_for_nodes_that_are_gone(local_grid, settings):
         run(local_grid, settings, dict.fromkeys(range(NODES), die))
     finally:
         local_grid.get_node_ids = real
-    _, rounds, _, _ = results(settings)
+    _, rounds, _, manifest = results(settings)
     for entry in rounds[1:]:
         good = [c for c in entry["per-client"].values() if c["outcome"] == "ok"]
         assert len(good) == 3
+    assert len(manifest["nodes"]) == NODES  # also the one that was gone at the end
     assert (
         sum("no reply in time" in x for r in rounds[1:] for x in r["failures"].values())
         == 1
@@ -892,11 +894,15 @@ def test_further_test_splits_are_reported_apart(local_grid, settings, tmp_path):
         "data.test-split": "near,far",
     }
     run(local_grid, settings)
-    _, _, summary, manifest = results(settings)
+    place, _, summary, manifest = results(settings)
     assert summary["more-tests"].keys() == {"far"}
     assert summary["more-tests"]["far"].keys() == summary["test-after"].keys()
     assert summary["more-tests"]["far"] != summary["test-after"]
     assert manifest["splits"]["far"]["rows"] == len(task.test)
+    hits = json.loads((place / "hits.json").read_text())
+    share = hits["fm (far)"].count("1") / len(task.test)
+    assert share == pytest.approx(summary["more-tests"]["far"]["fm-accuracy"])
+    assert len(hits["sub-fm (far)"]) == len(task.test)
 
 
 # ------------------------------------------------------- nodes with rows of their own

@@ -24,18 +24,11 @@ from fedpft_flower.config import (
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS, method_of
 from fedpft_flower.partitions import PARTITIONS, load_partition
-from fedpft_flower.report import RunDirectory
+from fedpft_flower.run_directory import RunDirectory
 from fedpft_flower.selection import SELECTIONS
 from fedpft_flower.server import ProxyServer
-from fedpft_flower.strategies import (
-    _RANGES as ARGUMENTS,
-)
-from fedpft_flower.strategies import (
-    STRATEGIES,
-    _arguments,
-    inner_strategy,
-    strategy_of,
-)
+from fedpft_flower.strategies import _RANGES as ARGUMENTS
+from fedpft_flower.strategies import STRATEGIES, _arguments, inner_strategy, strategy_of
 from fedpft_flower.tasks import load_public, load_task
 from tests.fuzzing import (
     LONG,
@@ -346,7 +339,7 @@ def test_rows_are_shared_out_or_refused(own_rows):
     base = {**own_rows, "data.client-column": "owner"}
 
     @examples(110)
-    @given(sound(PARTITION_KEYS, PARTITION_GOOD), st.integers(1, 50))
+    @given(sound(PARTITION_KEYS, PARTITION_GOOD), st.integers(1, 80))  # of 60 rows
     @example({"partition.kind": "sizes", "partition.alpha": 5e-324}, 3)
     @example({"partition.kind": "dirichlet", "partition.alpha": 5e-324}, 3)
     @example({"partition.kind": "sizes", "partition.alpha": 1e9}, 30)

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
 from fedpft_flower.config import Config
+from fedpft_flower.delta import apply_delta, make_delta
 from fedpft_flower.refusals import REFUSED
+from fedpft_flower.store import Store, package_hash, package_json, package_tensors
 from fedpft_flower.wire import (
     ARRAYS,
     CONFIG,
@@ -24,16 +26,10 @@ from fedpft_flower.wire import (
     PACKAGE,
     TRAIN,
     TRAIN_METRICS,
-    Store,
-    apply_delta,
     arrays_of,
     config_of,
-    make_delta,
     metrics_of,
     pack_tensors,
-    package_hash,
-    package_json,
-    package_tensors,
     split_rates,
     unpack_tensors,
 )

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
 from fedpft_flower import federation as federation_module
-from fedpft_flower import wire
+from fedpft_flower import grid
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.federation import Federation
+from fedpft_flower.grid import CountingGrid
 from fedpft_flower.strategies import inner_strategy
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.wire import (
@@ -35,7 +36,6 @@ from fedpft_flower.wire import (
     INSTALL,
     METRICS,
     TRAIN,
-    CountingGrid,
     Ledger,
     pack_tensors,
 )
@@ -168,7 +168,7 @@ def hub(tmp_path_factory, bert_directory):
         patch.setenv("FEDPFT_CACHE", str(place / "cache"))
         for name in ("run_id", "node_id", "task_id"):
             patch.setattr(TaskIdentity, f"_{name}", 1)
-        for module in (federation_module, wire):
+        for module in (federation_module, grid):
             patch.setattr(module, "time", quick)
         yield Hub(settings)
 

@@ -11,11 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower import client
-from fedpft_flower.adapters import (
-    attach_adapter,
-    base_model,
-    export_adapter,
-)
+from fedpft_flower.adapters import attach_adapter, base_model, export_adapter
 from fedpft_flower.alignment import distil, layer_level
 from fedpft_flower.architectures import ARCHITECTURES, ffns_of
 from fedpft_flower.config import Config, DataConfig, FedPFTError, LoraConfig

@@ -10,12 +10,7 @@ from fedpft_flower.adapters import base_model
 from fedpft_flower.alignment import state_loss
 from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, FedPFTError
-from fedpft_flower.least_squares import (
-    Walk,
-    _held_out,
-    quadratics,
-    refit,
-)
+from fedpft_flower.least_squares import Walk, _held_out, quadratics, refit
 from fedpft_flower.sensitivity import measure, streams
 from tests.families import (
     CONFIGS,

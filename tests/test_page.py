@@ -15,8 +15,9 @@ from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.markup import Markup, element
 from fedpft_flower.page import render_page
 from fedpft_flower.plan import Plan
-from fedpft_flower.report import FinishedRun, write_page
 from fedpft_flower.report import run as report
+from fedpft_flower.report import write_page
+from fedpft_flower.runs import FinishedRun
 from fedpft_flower.wording import shown_settings, size
 from tests.test_federation import broken, results, run
 
@@ -217,6 +218,10 @@ def test_every_section_is_there_and_the_numbers_are_the_metrics(facts):
         "round 1: boom",
     ]
     assert "1 more nodes were there and not asked" in page.text
+    assert "2 nodes trained" in page.text
+    assert ("div", "role", "region") in page.attributes
+    row = page.texts.index("accuracy: sub-FM")
+    assert page.texts[row:].index("0.679") > 0  # the curves' figures in a table
     assert "validation loss 1.200 to 1.100" in page.text
 
 
@@ -229,6 +234,19 @@ def test_curves_have_a_point_for_every_value_and_none_where_none_is(facts):
     assert "before alignment, round 2: 0.543" in titles
     assert "install, round 1: 3" in titles
     assert "clients, training, round 1: 1.5" in titles
+
+
+def test_who_only_failed_has_not_trained_and_what_refinement_saw_is_told(facts):
+    _, rounds, summary, _ = facts
+    rounds[2]["per-client"]["north"] = client(0, "boom")
+    page = check(render_page(*facts))
+    assert "1 node trained" in page.text
+    assert "batches were validation rows" not in page.text
+    summary["refinement"]["validation-share"] = 0.25
+    told = "25.0 % of its batches were validation rows, without their labels"
+    assert told in check(render_page(*facts)).text
+    rounds[2]["skipped"] = "1 usable replies of 2"
+    assert "1 node trained" in check(render_page(*facts)).text  # in round 1
 
 
 def test_a_single_gradient_error_is_a_table(facts):
@@ -420,18 +438,14 @@ def test_what_is_no_finished_run_ends_in_one_line(tmp_path, capsys, full_disk, f
 # --------------------------------------------------------------------------- a browser
 
 
-def test_a_browser_shows_the_page_and_nothing_runs(facts, tmp_path):
-    """Open the page in Chromium, offline: the elements are those that were written."""
+@pytest.fixture
+def chromium(tmp_path):
+    """Open a page in Chromium, offline, and return what the browser prints of it."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         pytest.skip("no chromium here (Debian: apt-get install chromium)")
-    _, rounds, _, manifest = facts
-    rounds[1]["per-client"][HOSTILE] = client(0, HOSTILE)
-    manifest["nodes"][HOSTILE] = 3
-    text = render_page(*facts)
-    (tmp_path / "report.html").write_text(text, encoding="utf-8")
 
-    def chromium(*options):
+    def opened(path, *options):
         done = subprocess.run(
             [
                 browser,
@@ -440,7 +454,7 @@ def test_a_browser_shows_the_page_and_nothing_runs(facts, tmp_path):
                 *("--disable-component-update", "--disable-sync"),
                 f"--user-data-dir={tmp_path / 'profile'}",
                 *("--window-size=1000,1400", *options),
-                (tmp_path / "report.html").as_uri(),
+                path.as_uri(),
             ],
             cwd=tmp_path,
             capture_output=True,
@@ -451,12 +465,35 @@ def test_a_browser_shows_the_page_and_nothing_runs(facts, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    shown, written = Page(chromium("--dump-dom")), Page(text)
+    return opened
+
+
+def shows(chromium, path):
+    """Check that the browser's elements are those that were written."""
+    shown = Page(chromium(path, "--dump-dom"))
+    written = Page(path.read_text(encoding="utf-8"))
     assert shown.names == written.names
     assert shown.text == written.text
-    chromium(f"--screenshot={tmp_path / 'page.png'}")
+    return shown
+
+
+def test_a_browser_shows_the_page_and_nothing_runs(facts, tmp_path, chromium):
+    _, rounds, _, manifest = facts
+    rounds[1]["per-client"][HOSTILE] = client(0, HOSTILE)
+    manifest["nodes"][HOSTILE] = 3
+    path = tmp_path / "report.html"
+    path.write_text(render_page(*facts), encoding="utf-8")
+    shows(chromium, path)
+    chromium(path, f"--screenshot={tmp_path / 'page.png'}")
     from PIL import Image
 
     with Image.open(tmp_path / "page.png") as picture:
         assert picture.size == (1000, 1400)
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_a_browser_shows_what_a_run_wrote(local_grid, settings, chromium):
+    run(local_grid, settings | {"method": "fedpft-ls", "plug-in.steps": 2})
+    page = shows(chromium, results(settings)[0] / "report.html")
+    assert set(SECTIONS) <= set(page.texts)
+    assert page.names.count("svg") >= 4

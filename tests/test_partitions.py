@@ -95,3 +95,23 @@ def test_natural_clients_are_those_of_the_column(tmp_path):
         load_partition(data, config, 0, 6, 0)
     with pytest.raises(FedPFTError, match=r"name it in data\.client-column"):
         load_partition(DIGITS, config, 0, 2, 0)
+
+
+@pytest.mark.parametrize(("count", "alpha"), [(20, 0.1), (50, 0.05)])
+def test_few_classes_are_shared_among_many_clients(tmp_path, count, alpha):
+    """Of two classes hardly a draw gives every client enough: the poorest get some."""
+    path = tmp_path / "two.csv"
+    rows = [f"text {i},{int(i % 20 == 0)}" for i in range(1200)]
+    path.write_text("\n".join(["text,label", *rows]) + "\n")
+    data = DataConfig(task="text", path=str(path))
+    train = load_task(data, 0).train
+    config = PartitionConfig("dirichlet", alpha=alpha)
+    parts = [load_partition(data, config, i, count, 0) for i in range(count)]
+    least = max(1, min(10, len(train) // (10 * count)))
+    sizes = [len(part) for part in parts]
+    assert min(sizes) == least and sum(sizes) == len(train)
+    texts = [text for part in parts for text in part["text"][:]]
+    assert sorted(texts) == sorted(train["text"][:])
+    _partitioner.cache_clear()
+    again = load_partition(data, config, 3, count, 0)
+    assert again["text"][:] == parts[3]["text"][:]

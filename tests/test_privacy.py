@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
-from fedpft_flower import commands, report, strategy
+from fedpft_flower import commands, run_directory, strategy
 from fedpft_flower.checkpoint import Checkpoints
 from fedpft_flower.checks import check_run
 from fedpft_flower.client import forget_sub_fm
@@ -23,8 +23,8 @@ from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.privacy import NO_MEAN, Privacy, check_private
 from fedpft_flower.refusals import UNTOLD
 from fedpft_flower.server import ProxyServer
+from fedpft_flower.store import Store
 from fedpft_flower.strategies import STRATEGIES, inner_strategy
-from fedpft_flower.wire import Store
 from tests.test_federation import (
     NODES,
     broken,
@@ -525,7 +525,7 @@ CUTS = [
     (Privacy, "aggregate_train", 2, True, 4),  # counted, not used yet
     (ProxyServer, "end_round", 2, False, 4),
     (ProxyServer, "end_round", 2, True, 4),
-    (report.RunDirectory, "add_round", 3, True, 4),  # used, no checkpoint yet
+    (run_directory.RunDirectory, "add_round", 3, True, 4),  # used, no checkpoint yet
     (Checkpoints, "save", 3, True, 3),
     (strategy.FedPFT, "configure_train", 2, True, 3),
 ]

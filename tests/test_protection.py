@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from fedpft_flower.alignment import outputs_of
+from fedpft_flower.delta import apply_delta
 from fedpft_flower.plan import Plan
 from fedpft_flower.protection import Exposure, protection
-from fedpft_flower.wire import apply_delta, config_of, unpack_tensors
+from fedpft_flower.wire import config_of, unpack_tensors
 from tests.test_federation import results, run
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedpft_flower import checkpoint, disk, report, strategy
+from fedpft_flower import checkpoint, disk, run_directory, strategy
 from fedpft_flower.checkpoint import FREE_KEYS, Checkpoint, Checkpoints
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.server import ProxyServer
@@ -89,11 +89,16 @@ CUTS = [
     (ProxyServer, "_distil", 3, False),  # in the alignment of round 2
     (ProxyServer, "evaluate", 3, False),  # round 1's validation
     (strategy.FedPFT, "configure_train", 3, True),
-    (report.RunDirectory, "add_round", 3, True),  # metrics are ahead of the checkpoint
+    (
+        run_directory.RunDirectory,
+        "add_round",
+        3,
+        True,
+    ),  # metrics are ahead of the checkpoint
     (disk, "flush", 11, False),  # while a checkpoint is written
     (disk, "flush", 14, False),  # renamed, older ones not removed yet
     (Checkpoints, "save", 3, True),
-    (report.RunDirectory, "finish", 1, False),  # all rounds are over
+    (run_directory.RunDirectory, "finish", 1, False),  # all rounds are over
 ]
 
 
@@ -117,12 +122,12 @@ CHILD = """
 import json, os, signal, sys
 from tests import conftest
 from flwr.supercore.task_identity import TaskIdentity
-from fedpft_flower import checkpoint, report
+from fedpft_flower import checkpoint, run_directory
 from tests.test_federation import run
 
 for name in ("run_id", "node_id", "task_id"):
     setattr(TaskIdentity, f"_{name}", 1)
-report.draw_curves = lambda *a: a[-1].touch()
+run_directory.draw_curves = lambda *a: a[-1].touch()
 flushes, real = [], os.fsync
 def fsync(handle):
     flushes.append(1)
@@ -251,7 +256,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(local_grid, finished):
 def test_two_runs_do_not_share_a_directory(finished, local_grid):
     from fedpft_flower.config import Config
 
-    held = report.RunDirectory(Config.from_run_config(finished), 7)
+    held = run_directory.RunDirectory(Config.from_run_config(finished), 7)
     with pytest.raises(FedPFTError, match="is in use by another run"):
         run(local_grid, finished)
     del held
@@ -280,14 +285,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 def test_a_full_disk_at_the_end_says_how_to_go_on(
     local_grid, short, full_disk, monkeypatch
 ):
-    real, expected = report.export_adapter, short["out-dir"]
+    real, expected = run_directory.export_adapter, short["out-dir"]
 
     def export(fm, path):
         with full_disk():
             real(fm, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "export_adapter", export)
+        patch.setattr(run_directory, "export_adapter", export)
         said = f"cannot write .* make room or resume with resume={expected}/7"
         with pytest.raises(FedPFTError, match=said):
             run(local_grid, short)

@@ -298,7 +298,12 @@ def test_an_unknown_selection_is_refused():
 def test_a_pass_over_public_batches_tells_how_far_it_is(monkeypatch, caplog):
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     with caplog.at_level(logging.INFO):
-        assert list(progress.Shown([1, 2, 3, 4], "choosing neurons")) == [1, 2, 3, 4]
+        assert list(progress.LoggedBatches([1, 2, 3, 4], "choosing neurons")) == [
+            1,
+            2,
+            3,
+            4,
+        ]
     assert "choosing neurons:  50 %" in caplog.text
 
 

@@ -9,14 +9,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    Value,
-    load_dataset,
-)
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoTokenizer
@@ -27,13 +20,7 @@ from fedpft_flower.encoding import content_hash, encode
 from fedpft_flower.images import decoded_images
 from fedpft_flower.partitions import load_partition
 from fedpft_flower.reading import _read_hub, read_splits, with_texts
-from fedpft_flower.tasks import (
-    _sentences,
-    load_public,
-    load_site,
-    load_task,
-    source_of,
-)
+from fedpft_flower.tasks import _sentences, load_public, load_site, load_task, source_of
 
 DIGITS = DataConfig(task="digits")
 

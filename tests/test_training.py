@@ -12,12 +12,7 @@ from fedpft_flower.config import FedPFTError, LoraConfig, TrainConfig
 from fedpft_flower.encoding import NO_TARGET, TextRows
 from fedpft_flower.evaluation import evaluate
 from fedpft_flower.flops import FlopMeter
-from fedpft_flower.training import (
-    add_gradients,
-    recomputed,
-    round_lr,
-    train_adapter,
-)
+from fedpft_flower.training import add_gradients, recomputed, round_lr, train_adapter
 from tests.families import tiny_batch, tiny_model
 
 

@@ -9,24 +9,25 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedpft_flower.config import FedPFTError
+from fedpft_flower.delta import apply_delta, make_delta
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
-from fedpft_flower.wire import (
-    ARRAYS,
-    CONFIG,
-    METRICS,
-    Ledger,
+from fedpft_flower.store import (
     Store,
-    apply_delta,
-    make_delta,
-    message_bytes,
-    pack_rates,
-    pack_tensors,
     package_from,
     package_hash,
     package_json,
     package_tensors,
     tensors_hash,
+)
+from fedpft_flower.wire import (
+    ARRAYS,
+    CONFIG,
+    METRICS,
+    Ledger,
+    message_bytes,
+    pack_rates,
+    pack_tensors,
     unpack_rates,
     unpack_tensors,
 )

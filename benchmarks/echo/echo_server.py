@@ -7,7 +7,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedpft_flower.wire import ARRAYS, TRAIN, CountingGrid, Ledger
+from fedpft_flower.grid import CountingGrid
+from fedpft_flower.wire import ARRAYS, TRAIN, Ledger
 
 app = ServerApp()
 

@@ -1,0 +1,212 @@
+"""Train round after round: evaluate, write metrics and a checkpoint, say one line."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, MetricRecord
+
+from fedpft_flower.checkpoint import Checkpoint, Checkpoints
+from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.curves import aligned_error
+from fedpft_flower.devices import peak_memory, release
+from fedpft_flower.federation import Federation, RoundError
+from fedpft_flower.metrics import Metrics, is_better
+from fedpft_flower.run_directory import RunDirectory
+from fedpft_flower.strategies import memory_of, remember
+from fedpft_flower.strategy import FedPFT
+from fedpft_flower.wire import pack_tensors
+from fedpft_flower.wording import size
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """Close every round: evaluate, write metrics and a checkpoint, say one line."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        checkpoints: Checkpoints,
+        strategy: FedPFT,
+        own: Mapping[str, Any],
+    ) -> None:
+        self.config, self.directory, self.strategy = config, directory, strategy
+        self._checkpoints, self._own = checkpoints, own
+        self.before: Metrics = {}  # test metrics before training
+        self._metric = strategy.server.metric
+        self._best_score: float | None = None
+        self.best_round, self._misses = 0, 0
+        self._alignment: Metrics = {}
+        self._likeness: Metrics = {}
+        self._began = time.monotonic()
+
+    def prepare(self) -> None:
+        """Align before the first round, and evaluate what training will start from."""
+        server, privacy = self.strategy.server, self.strategy.privacy
+        if privacy is not None:
+            privacy.begin()
+        self._alignment = server.prepare()
+        self.before = server.evaluate("test")
+        self._likeness = server.likeness()
+
+    def resume(self, saved: Checkpoint) -> None:
+        """Become the run that a checkpoint was made of."""
+        state, strategy = saved.state, self.strategy
+        strategy.server.restore(saved.tensors)
+        remember(strategy.inner, saved.tensors, state["strategy"])
+        if strategy.privacy is not None:
+            # The latter is ahead where a release was made and no checkpoint since.
+            strategy.privacy.begin(state["privacy"], self._checkpoints.spent())
+        strategy.federation.grid.ledger.restore(state["ledger"])
+        strategy.federation.exposure.restore(state["exposure"])
+        strategy.federation.met = {**state["met"], **strategy.federation.met}
+        strategy.done = saved.round
+        self.directory.go_back(saved.round)
+        self.before = state["before"]
+        best = state["best"]
+        self.best_round, self._best_score = best["round"], best["score"]
+        self._misses = best["misses"]
+        self._stop_early()
+        logger.info("resumed after round %d", saved.round)
+
+    def train(self) -> None:
+        """Train all rounds that are left.
+
+        Raises:
+            FedPFTError: a round has too few nodes or replies; the run can be resumed.
+        """
+        strategy = self.strategy
+        try:
+            strategy.start(
+                strategy.federation.grid,
+                pack_tensors(strategy.server.adapter)[0],
+                num_rounds=self.config.rounds,
+                timeout=self.config.timeout_seconds,
+                evaluate_fn=self.end_round,
+            )
+        except RoundError as error:
+            raise FedPFTError(
+                f"{error}; the last checkpoint is of round {strategy.done}, go on with "
+                f"resume={self.directory.path}"
+            ) from error
+
+    def plug_in_chosen(self) -> None:
+        """Go back to the best round, where the run is to end with its adapter."""
+        if self.config.select == "best":
+            best = self._checkpoints.load(self.best_round)
+            self.strategy.server.restore(best.tensors)
+
+    def end_round(self, current: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Evaluate after a round (0: before training) and report it."""
+        ledger = self.strategy.federation.grid.ledger
+        entry: Metrics = {"round": 0, "alignment": self._alignment}
+        if self._likeness:
+            entry["public"] = self._likeness
+        entry = self.strategy.rounds[current] if current else entry
+        privacy = self.strategy.privacy
+        last = current == self.config.rounds or (privacy and privacy.is_over)
+        due = current % self.config.eval_every == 0 or last
+        scores = self.strategy.server.evaluate("validation") if due else {}
+        entry |= scores
+        entry |= self._gradient(current, entry)
+        entry["peak-memory-server"] = peak_memory()
+        entry["bytes"] = ledger.table(current)
+        entry["bytes-down"] = ledger.total("down", current)
+        entry["bytes-up"] = ledger.total("up", current)
+        now = time.monotonic()
+        entry["seconds"], self._began = now - self._began, now
+        if self.strategy.privacy is not None:
+            entry["privacy"] = self.strategy.privacy.spent()
+        if scores:
+            self._note_score(current, scores[f"fm-{self._metric}"])
+        entry["last"] = bool(last or self.strategy.stopped)
+        self.directory.add_round(entry)
+        self._save(current)
+        release()  # virtual clients may share this GPU
+        logger.info("%s", self._line(current, entry))
+        if self.strategy.stopped:
+            logger.info(
+                "early stop: %d evaluations without a better one than round %d's",
+                self._misses,
+                self.best_round,
+            )
+        return MetricRecord(scores) if scores else None
+
+    def _gradient(self, current: int, entry: Metrics) -> Metrics:
+        """Measure the gradient error where it is due and no alignment just has."""
+        every = self.config.gradient_every
+        if not every or current % every:
+            return {}
+        found = aligned_error(entry) or self.strategy.server.gradient_error()
+        return {"gradient-error": found} if found else {}
+
+    def _note_score(self, current: int, score: float) -> None:
+        best = self._best_score
+        if best is None or is_better(self._metric, score, best):
+            self.best_round, self._best_score, self._misses = current, score, 0
+        else:
+            self._misses += 1
+        self._stop_early()
+
+    def _stop_early(self) -> None:
+        patience = self.config.early_stop
+        self.strategy.stopped = bool(patience) and self._misses >= patience
+
+    def _save(self, current: int) -> None:
+        strategy = self.strategy
+        memory, form = memory_of(strategy.inner)
+        state = {
+            **self._own,
+            "plan": strategy.server.plan.to_json(),
+            "partitions": strategy.federation.partitions,
+            "installs": strategy.federation.installs(),
+            "met": {
+                key: None if self.config.privacy.on else rows
+                for key, rows in strategy.federation.met.items()
+            },
+            "ledger": strategy.federation.grid.ledger.state(),
+            "exposure": strategy.federation.exposure.state(),
+            "strategy": form,
+            "privacy": strategy.privacy and strategy.privacy.state(),
+            "before": self.before,
+            "best": {
+                "round": self.best_round,
+                "score": self._best_score,
+                "misses": self._misses,
+            },
+        }
+        tensors = {**strategy.server.state(), **memory}
+        checkpoint = Checkpoint(current, tensors, state)
+        self._checkpoints.save(checkpoint, self.best_round)
+
+    def _line(self, current: int, entry: Metrics) -> str:
+        parts = [f"round {current}/{self.config.rounds}"]
+        for name, model in (("FM", "fm"), ("sub-FM", "sub-fm")):
+            if (key := f"{model}-{self._metric}") in entry:
+                parts.append(f"{name} {entry[key]:.3f}")
+        loss = entry.get("train-loss", entry.get("fm-loss"))
+        if loss is not None:
+            parts.append(f"loss {loss:.3f}")
+        if "skipped" in entry:
+            parts.append(f"skipped ({entry['skipped']})")
+        if "privacy" in entry:
+            parts.append(f"epsilon {entry['privacy']['epsilon']:.3g}")
+        parts.append(f"down {size(entry['bytes-down'])}")
+        parts.append(f"up {size(entry['bytes-up'])}")
+        parts.append(f"{entry['seconds']:.1f} s")
+        return "  ".join(parts)
+
+
+def nodes_met(federation: Federation, config: Config) -> dict[str, int | None]:
+    """Return the rows of every node that was met; None where none are told.
+
+    A node without a name is another one whenever it comes back: of those there are now.
+    """
+    here = {node.key: node.examples for node in federation.nodes.values()}
+    return {
+        key: None if config.privacy.on else rows
+        for key, rows in sorted({**federation.met, **here}.items())
+    }
