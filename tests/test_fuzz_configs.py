@@ -339,7 +339,7 @@ def test_rows_are_shared_out_or_refused(own_rows):
     base = {**own_rows, "data.client-column": "owner"}
 
     @examples(110)
-    @given(sound(PARTITION_KEYS, PARTITION_GOOD), st.integers(1, 80))  # of 60 rows
+    @given(sound(PARTITION_KEYS, PARTITION_GOOD), st.integers(1, 80))  # of 48 rows
     @example({"partition.kind": "sizes", "partition.alpha": 5e-324}, 3)
     @example({"partition.kind": "dirichlet", "partition.alpha": 5e-324}, 3)
     @example({"partition.kind": "sizes", "partition.alpha": 1e9}, 30)
