@@ -1,6 +1,6 @@
 """Measure two bounds that are no federated methods: `centralised` and `local`.
 
-python -m benchmarks.bounds conf/demo.toml --nodes 20 --seeds 0 1 2 key=value ...
+python -m benchmarks.bounds conf/demo.toml key=value ... --nodes 20 --seeds 0 1 2
 
 Both train LoRA and the head on the whole FM (the configured `method` is ignored) with
 the federation's FM, start, batch size, optimiser and test rows. Every stage is one call
@@ -40,8 +40,8 @@ from fedpft_flower.training import round_lr, train_adapter
 def main() -> None:
     """Measure both bounds for every seed and print the table."""
     arguments = parser(__doc__)
-    arguments.add_argument("conf", type=Path)
-    arguments.add_argument("set", nargs="*", metavar="key=value")
+    arguments.add_argument("conf", type=Path, help="experiment")
+    arguments.add_argument("set", nargs="*", metavar="key=value", help="overrides")
     arguments.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments.add_argument("--nodes", type=int, default=20)
     arguments.add_argument(

@@ -68,7 +68,7 @@ class Comparison:
     """Keep the results of a spec's cells in a directory, and run what is missing.
 
     `cells/NAME.json` holds a result, `cells/NAME.failed.json` the reason of a failure,
-    `runs/NAME/` the run directories.
+    `runs/NAME-nNODES/` the run directories.
     """
 
     def __init__(
@@ -435,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run a comparison of methods from a spec, e.g. "
         "conf/compare/embedded.toml, and write its tables and plots.",
     )
-    parser.add_argument("spec", type=Path)
+    parser.add_argument("spec", type=Path, help="the comparison, a TOML file")
     parser.add_argument(
         "--out",
         type=Path,

@@ -260,7 +260,7 @@ class AlignConfig:
     sensitivity: float = -1.0
     # Least squares: weight of the Jacobian, ridge (both as shares), and how many public
     # tokens to look at; 0 takes 40 for each kept neuron of a layer, and to choose
-    # neurons 10 for each there is.
+    # neurons 10 for each there is, or 25 for each that is kept where those are more.
     jacobian_weight: float = 0.3
     ridge: float = 0.001
     calibration_tokens: int = 0
@@ -419,7 +419,7 @@ class Config:
         for key in run_config:
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "see conf/*.toml"
+                hint = f"did you mean {close[0]!r}?" if close else "see pyproject.toml"
                 raise FedPFTError(f"unknown configuration key {key!r}; {hint}")
         config: Config = _build(cls, "", run_config)
         return config

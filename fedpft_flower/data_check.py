@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fedpft-data",
         description="Show what a run would use of a site's own files.",
     )
-    parser.add_argument("action", choices=["check"])
+    parser.add_argument("action", choices=["check"], help="what to do")
     parser.add_argument("path", help="file or directory: a node's data-path")
     parser.add_argument(
         "set",

@@ -21,8 +21,8 @@ def evaluate(
     """Evaluate a model on rows with labels.
 
     Returns:
-        The metrics of the objective (`METRICS`) and "loss", the mean cross-entropy
-        over rows or, where text is generated, over the tokens that are learnt.
+        The metrics of the objective (`metrics.METRICS`) and "loss", the mean
+        cross-entropy over rows or, where text is generated, over learnt tokens.
     """
     return judge(model, rows, objective)[0]
 
@@ -38,7 +38,7 @@ def judge(
     """
     if objective == "generate":
         return _generation(model, rows)
-    # Here, since most commands only name a metric.
+    # Here, since a run that generates text needs none of it.
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     logits, labels = predict(model, rows)

@@ -500,7 +500,8 @@ def _nodes(rounds: Sequence[Metrics], manifest: Metrics) -> list[Markup]:
     ]
     parts = [_table(titles, rows, set(range(1, 8)))]
     if idle := len(nodes) - len(active):
-        text = f"{idle} more nodes were there and not asked to train."
+        nodes_were = "nodes were" if idle > 1 else "node was"
+        text = f"{idle} more {nodes_were} there and not asked to train."
         parts.append(element("p", text, class_="quiet"))
     return parts
 

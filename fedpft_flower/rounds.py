@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """Close every round: evaluate, write metrics and a checkpoint, say one line."""
+    """Prepare or resume a run, train its rounds, and close each of them."""
 
     def __init__(
         self,
@@ -203,7 +203,8 @@ class Run:
 def nodes_met(federation: Federation, config: Config) -> dict[str, int | None]:
     """Return the rows of every node that was met; None where none are told.
 
-    A node without a name is another one whenever it comes back: of those there are now.
+    A node without a name is another one whenever it comes back: of such nodes only
+    those that are here now are told.
     """
     here = {node.key: node.examples for node in federation.nodes.values()}
     return {

@@ -217,7 +217,7 @@ def test_every_section_is_there_and_the_numbers_are_the_metrics(facts):
         *("north", "123", "1", "1.100", "3.00 MB", "500.0 kB", "1.2", "2.5"),
         "round 1: boom",
     ]
-    assert "1 more nodes were there and not asked" in page.text
+    assert "1 more node was there and not asked" in page.text
     assert "2 nodes trained" in page.text
     assert ("div", "role", "region") in page.attributes
     row = page.texts.index("accuracy: sub-FM")
