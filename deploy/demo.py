@@ -9,11 +9,13 @@ rows to judge by, and public texts. Everything but the results is removed at the
 
 import argparse
 import os
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from datasets import Dataset
 
@@ -22,6 +24,7 @@ from fedpft_flower.commands import print_own, read_config
 from fedpft_flower.config import DataConfig, FedPFTError
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.software import quiet
+from fedpft_flower.superlink import undisturbed
 from fedpft_flower.tasks import load_public, load_task
 
 HERE = Path(__file__).resolve().parent
@@ -70,8 +73,7 @@ def demonstrate(pairs: Sequence[str]) -> int:
     """
     began = time.monotonic()
     quiet()
-    with TemporaryDirectory(prefix="fedpft-deploy-") as temporary:
-        place = Path(temporary)
+    with _temporary_place() as place:
         tell("writing the rows of the server and of every site")
         labels = write_rows(place / "data")
         # Labels in no need of a vote: the server has all of them.
@@ -99,6 +101,17 @@ def demonstrate(pairs: Sequence[str]) -> int:
                 return 1
     tell("everything that was started is stopped")
     return 0
+
+
+@contextmanager
+def _temporary_place() -> Iterator[Path]:
+    """Yield a directory that goes at the end, whatever signal comes meanwhile."""
+    place = Path(mkdtemp(prefix="fedpft-deploy-"))
+    try:
+        yield place
+    finally:
+        with undisturbed():
+            shutil.rmtree(place)
 
 
 def write_rows(place: Path) -> str:

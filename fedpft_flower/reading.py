@@ -30,7 +30,7 @@ from datasets import (
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from fedpft_flower.config import FedPFTError, Modality, OwnRowsError, first_line
-from fedpft_flower.disk import existing_path, private_cache
+from fedpft_flower.disk import existing_path, private_cache, reachable_path
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,11 @@ def read_splits(
     Raises:
         FedPFTError: there is nothing that `datasets` reads.
     """
-    place = existing_path(path)
+    try:
+        place = reachable_path(path)
+    except PermissionError as error:
+        why = "lies where the user that runs this may not look; let that user in"
+        raise OwnRowsError(f"{key} = {path!r} {why}", f"{key} {why}") from error
     with _named(path, key, place):
         if place is not None and place.is_file():
             return _read_file(place, separator)

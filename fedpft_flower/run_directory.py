@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from fedpft_flower.adapters import export_adapter
 from fedpft_flower.config import Config, FedPFTError, nest
 from fedpft_flower.curves import draw_curves
-from fedpft_flower.disk import existing_path, lock, put
+from fedpft_flower.disk import lock, put, reachable_path
 from fedpft_flower.metrics import Metrics
 from fedpft_flower.page import render_page
 from fedpft_flower.plan import Plan
@@ -37,7 +37,7 @@ class RunDirectory:
         self.path = root / str(run_id)
         if config.resume:
             self.path = Path.home() / os.path.expanduser(config.resume)  # noqa: PTH111
-            if existing_path(str(self.path / "config.toml")) is None:
+            if not _is_there(self.path / "config.toml"):
                 raise FedPFTError(
                     f"resume = {config.resume!r} is not a run directory; give the one "
                     "that the run printed"
@@ -129,3 +129,13 @@ class RunDirectory:
 
 def _pretty(value: Metrics) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return reachable_path(str(path)) is not None
+    except PermissionError as error:
+        raise FedPFTError(
+            f"resume: {path.parent} lies where the user that runs this may not look; "
+            "let that user in"
+        ) from error

@@ -71,7 +71,9 @@ class Status:
         if self.locked:
             doing = "ending: refinement, test, results" if self.is_over else "running"
             return f"{doing}; last written {duration(self.age)} ago"
-        return f"stopped {duration(self.age)} ago; go on with resume={self.path}"
+        begun = any(self.path.glob("checkpoints/round-*"))
+        advice = f"go on with resume={self.path}" if begun else "start anew"
+        return f"stopped {duration(self.age)} ago; {advice}"
 
     @property
     def is_over(self) -> bool:

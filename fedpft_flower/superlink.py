@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 import psutil
 import tomli_w
@@ -59,8 +59,12 @@ def flower_home(place: Path, port: int, ca: Path | None = None) -> dict[str, str
     own = {"address": f"127.0.0.1:{port}", **trust}
     settings = {"superlink": {"default": "own", "own": own}}
     (place / "config.toml").write_text(tomli_w.dumps(settings))
+    spared = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    spared = ",".join(filter(None, (spared, "127.0.0.1", "localhost")))
     return {
         "FLWR_HOME": str(place),
+        # No proxy reaches this machine's own ports.
+        **dict.fromkeys(("NO_PROXY", "no_proxy"), spared),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -123,10 +127,11 @@ def wait_until_up(
     """
     deadline = time.monotonic() + START_SECONDS
     trust = ssl.create_default_context(cafile=ca) if ca else None
+    asked = build_opener(ProxyHandler({}), HTTPSHandler(context=trust))
     url = f"http{'s' if ca else ''}://127.0.0.1:{port}/health"
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urlopen(url, timeout=2, context=trust):
+            with asked.open(url, timeout=2):
                 return
         except OSError:
             time.sleep(0.2)

@@ -59,6 +59,7 @@ class Cable:
         self.name, self.end = name, f"{name}-0"
         self.within = ("ip", "netns", "exec", name)
         try:
+            self.remove()  # what a killed drill left
             self._ip("netns", "add", name)
             self._ip(
                 "link", "add", self.end, "type", "veth", "peer", "eth0", "netns", name
@@ -80,7 +81,8 @@ class Cable:
 
     def remove(self):
         with suppress(OSError):
-            subprocess.run(["ip", "netns", "delete", self.name], check=False)
+            delete = ["ip", "netns", "delete", self.name]
+            subprocess.run(delete, check=False, capture_output=True)
 
     def _ip(self, *words):
         subprocess.run(["ip", *words], check=True, capture_output=True)

@@ -1080,6 +1080,18 @@ def test_a_site_that_nobody_named_is_refused(local_grid, sites):
         run(local_grid, settings, nodes=3, configs=configs)
 
 
+def test_a_node_that_is_online_and_busy_is_told_from_one_that_is_not(
+    local_grid, settings
+):
+    settings |= {"train.min-nodes": NODES, "timeout-seconds": 0.3, "wait-seconds": 0.5}
+
+    def busy(message, reply):
+        return None if message.metadata.message_type == "query.hello" else reply
+
+    with pytest.raises(FedPFTError, match=r"1 more are online and do not answer"):
+        run(local_grid, settings, {1: busy})
+
+
 def test_a_node_that_is_gone_when_greeted_is_waited_for(local_grid, settings):
     calls = []
 

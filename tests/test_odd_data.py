@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,11 @@ from transformers import AutoTokenizer
 
 from fedpft_flower.app import _apart, _tell_task
 from fedpft_flower.config import Config, DataConfig, FedPFTError
+from fedpft_flower.disk import existing_path
 from fedpft_flower.encoding import encode
+from fedpft_flower.foundation import source_of_fm
 from fedpft_flower.reading import labels_of, read_splits, texts_in_common
+from fedpft_flower.run_directory import RunDirectory
 from fedpft_flower.tasks import TaskData, load_public, load_site, load_task
 
 
@@ -327,3 +331,30 @@ def test_repeats_and_a_column_that_holds_no_classes_are_told(caplog):
     )
     _tell_task(task, private)
     assert not caplog.text
+
+
+# --------------------------------------------------------------------------- places
+
+
+def test_a_place_that_one_may_not_look_at_is_told_from_one_that_is_not(
+    tmp_path, monkeypatch
+):
+    real = Path.stat
+
+    def stat(path, **options):
+        if "closed" in path.parts:
+            raise PermissionError(13, "Permission denied")
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    closed = str(tmp_path / "closed" / "rows.csv")
+    with pytest.raises(FedPFTError, match="where the user that runs this may not look"):
+        load_task(DataConfig(task="text", path=closed), 0)
+    with pytest.raises(FedPFTError, match=r"fm.name = .* may not look"):
+        source_of_fm(closed)
+    config = Config(out_dir=str(tmp_path / "out"), resume=str(tmp_path / "closed"))
+    with pytest.raises(FedPFTError, match=r"resume: .* may not look"):
+        RunDirectory(config, 1)
+    assert existing_path(closed) is None
+    with pytest.raises(FedPFTError, match="does not exist"):
+        load_task(DataConfig(task="text", path=str(tmp_path / "none.csv")), 0)

@@ -73,6 +73,8 @@ def test_a_run_that_goes_on_tells_the_time_left(finished, capsys):
         assert replace(told, locked=True).state.startswith("ending: ")
     metrics.unlink()
     assert "preparing" in render(Status.read(finished))
+    shutil.rmtree(finished / "checkpoints")
+    assert "start anew" in shown(finished, capsys)
 
 
 def test_without_a_directory_the_newest_run_is_shown(finished, capsys, monkeypatch):
