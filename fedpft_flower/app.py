@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from fedpft_flower import __version__
 from fedpft_flower.checkpoint import Checkpoints, check_partitions, check_same, identity
 from fedpft_flower.checks import check_run
+from fedpft_flower.columns import texts_in_common
 from fedpft_flower.config import MARK, Config, FedPFTError
 from fedpft_flower.encoding import content_hash
 from fedpft_flower.federation import Federation, Node
@@ -25,7 +26,6 @@ from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
-from fedpft_flower.reading import texts_in_common
 from fedpft_flower.rounds import Run
 from fedpft_flower.run_directory import RunDirectory
 from fedpft_flower.runs import LOG

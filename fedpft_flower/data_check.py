@@ -11,11 +11,11 @@ import datasets
 import numpy as np
 from datasets import Dataset
 
+from fedpft_flower.columns import TEXT_ROLES, labels_of
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import DataConfig, FedPFTError, names_in
 from fedpft_flower.endings import one_line_end
 from fedpft_flower.images import check_images
-from fedpft_flower.reading import TEXT_ROLES, labels_of
 from fedpft_flower.tasks import columns_of, load_site, source_of, task_of
 
 FEW = 10  # rows of a class from which on it is mentioned

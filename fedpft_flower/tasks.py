@@ -17,6 +17,19 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 
+from fedpft_flower.columns import (
+    TEXT_ROLES,
+    cast_input,
+    choose_columns,
+    complete_rows,
+    configured_label,
+    has_labels,
+    has_texts,
+    in_order,
+    label_texts,
+    labels_of,
+    with_texts,
+)
 from fedpft_flower.config import (
     DataConfig,
     FedPFTError,
@@ -29,24 +42,8 @@ from fedpft_flower.config import (
     row_called,
 )
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
-from fedpft_flower.reading import (
-    TEXT_ROLES,
-    Row,
-    Splits,
-    cast_input,
-    choose_columns,
-    complete_rows,
-    configured_label,
-    has_labels,
-    has_texts,
-    in_order,
-    is_on_hub,
-    label_texts,
-    labels_of,
-    read_sample,
-    read_splits,
-    with_texts,
-)
+from fedpft_flower.reading import Row, is_on_hub, read_sample, read_splits
+from fedpft_flower.splits import Splits
 
 HELD_OUT = 0.1  # share of the training rows that replaces a missing split
 

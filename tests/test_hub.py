@@ -8,9 +8,10 @@ import pytest
 from transformers import AutoConfig
 
 from fedpft_flower.architectures import ARCHITECTURES
+from fedpft_flower.columns import choose_columns
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import names_in
-from fedpft_flower.reading import choose_columns, is_on_hub, read_sample
+from fedpft_flower.reading import is_on_hub, read_sample
 from fedpft_flower.tasks import columns_of, load_public
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

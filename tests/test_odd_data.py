@@ -16,11 +16,12 @@ from PIL import Image as Picture
 from transformers import AutoTokenizer
 
 from fedpft_flower.app import _apart, _tell_task
+from fedpft_flower.columns import labels_of, texts_in_common
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.disk import existing_path
 from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import source_of_fm
-from fedpft_flower.reading import labels_of, read_splits, texts_in_common
+from fedpft_flower.reading import read_splits
 from fedpft_flower.run_directory import RunDirectory
 from fedpft_flower.tasks import TaskData, load_public, load_site, load_task
 
@@ -52,7 +53,7 @@ def test_a_null_among_texts_as_labels_is_named(tmp_path):
 
 def test_labels_that_are_one_number_have_one_order_in_every_process():
     program = (
-        "from fedpft_flower.reading import in_order\n"
+        "from fedpft_flower.columns import in_order\n"
         "print(in_order({'1', '01', '001', '2', '02', '0'}))"
     )
     orders = {

@@ -14,12 +14,13 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoTokenizer
 
+from fedpft_flower.columns import with_texts
 from fedpft_flower.config import DataConfig, FedPFTError, PartitionConfig
 from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.encoding import content_hash, encode
 from fedpft_flower.images import decoded_images
 from fedpft_flower.partitions import load_partition
-from fedpft_flower.reading import _read_hub, read_splits, with_texts
+from fedpft_flower.reading import _read_hub, read_splits
 from fedpft_flower.tasks import _sentences, load_public, load_site, load_task, source_of
 
 DIGITS = DataConfig(task="digits")
