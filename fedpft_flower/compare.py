@@ -32,9 +32,10 @@ from fedpft_flower.disk import lock, put
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.methods import method_of
 from fedpft_flower.metrics import metric_of
+from fedpft_flower.results import Result, best_of, row_of
 from fedpft_flower.runs import FinishedRun, is_finished, runs_root
 from fedpft_flower.spec import Cell, Spec
-from fedpft_flower.tables import Result, best_of, row_of, write_tables
+from fedpft_flower.tables import write_tables
 from fedpft_flower.wording import duration
 
 # How often a cell's own progress is shown.

@@ -1,103 +1,19 @@
-"""Write what a comparison found: `results.csv`, tables in Markdown, plots."""
+"""Write what a comparison found as tables in Markdown, beside its CSV and plots."""
 
-import csv
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, cycle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
-from fedpft_flower.config import Config, FedPFTError
-from fedpft_flower.curves import aligned_error
+from fedpft_flower.config import FedPFTError
 from fedpft_flower.disk import put
 from fedpft_flower.metrics import is_better, metric_of, metric_row
+from fedpft_flower.plots import draw
+from fedpft_flower.results import Group, Result, by_group, named, row_of, write_csv
 from fedpft_flower.spec import Cell, Spec
-
-
-@dataclass(frozen=True)
-class Result:
-    """Hold a cell with what it found, or with the reason why it failed."""
-
-    cell: Cell
-    found: dict[str, Any] | None
-    reason: str | None
-
-    @property
-    def state(self) -> str:
-        """Return "finished", "failed" or "unrun"."""
-        if self.found is not None:
-            return "finished"
-        return "failed" if self.reason else "unrun"
-
-    @property
-    def metric(self) -> str:
-        """Return the metric of a finished cell."""
-        assert self.found is not None
-        return metric_of(Config.from_run_config(self.found["config"]).data)
-
-    @property
-    def more_tests(self) -> dict[str, dict[str, float]]:
-        """Return the metrics of further test splits, by their names."""
-        assert self.found is not None
-        return dict(self.found["summary"].get("more-tests", {}))
-
-    @property
-    def validation(self) -> float:
-        """Return the validation metric of a finished cell."""
-        assert self.found is not None
-        return validation_score(self.found, self.metric)
-
-    def test(self, model: str, split: str = "") -> float:
-        """Return a test metric of a finished cell.
-
-        Args:
-            model: "plain" (the FM with the averaged adapter), "fm" (the same after its
-                refinement), "sub-fm".
-            split: a further test split, which knows no "plain"; "" is the usual one.
-        """
-        assert self.found is not None
-        when = "test-plain" if model == "plain" else "test-after"
-        scores = self.more_tests[split] if split else self.found["summary"][when]
-        name = "sub-fm" if model == "sub-fm" else "fm"
-        return float(scores[f"{name}-{self.metric}"])
-
-
-def validation_score(found: Mapping[str, Any], metric: str) -> float:
-    """Return the validation metric of the FM whose test metric a run reports.
-
-    It is that of the refined FM where the refinement was kept, else that of the best
-    round where the run kept its adapter, else that of the last evaluation.
-    """
-    summary = found["summary"]
-    refinement = summary.get("refinement") or {}
-    if refinement.get("kept"):
-        return float(refinement["validation-after"])
-    scores = {
-        entry["round"]: entry[f"fm-{metric}"]
-        for entry in found["rounds"]
-        if entry.get(f"fm-{metric}") is not None
-    }
-    best = summary.get("select") == "best"
-    return float(scores[summary["best-round"] if best else max(scores)])
-
-
-def best_of(results: Sequence[Result]) -> Result:
-    """Return the finished cell that validates best, the first of equals."""
-    best, *others = results
-    for other in others:
-        if is_better(best.metric, other.validation, best.validation):
-            best = other
-    return best
 
 
 def write_tables(spec: Spec, results: Sequence[Result], out: Path) -> Path:
@@ -110,137 +26,29 @@ def write_tables(spec: Spec, results: Sequence[Result], out: Path) -> Path:
         FedPFTError: the disk refuses.
     """
     try:
-        put(out / "results.csv", lambda place: _write_csv(spec, results, place))
+        put(out / "results.csv", lambda place: write_csv(spec, results, place))
         text = markdown(spec, results)
         put(out / "table.md", lambda place: place.write_text(text, encoding="utf-8"))
-        _draw(spec, results, out)
+        draw(spec, results, out)
     except OSError as error:
         raise FedPFTError(f"cannot write in {out} ({error}); make room") from error
     return out / "table.md"
 
 
-# ------------------------------------------------------------------------ results.csv
-
-
-def row_of(result: Result) -> dict[str, Any]:
-    """Return a cell as a row of `results.csv`; what is not known is left out."""
-    cell = result.cell
-    row: dict[str, Any] = {
-        "task": cell.task,
-        "partition": cell.partition,
-        "method": cell.method,
-        "kept": cell.kept,
-        "lr": cell.lr,
-        "seed": cell.seed,
-        "state": result.state,
-        "reason": result.reason,
-    }
-    if result.found is None:
-        return row
-    summary, found = result.found["summary"], result.found
-    return row | {
-        "nodes": found["nodes"],
-        "rounds": summary.get("rounds"),
-        "metric": result.metric,
-        **_score_columns(result),
-        **_gradient_columns(found),
-        **_cost_columns(summary),
-        **_protection_columns(summary),
-        "fm-sha256": found["manifest"].get("fm-sha256"),
-    }
-
-
-def _score_columns(result: Result) -> dict[str, Any]:
-    assert result.found is not None
-    before = result.found["summary"].get("test-before", {})
-    return {
-        "validation": result.validation,
-        "test-before": before.get(f"fm-{result.metric}"),
-        "test-plugged-in": result.test("plain"),
-        "test-fm": result.test("fm"),
-        "test-sub-fm": result.test("sub-fm"),
-        **{
-            f"{name}-{model}": scores[f"{model}-{result.metric}"]
-            for name, scores in result.more_tests.items()
-            for model in ("fm", "sub-fm")
-        },
-    }
-
-
-def _gradient_columns(found: dict[str, Any]) -> dict[str, Any]:
-    start, *later = gradient_errors(found)
-    return {
-        "gradient-error": start.get("relative"),
-        "gradient-cosine": start.get("cosine"),
-        "gradient-error-last": later[-1].get("relative") if later else None,
-    }
-
-
-_COSTS = (
-    *("share-withheld", "bytes-install-per-client", "bytes-per-client-and-round"),
-    *("bytes-down", "bytes-up", "flops-per-client-and-round", "server-seconds"),
-    *("peak-memory-server", "peak-memory-client", "failures"),
-)
-
-
-def _cost_columns(summary: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = summary.get("parameters", {})
-    return {
-        **{f"parameters-{name}": count for name, count in parameters.items()},
-        **{key: summary.get(key) for key in _COSTS},
-        "round-seconds": summary.get("seconds"),
-    }
-
-
-def _protection_columns(summary: Mapping[str, Any]) -> dict[str, Any]:
-    sheet, spent = summary.get("protection", {}), summary.get("privacy") or {}
-    return {
-        **{key: sheet.get(key) for key in ("sent-verbatim", "re-fitted", "theft-gap")},
-        **{key: spent.get(key) for key in ("epsilon", "delta")},
-    }
-
-
-def _write_csv(spec: Spec, results: Sequence[Result], place: Path) -> None:
-    groups = _by_group(spec, results)
-    shown = {result.cell for group in groups.values() for result in group}
-    rows = [row_of(result) | {"shown": result.cell in shown} for result in results]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with place.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def gradient_errors(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the gradient errors of a run, first that with which training starts.
-
-    Each has "round", and where it was measured "relative" and "cosine".
-    """
-    errors = []
-    for entry in found["rounds"]:
-        error = entry.get("gradient-error", aligned_error(entry))
-        if error or not entry["round"]:
-            errors.append({"round": entry["round"], **(error or {})})
-    return errors
-
-
-# --------------------------------------------------------------------------- Markdown
-
-
 def markdown(spec: Spec, results: Sequence[Result]) -> str:
     """Return all tables: accuracies in the paper's form, costs, differences."""
-    by_group = _by_group(spec, results)
+    groups = by_group(spec, results)
     text = [f"# {spec.place.stem}", "", _about(spec, results), ""]
-    text += ["## Test results of the FM", "", *_paper_table(spec, by_group), ""]
+    text += ["## Test results of the FM", "", *_paper_table(spec, groups), ""]
     for task, partition in spec.columns:
-        rows = _long_table(spec, by_group, task, partition)
+        rows = _long_table(spec, groups, task, partition)
         text += [f"## {_title(spec, task, partition)}", "", *rows, ""]
-        for split in _more_tests(by_group, task, partition):
+        for split in _more_tests(groups, task, partition):
             title = f"## {split}, {_title(spec, task, partition)}"
-            rows = _split_table(spec, by_group, (task, partition), split)
+            rows = _split_table(spec, groups, (task, partition), split)
             text += [title, "", *rows, ""]
     if spec.pairs:
-        text += ["## Differences", "", *_differences(spec, by_group), ""]
+        text += ["## Differences", "", *_differences(spec, groups), ""]
     for state in ("failed", "unrun"):
         others = [result for result in results if result.state == state]
         if others:
@@ -259,32 +67,7 @@ def _title(spec: Spec, task: str, partition: str) -> str:
     cell = Cell(task, partition, method, kept, lr, seed)
     metric = metric_of(spec.config(cell).data)
     better = "" if is_better(metric, 1, 0) else ", less is better"
-    return f"{_named(task, partition)} ({metric}{better})"
-
-
-def _named(task: str, partition: str) -> str:
-    return ", ".join(filter(None, (task, partition)))
-
-
-Group = tuple[str, str, str, float]
-
-
-def _by_group(spec: Spec, results: Sequence[Result]) -> dict[Group, list[Result]]:
-    """Return the finished cells by task, partition, method and kept fraction.
-
-    Of a grid of rates, those of the rate that all seeds share: the best one.
-    """
-    groups: dict[Group, list[Result]] = {}
-    for result in results:
-        cell = result.cell
-        if result.found is not None:
-            key = (cell.task, cell.partition, cell.method, cell.kept)
-            groups.setdefault(key, []).append(result)
-    for key, found in groups.items():
-        first = [r for r in found if r.cell.seed == spec.seeds[0]]
-        lr = best_of(first or found).cell.lr
-        groups[key] = [r for r in found if r.cell.lr == lr]
-    return groups
+    return f"{named(task, partition)} ({metric}{better})"
 
 
 def _about(spec: Spec, results: Sequence[Result]) -> str:
@@ -323,12 +106,12 @@ def _paper_table(spec: Spec, groups: dict[Group, list[Result]]) -> list[str]:
         for task, partition in spec.columns
         for split in ("", *_more_tests(groups, task, partition))
     ]
-    named = [
+    titles = [
         ", ".join(filter(None, (split, _title(spec, task, partition))))
         for task, partition, split in columns
     ]
     rows = dict.fromkeys((method, kept) for _, _, method, kept in spec.groups())
-    lines = _header("method", "kept", *named)
+    lines = _header("method", "kept", *titles)
     for method, kept in rows:
         cells = []
         for task, partition, split in columns:
@@ -436,7 +219,7 @@ def _differences(spec: Spec, groups: dict[Group, list[Result]]) -> list[str]:
             for kept, found, others in _both(spec, groups, task, part, one, other):
                 count = str(len(_paired(found, others)))
                 gap = _gap(found, others, spec)
-                lines.append(_line(_named(task, part), kept, one, other, count, *gap))
+                lines.append(_line(named(task, part), kept, one, other, count, *gap))
     return lines
 
 
@@ -518,10 +301,10 @@ def interval(values: NDArray[np.float64]) -> tuple[float, float]:
     generator = np.random.default_rng(0)
     seeds, examples = values.shape
     means = np.empty(DRAWS)
-    for draw in range(DRAWS):
+    for number in range(DRAWS):
         rows = generator.integers(seeds, size=seeds)
         columns = generator.integers(examples, size=examples)
-        means[draw] = values[rows].mean(axis=0)[columns].mean()
+        means[number] = values[rows].mean(axis=0)[columns].mean()
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
@@ -556,165 +339,3 @@ def _header(*names: str) -> list[str]:
 
 def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-# ------------------------------------------------------------------------------ plots
-
-Point = tuple[float, float]
-
-
-def _draw(spec: Spec, results: Sequence[Result], out: Path) -> None:
-    groups = _by_group(spec, results)
-    if not groups:
-        return
-    score = "the FM's {metric}, averaged adapter (validation)"
-    figures: tuple[tuple[str, str, str, Callable[[Result], list[Point]]], ...] = (
-        ("metric-rounds", "round", score, _by_round),
-        ("metric-bytes", "MB to and from all clients", score, _by_bytes),
-        ("gradient-rounds", "round", "gradient error (relative L2)", _gradients),
-    )
-    for name, across, up, points in figures:
-        _panels(spec, groups, out / f"{name}.png", across, up, points)
-    if any(len(spec.kept(t, p, method)) > 1 for t, p, method, _ in groups):
-        _by_kept(spec, groups, out / "metric-kept.png")
-
-
-def _by_round(result: Result) -> list[Point]:
-    return [(entry["round"], score) for entry, score in _scored(result)]
-
-
-def _by_bytes(result: Result) -> list[Point]:
-    assert result.found is not None
-    sizes = [
-        e.get("bytes-down", 0) + e.get("bytes-up", 0) for e in result.found["rounds"]
-    ]
-    if not any(sizes):
-        return []
-    total = dict(
-        zip(
-            (entry["round"] for entry in result.found["rounds"]),
-            accumulate(sizes),
-            strict=True,
-        )
-    )
-    return [(total[e["round"]] / 1e6, score) for e, score in _scored(result)]
-
-
-def _scored(result: Result) -> Iterator[tuple[dict[str, Any], float]]:
-    assert result.found is not None
-    for entry in result.found["rounds"]:
-        if (score := entry.get(f"fm-{result.metric}")) is not None:
-            yield entry, float(score)
-
-
-def _gradients(result: Result) -> list[Point]:
-    assert result.found is not None
-    errors = gradient_errors(result.found)
-    return [(e["round"], e["relative"]) for e in errors if "relative" in e]
-
-
-def _panels(
-    spec: Spec,
-    groups: dict[Group, list[Result]],
-    place: Path,
-    across: str,
-    up: str,
-    points: Callable[[Result], list[Point]],
-) -> None:
-    """Draw a panel for each task and partition, for each method the mean and the range.
-
-    Where seeds ended after unlike numbers of rounds, up to the first end.
-    """
-    figure, panels = _grid(len(spec.columns))
-    for panel, (task, partition) in zip(panels, spec.columns, strict=True):
-        panel.set(title=_named(task, partition), xlabel=across)
-        panel.set_ylabel(up.format(metric=_metric(groups, task, partition)))
-        panel.grid(alpha=0.3)
-        for (of, share, method, kept), found in groups.items():
-            lines = [line for r in found if (line := points(r))]
-            if (of, share) != (task, partition) or not lines:
-                continue
-            several = len(spec.kept(task, partition, method)) > 1
-            label = f"{method}, {kept:g}" if several else method
-            length = min(map(len, lines))
-            values = np.array([line[:length] for line in lines])  # seeds, points, 2
-            x, y = values[..., 0].mean(axis=0), values[..., 1]
-            (drawn,) = panel.plot(x, y.mean(axis=0), marker="o", ms=3, label=label)
-            low, high = y.min(axis=0), y.max(axis=0)
-            panel.fill_between(x, low, high, color=drawn.get_color(), alpha=0.12)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8, title="mean and range of seeds", title_fontsize=8)
-        else:
-            panel.text(0.5, 0.5, "not recorded", transform=panel.transAxes, ha="center")
-    if any(panel.lines for panel in panels):
-        _save(figure, place)
-    plt.close(figure)
-
-
-def _metric(groups: dict[Group, list[Result]], task: str, partition: str) -> str:
-    found = [rs[0] for (t, p, *_), rs in groups.items() if (t, p) == (task, partition)]
-    return found[0].metric if found else "metric"
-
-
-def _by_kept(spec: Spec, groups: dict[Group, list[Result]], place: Path) -> None:
-    """Draw the test metric against the kept fraction; whole FMs are level lines."""
-    figure, panels = _grid(len(spec.columns))
-    for panel, (task, partition) in zip(panels, spec.columns, strict=True):
-        panel.set(title=_named(task, partition))
-        panel.set(xlabel="kept fraction of the neurons")
-        panel.set_ylabel(f"the FM's {_metric(groups, task, partition)} (test)")
-        panel.grid(alpha=0.3)
-        colours = cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
-        for method in spec.methods:
-            found = {
-                kept: [result.test("fm") for result in results]
-                for (t, p, m, kept), results in groups.items()
-                if (t, p, m) == (task, partition, method)
-            }
-            if not found:
-                continue
-            if list(found) == [1.0]:
-                level = statistics.mean(found[1.0])
-                colour = next(colours)
-                panel.axhline(level, ls="--", color=colour, label=method)
-                continue
-            kept = sorted(found)
-            means = [statistics.mean(found[one]) for one in kept]
-            errors = [
-                statistics.stdev(found[one]) if len(found[one]) > 1 else 0.0
-                for one in kept
-            ]
-            panel.errorbar(
-                kept,
-                means,
-                errors,
-                marker="o",
-                capsize=3,
-                label=method,
-                color=next(colours),
-            )
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8)
-    _save(figure, place)
-    plt.close(figure)
-
-
-def _grid(count: int) -> tuple[Any, list[Any]]:
-    columns = min(count, 3)
-    rows = -(-count // columns)
-    figure, panels = plt.subplots(
-        rows,
-        columns,
-        figsize=(5.2 * columns, 4 * rows),
-        squeeze=False,
-        layout="constrained",
-    )
-    every = list(panels.flat)
-    for panel in every[count:]:
-        panel.axis("off")
-    return figure, every[:count]
-
-
-def _save(figure: Any, place: Path) -> None:
-    put(place, lambda draft: figure.savefig(draft, dpi=120))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fedpft_flower import compare, tables
+from fedpft_flower import compare, results, tables
 from fedpft_flower.compare import Comparison
 from fedpft_flower.config import MARK, Config, FedPFTError, PrivacyConfig
 from fedpft_flower.disk import lock
@@ -242,13 +242,13 @@ def test_of_several_rates_each_method_takes_its_best(
 def test_the_score_that_chooses_is_that_of_the_reported_model():
     entries = [{"round": n, "fm-accuracy": n / 10} for n in (0, 4, 6)]
     found = {"rounds": [*entries, {"round": 7}], "summary": {"best-round": 4}}
-    assert tables.validation_score(found, "accuracy") == 0.6
+    assert results.validation_score(found, "accuracy") == 0.6
     found["summary"]["select"] = "best"
-    assert tables.validation_score(found, "accuracy") == 0.4
+    assert results.validation_score(found, "accuracy") == 0.4
     found["summary"]["refinement"] = {"kept": False, "validation-after": 0.9}
-    assert tables.validation_score(found, "accuracy") == 0.4
+    assert results.validation_score(found, "accuracy") == 0.4
     found["summary"]["refinement"]["kept"] = True
-    assert tables.validation_score(found, "accuracy") == 0.9
+    assert results.validation_score(found, "accuracy") == 0.9
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_further_test_splits_have_columns_of_their_own():
         more = {"hard": {"fm-accuracy": hard, "sub-fm-accuracy": 0.1}} if hard else {}
         summary = {"test-after": scores, "test-plain": scores, "more-tests": more}
         found = {"config": {"data.task": "digits"}, "summary": summary}
-        return tables.Result(Cell("t", "", "a", 0.5, 0.1, seed), found, None)
+        return results.Result(Cell("t", "", "a", 0.5, 0.1, seed), found, None)
 
     spec = SimpleNamespace(
         columns=[("t", "")],
@@ -440,7 +440,7 @@ def test_further_test_splits_have_columns_of_their_own():
 
 
 def test_further_test_splits_have_gaps_of_their_own():
-    def results(method, *right):
+    def cells(method, *right):
         found = []
         for seed, hits in enumerate(right):
             share = sum(map(int, hits)) / len(hits)
@@ -448,7 +448,7 @@ def test_further_test_splits_have_gaps_of_their_own():
             summary = {"test-after": scores, "more-tests": {"hard": scores}}
             of = {"fm": "0" * 8, "fm (hard)": hits}
             cell = {"config": {"data.task": "digits"}, "summary": summary, "hits": of}
-            found.append(tables.Result(Cell("t", "", method, 1, 1, seed), cell, None))
+            found.append(results.Result(Cell("t", "", method, 1, 1, seed), cell, None))
         return found
 
     spec = SimpleNamespace(
@@ -458,8 +458,8 @@ def test_further_test_splits_have_gaps_of_their_own():
         kept=lambda *of: [1],
     )
     groups = {
-        ("t", "", "a", 1): results("a", "11110000", "11111100"),
-        ("t", "", "b", 1): results("b", "11111111", "11111111"),
+        ("t", "", "a", 1): cells("a", "11110000", "11111100"),
+        ("t", "", "b", 1): cells("b", "11111111", "11111111"),
     }
     lines = tables._split_table(spec, groups, ("t", ""), "hard")
     assert lines[0] == "| method | kept | FM | sub-FM | gap to b | by seed |"
@@ -473,7 +473,7 @@ def test_further_test_splits_have_gaps_of_their_own():
 def test_differences_find_the_fraction_that_the_other_has():
     def group(method, kept):
         cells = [Cell("t", "", method, kept, 0.1, seed) for seed in (0, 1)]
-        return [tables.Result(cell, {"rounds": []}, None) for cell in cells]
+        return [results.Result(cell, {"rounds": []}, None) for cell in cells]
 
     fractions = {"whole": [1.0], "a": [0.25, 0.5], "b": [0.125], "c": [0.25, 0.5]}
     spec = SimpleNamespace(kept=lambda task, part, method: fractions[method])
@@ -589,7 +589,7 @@ def test_gaps_are_paired_by_seed():
             "summary": {"test-after": {"fm-accuracy": hits.count("1") / len(hits)}},
             "hits": {"fm": hits},
         }
-        return tables.Result(Cell("t", "", method, 0.5, 0.1, seed), found, None)
+        return results.Result(Cell("t", "", method, 0.5, 0.1, seed), found, None)
 
     ones = [result("a", 0, "1111"), result("a", 1, "1100"), result("a", 2, "1111")]
     others = [result("b", 1, "1000"), result("b", 0, "1110")]
