@@ -86,11 +86,7 @@ def _missing(part: Dataset, column: str) -> list[int]:
 
 
 _TEXTS = (Value("string"), Value("large_string"))
-
-
 TEXT_ROLES = ("text", "text_pair", "prompt", "response")
-
-
 _INPUTS = {**dict.fromkeys(TEXT_ROLES, Value("string")), "image": Image()}
 
 
@@ -170,8 +166,6 @@ def _column(part: Dataset, name: str) -> pa.ChunkedArray:
 
 
 _INTEGER = re.compile(r"-?[0-9]+")
-
-
 _NUMBERS = re.compile("u?int|float")  # types of columns
 
 

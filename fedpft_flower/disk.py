@@ -56,6 +56,10 @@ def existing_path(name: str) -> Path | None:
         return None
 
 
+# What to say of a path that `reachable_path` may not look at.
+OUT_OF_REACH = "lies where the user that runs this may not look; let that user in"
+
+
 def reachable_path(name: str) -> Path | None:
     """Return the path that a user typed, or None where there is nothing.
 

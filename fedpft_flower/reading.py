@@ -23,7 +23,12 @@ from datasets import (
 )
 
 from fedpft_flower.config import FedPFTError, Modality, OwnRowsError, first_line
-from fedpft_flower.disk import existing_path, private_cache, reachable_path
+from fedpft_flower.disk import (
+    OUT_OF_REACH,
+    existing_path,
+    private_cache,
+    reachable_path,
+)
 from fedpft_flower.image_folders import read_image_folders
 from fedpft_flower.splits import SPLIT_NAME, Splits, by_split
 
@@ -70,8 +75,9 @@ def read_splits(
     try:
         place = reachable_path(path)
     except PermissionError as error:
-        why = "lies where the user that runs this may not look; let that user in"
-        raise OwnRowsError(f"{key} = {path!r} {why}", f"{key} {why}") from error
+        raise OwnRowsError(
+            f"{key} = {path!r} {OUT_OF_REACH}", f"{key} {OUT_OF_REACH}"
+        ) from error
     with _named(path, key, place):
         if place is not None and place.is_file():
             return _read_file(place, separator)

@@ -163,10 +163,7 @@ class Run:
             "plan": strategy.server.plan.to_json(),
             "partitions": strategy.federation.partitions,
             "installs": strategy.federation.installs(),
-            "met": {
-                key: None if self.config.privacy.on else rows
-                for key, rows in strategy.federation.met.items()
-            },
+            "met": _told(strategy.federation.met, self.config),
             "ledger": strategy.federation.grid.ledger.state(),
             "exposure": strategy.federation.exposure.state(),
             "strategy": form,
@@ -207,7 +204,9 @@ def nodes_met(federation: Federation, config: Config) -> dict[str, int | None]:
     those that are here now are told.
     """
     here = {node.key: node.examples for node in federation.nodes.values()}
-    return {
-        key: None if config.privacy.on else rows
-        for key, rows in sorted({**federation.met, **here}.items())
-    }
+    return _told({**federation.met, **here}, config)
+
+
+def _told(rows: Mapping[str, int | None], config: Config) -> dict[str, int | None]:
+    """Return nodes' rows as they may be written: none with differential privacy."""
+    return {key: None if config.privacy.on else rows[key] for key in sorted(rows)}

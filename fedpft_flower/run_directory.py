@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from fedpft_flower.adapters import export_adapter
 from fedpft_flower.config import Config, FedPFTError, nest
 from fedpft_flower.curves import draw_curves
-from fedpft_flower.disk import lock, put, reachable_path
+from fedpft_flower.disk import OUT_OF_REACH, lock, put, reachable_path
 from fedpft_flower.metrics import Metrics
 from fedpft_flower.page import render_page
 from fedpft_flower.plan import Plan
@@ -135,7 +135,4 @@ def _is_there(path: Path) -> bool:
     try:
         return reachable_path(str(path)) is not None
     except PermissionError as error:
-        raise FedPFTError(
-            f"resume: {path.parent} lies where the user that runs this may not look; "
-            "let that user in"
-        ) from error
+        raise FedPFTError(f"resume = '{path.parent}' {OUT_OF_REACH}") from error
