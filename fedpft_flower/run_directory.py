@@ -135,4 +135,4 @@ def _is_there(path: Path) -> bool:
     try:
         return reachable_path(str(path)) is not None
     except PermissionError as error:
-        raise FedPFTError(f"resume = '{path.parent}' {OUT_OF_REACH}") from error
+        raise FedPFTError(f"resume: {path.parent} {OUT_OF_REACH}") from error
