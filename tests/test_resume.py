@@ -378,8 +378,8 @@ def test_every_strategy_can_remember(local_grid, short):
         assert all(torch.equal(tensors[k], again[k]) for k in tensors)
 
 
-def test_the_readme_lists_the_settings_that_may_differ_at_a_resume():
-    shown = (ROOT / "README.md").read_text()
+def test_the_documents_list_the_settings_that_may_differ_at_a_resume():
+    shown = (ROOT / "docs/running.md").read_text()
     listed = shown.partition("These settings may differ when a run")[2]
     setting = r"`([a-z-]+(?:\.[a-z-]+)?(?:\.\*)?)`"
     named = set(re.findall(setting, listed.partition("act after")[0]))

@@ -32,7 +32,7 @@ from tests.test_federation import broken, results, run
 ROOT = Path(__file__).parent.parent
 NODES = 7  # what Bulyan needs against one malicious node
 
-# Arguments with which each strategy trains below; README.md shows the same.
+# Arguments with which each strategy trains below; docs/methods.md shows the same.
 ARGUMENTS = {
     "FedAvg": "",
     "FedProx": '{"proximal_mu": 0.1}',
@@ -343,8 +343,8 @@ def test_all_that_flower_offers_is_offered_here_or_refused_for_a_reason():
                 assert parameter.annotation in (int, float)
 
 
-def test_the_command_line_takes_arguments_as_the_readme_writes_them():
-    shown = (ROOT / "README.md").read_text()
+def test_the_command_line_takes_arguments_as_the_documents_write_them():
+    shown = (ROOT / "docs/methods.md").read_text()
     assert "strategy=FedAdam 'strategy-args={\"eta\": 0.01}'" in shown
     pairs = ["strategy=FedAdam", 'strategy-args={"eta": 0.01}']
     config = commands.read_config(ROOT / "conf/demo.toml", pairs)
@@ -352,8 +352,8 @@ def test_the_command_line_takes_arguments_as_the_readme_writes_them():
     assert (kind, arguments) == (flower.FedAdam, {"eta": 0.01})
 
 
-def test_the_readme_shows_the_arguments_that_train_here():
-    shown = (ROOT / "README.md").read_text()
+def test_the_documents_show_the_arguments_that_train_here():
+    shown = (ROOT / "docs/methods.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\| (?:`([^`]*)`|-) \|", shown, re.MULTILINE)
     assert {name: text for name, text in rows if name in STRATEGIES} == ARGUMENTS
 
