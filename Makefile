@@ -12,16 +12,18 @@ BIN := .venv/bin
 .PHONY: help demo deploy-demo test drills compare bench check format clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':[^#]*## ' '{printf "%-12s%s\n", $$1, $$2}'
 
 .venv/installed: pyproject.toml
 	@echo "installing into .venv (once; PyTorch and Ray are large, this takes minutes)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than 3.11; use make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+		{ echo "error: $(PYTHON) is not 3.11 to 3.14; use make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -m venv .venv
 	@if [ -n "$(TORCH_INDEX)" ]; then \
 		$(BIN)/pip install --progress-bar off --index-url "$(TORCH_INDEX)" 'torch>=2.6,<2.14'; fi
-	@$(BIN)/pip install --progress-bar off --editable '.[offline,dev]'
+	@# What builds packages lies in .venv too: a second installation needs no network.
+	@$(BIN)/pip install --progress-bar off 'hatchling>=1.25' 'editables>=0.5'
+	@$(BIN)/pip install --progress-bar off --no-build-isolation --editable '.[offline,dev]'
 	@touch $@
 	@echo "installed"
 

@@ -23,9 +23,10 @@ from deploy.processes import Deployment
 from fedpft_flower.commands import print_own, read_config
 from fedpft_flower.config import DataConfig, FedPFTError
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
+from fedpft_flower.public import load_public
 from fedpft_flower.software import quiet
 from fedpft_flower.superlink import undisturbed
-from fedpft_flower.tasks import load_public, load_task
+from fedpft_flower.tasks import load_task
 
 HERE = Path(__file__).resolve().parent
 SITES = ("north", "south", "west")

@@ -80,8 +80,8 @@ def inactive_rates(
     """Return how often each neuron is inactive, layer by layer.
 
     A neuron is inactive on a token when |a| <= its limit. This takes the place of the
-    paper's APoZ (average percentage of zeros), since GELU is hardly ever zero; with
-    ReLU and a limit of 0 it is APoZ.
+    paper's APoZ (average percentage of zeros, Hu et al. 2016, arXiv 1607.03250), since
+    GELU is hardly ever zero; with ReLU and a limit of 0 it is APoZ.
 
     Args:
         model: the model, evaluated without dropout.

@@ -17,7 +17,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -26,15 +25,10 @@ from transformers import PreTrainedModel
 
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
-from fedpft_flower.batches import (
-    Batch,
-    hidden_states,
-    real_logits,
-    real_tokens,
-    unit_cotangents,
-)
+from fedpft_flower.batches import Batch, real_logits, real_tokens, unit_cotangents
 from fedpft_flower.config import derive_seed
 from fedpft_flower.descent import Loss, Progress, Schedule, Trainable, descend
+from fedpft_flower.passes import ended_behind, outputs_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.sensitivity import Site, sensitivities, weigh
 from fedpft_flower.sub_fm import compressed_ffns
@@ -381,47 +375,6 @@ def _learning(parameters: Sequence[Tensor]) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-@contextmanager
-def outputs_of(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the outputs [B, T, D] of layers during a forward pass, in order."""
-    found: list[Tensor] = []
-
-    def hook(module: nn.Module, inputs: object, output: object) -> None:
-        found.append(hidden_states(output))
-
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def ended_behind(last: nn.Module, layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the layers behind one not run: they return what that one returned.
-
-    Args:
-        last: the last that runs.
-        layers: all of its model, first to last.
-    """
-    behind = list(layers)[[*layers].index(last) + 1 :]
-    held: list[Any] = []
-
-    def hold(module: nn.Module, inputs: object, output: object) -> None:
-        held[:] = [output]
-
-    handle = last.register_forward_hook(hold)
-    for layer in behind:
-        layer.forward = lambda *args, **kwargs: held[0]
-    try:
-        yield
-    finally:
-        handle.remove()
-        for layer in behind:
-            del layer.forward
 
 
 # ----------------------------------------------------------------------- the measure

@@ -26,6 +26,7 @@ from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
+from fedpft_flower.public import load_public
 from fedpft_flower.rounds import Run
 from fedpft_flower.run_directory import RunDirectory
 from fedpft_flower.runs import LOG
@@ -36,8 +37,8 @@ from fedpft_flower.store import tensors_hash
 from fedpft_flower.strategies import inner_strategy
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.summary import manifest_of, show, summary_of
-from fedpft_flower.tasks import TaskData, load_public, load_task, task_of
-from fedpft_flower.wire import Ledger
+from fedpft_flower.tasks import TaskData, load_task, task_of
+from fedpft_flower.wire import Ledger, last_line
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,33 @@ def _serve(grid: Grid, context: Context, until_told: ExitStack) -> None:
     until_told.enter_context(closing(directory))
     until_told.enter_context(_log_to(directory.path / LOG))
     logger.info("run directory: %s", directory.path)
-    _federate(grid, config, directory)
+    try:
+        _federate(grid, config, directory)
+    except FedPFTError:
+        raise
+    except BaseException as error:  # Flower ends runs by SystemExit
+        logger.error(
+            "error: %s; where the run has a checkpoint, go on with resume=%s",
+            _cause(error),
+            directory.path,
+        )
+        raise
+
+
+def _cause(error: BaseException) -> str:
+    """Say in one line what ended a run that nobody foresaw."""
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        return (
+            "ended from outside (flwr stop, a signal, or a SuperLink that was away, or "
+            "set its clock forward, for a minute)"
+        )
+    line = last_line(str(error))
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return (
+            f"memory ended ({line or 'MemoryError'}); lower align.batch-size, "
+            "align.memory-mb or plug-in.batch-size, which the server needs it for"
+        )
+    return f"{type(error).__name__}: {line}"
 
 
 def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
@@ -101,6 +128,7 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     privacy = None
     if config.privacy.on:
         privacy = Privacy(config, inner, len(federation.nodes), checkpoints.note_spent)
+        privacy.check_clipping(server.adapter)
         _tell_privacy(privacy, config)
     strategy = FedPFT(server, federation, inner, privacy)
     run = Run(config, directory, checkpoints, strategy, own)
@@ -122,6 +150,7 @@ def _finish(
     server, federation = run.strategy.server, run.strategy.federation
     run.plug_in_chosen()
     federation.offer(server)  # a run that was over when it was resumed has not yet
+    federation.expose()
     plain, right = server.judge("test")
     hits = {"plain": right["fm"], **right}
     alike = server.likeness()  # before the FM learns to follow the sub-FM
@@ -137,7 +166,6 @@ def _finish(
     first = run.directory.rounds[0]
     summary["protection"] = protection(
         federation.exposure,
-        server.parameters["fm"],
         server.metric,
         summary,
         {"before": first["public"], "after": alike} if "public" in first else {},

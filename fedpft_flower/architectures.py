@@ -70,6 +70,9 @@ class Architecture:
     model_class: str | None = None
     # Fields of the config that the model reads although its class declares none such.
     undeclared: tuple[str, ...] = ()
+    # The config flag with which attention depends on its layer's number: of such an FM
+    # no layer can be dropped, since the sub-FM would count anew.
+    numbered: str | None = None
     # (config field, value, name of the row to take where the field has that value).
     variant: tuple[str, Any, str] | None = None
 
@@ -212,6 +215,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         decoder=True,
         output_norm=None,
         width_field="n_inner",
+        numbered="scale_attn_by_inverse_layer_idx",
     ),
     "gpt_neox": Architecture(  # Pythia
         modality="text",

@@ -6,6 +6,7 @@ whole, or not at all.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from fedpft_flower.config import (
 )
 from fedpft_flower.disk import file_hash, put
 
+_NAME = re.compile(r"round-([0-9]{6,})")
 _SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
 
 FORMAT = 5  # of the files; rises when older ones can no longer be read
@@ -159,8 +161,8 @@ class Checkpoints:
         return self._root / f"round-{current:06d}"
 
     def _rounds(self) -> list[int]:
-        names = [path.name for path in self._root.glob("round-*")]
-        return sorted(int(name.removeprefix("round-")) for name in names)
+        named = (_NAME.fullmatch(path.name) for path in self._root.glob("round-*"))
+        return sorted(int(match[1]) for match in named if match)
 
 
 def _check_format(state: Mapping[str, Any]) -> None:

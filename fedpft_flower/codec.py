@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SCALE = "@scale"  # behind the name of an int8 tensor: its scales
+SCALE = "@scale"  # behind the name of an int8 tensor: its scales
 
 
 def encode_weights(tensors: Mapping[str, Tensor], codec: str) -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ def encode_weights(tensors: Mapping[str, Tensor], codec: str) -> dict[str, Tenso
             scale = (rows.abs().amax(dim=1) / 127).clamp_min(1e-30)
             levels = (rows / scale[:, None]).round().clamp(-127, 127)
             encoded[name] = levels.to(torch.int8).reshape(tensor.shape)
-            encoded[name + _SCALE] = scale
+            encoded[name + SCALE] = scale
     return encoded
 
 
@@ -48,9 +48,9 @@ def decode_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights as float32, from what `encode_weights` made of them."""
     decoded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.endswith(_SCALE):
+        if name.endswith(SCALE):
             continue
-        scale = tensors.get(name + _SCALE)
+        scale = tensors.get(name + SCALE)
         if scale is not None:
             shape = [-1] + [1] * (tensor.ndim - 1)
             decoded[name] = tensor.float() * scale.reshape(shape)

@@ -330,7 +330,7 @@ class PrivacyConfig:
     noise_multiplier: float = 0.0
     # Largest L2 norm of a client's update, over all of its tensors together.
     clipping_norm: float = 0.0
-    # Of (epsilon, delta); less than 1 / nodes.
+    # Of (epsilon, delta); less than 1 / nodes, of those at the start.
     delta: float = 1e-5
     # The run ends before the round whose release would exceed it; 0 sets no bound.
     max_epsilon: float = 0.0

@@ -19,8 +19,27 @@ def cache_dir() -> Path:
 
     `FEDPFT_CACHE` names it; the default is `~/.cache/fedpft-flower`.
     """
-    chosen = os.environ.get("FEDPFT_CACHE")
-    return Path(chosen or "~/.cache/fedpft-flower").expanduser().absolute()
+    if chosen := os.environ.get("FEDPFT_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    return from_home(".cache/fedpft-flower")
+
+
+def from_home(name: str) -> Path:
+    """Return a path that a user typed; one that is relative begins at their home.
+
+    The working directory is that of a SuperLink that was started who knows where.
+
+    Raises:
+        FedPFTError: nobody says where their home is.
+    """
+    place = Path(os.path.expanduser(name))  # noqa: PTH111
+    try:
+        return place if place.is_absolute() else Path.home() / place
+    except RuntimeError as error:
+        raise FedPFTError(
+            f"{name!r} is below a home directory, and this user has none; set HOME, or "
+            "give an absolute path"
+        ) from error
 
 
 def private_cache(name: str) -> Path:
@@ -32,6 +51,8 @@ def private_cache(name: str) -> Path:
     folder = cache_dir() / name
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("read-only, or another user's")
     except OSError as error:
         raise FedPFTError(
             f"cannot write in {folder} ({error}); set FEDPFT_CACHE to a directory that "

@@ -1,7 +1,7 @@
 """Evaluate a model on the rows of a task."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -36,8 +36,11 @@ def judge(
         What `evaluate` returns; and for every row, in their order, whether its label
         is the one said or, where text is generated, whether it matches exactly.
     """
-    if objective == "generate":
-        return _generation(model, rows)
+    return _JUDGES[objective](model, rows)
+
+
+def _classes(model: nn.Module, rows: Rows) -> tuple[dict[str, float], list[bool]]:
+    """Return accuracy, macro F1, Matthews' correlation and loss; and the right rows."""
     # Here, since a run that generates text needs none of it.
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -74,7 +77,7 @@ def predict(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _generation(model: nn.Module, rows: Rows) -> tuple[dict[str, float], list[bool]]:
+def _texts(model: nn.Module, rows: Rows) -> tuple[dict[str, float], list[bool]]:
     """Return perplexity, token accuracy, exact match and loss; and the exact rows.
 
     Perplexity is exp(loss). A row matches exactly when the most likely token is the
@@ -105,6 +108,12 @@ def _generation(model: nn.Module, rows: Rows) -> tuple[dict[str, float], list[bo
         "loss": mean,
     }
     return metrics, exact
+
+
+# What a model does, and how its rows are judged.
+_JUDGES: dict[
+    Objective, Callable[[nn.Module, Rows], tuple[dict[str, float], list[bool]]]
+] = {"classify": _classes, "generate": _texts}
 
 
 def _by_length(rows: Rows, size: int) -> Iterator[list[int]]:

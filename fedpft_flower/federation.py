@@ -96,7 +96,8 @@ def _introduction(
     if (source := said.get("source")) != mine:
         raise FedPFTError(
             f"it runs other code ({str(source)[:12]}) than the server ({mine[:12]}); "
-            "upgrade it, or stop the local SuperLink"
+            "upgrade it, remove its copies of the app (apps/ in its FLWR_HOME), or "
+            "stop the local SuperLink"
         )
     for name, kind in _SAID.items():
         if type(value := said.get(name)) is not kind:
@@ -238,7 +239,7 @@ class Federation:
             if n in online and old in self.nodes
         }
         self.refused = {n: (self.name(n), why) for n, (_, why) in self._doubles.items()}
-        deadline = time.monotonic() + self._wait
+        began = time.monotonic()
         # Those who were invited were there before those who come now.
         invited = online & self._greeted.keys()
         self._greeted = {n: asked for n, asked in self._greeted.items() if n in online}
@@ -257,16 +258,18 @@ class Federation:
                 expected = max(enough, self.partitions)
             if len(self.nodes) >= expected:
                 return
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if waited > self._wait:
                 break
             time.sleep(1.0)
         if len(self.nodes) < enough:
             silent = len(online - self.nodes.keys() - self.refused.keys())
-            busy = f" ({silent} more are online and do not answer: busy, maybe, with "
-            busy = f"{busy}a run that was cut short)" if silent else ""
+            busy = f" ({silent} more are online and do not answer: busy with another "
+            busy = f"{busy}run or one that was cut short, or reading rows for longer)"
             raise RoundError(
-                f"{len(self.nodes)} nodes are here after wait-seconds = {self._wait:g}"
-                f"{busy}, {enough} are needed; wait, start more SuperNodes, or lower "
+                f"{len(self.nodes)} nodes are here after {waited:.0f} s (wait-seconds ="
+                f" {self._wait:g}){busy if silent else ''}, {enough} are needed; wait, "
+                "start more SuperNodes, raise wait-seconds, or lower "
                 "train.clients-per-round, train.min-nodes or train.min-replies"
             )
         logger.warning("%d of %d nodes are online", len(self.nodes), expected)
@@ -304,8 +307,7 @@ class Federation:
         """
         asked = list(nodes)
         if asked and self._exposed != self._current:  # whether or not they answer
-            self.exposure.note(self._tensors, self._own(), self._codec)
-            self._exposed = self._current
+            self._expose()
         lacking = [n for n in asked if self.nodes[n].installed != self._current]
         machines: dict[str | int, int] = {}
         for node in lacking:
@@ -335,6 +337,18 @@ class Federation:
             self.nodes[node].installed = self._current
         return [node for node in asked if node in self.nodes]
 
+    def expose(self) -> None:
+        """Count the current sub-FM as given, where none was counted so far.
+
+        So it is when the round that sent it was cut short and no other follows.
+        """
+        if not self.exposure.sent:
+            self._expose()
+
+    def _expose(self) -> None:
+        self.exposure.note(self._tensors, self._own(), self._codec)
+        self._exposed = self._current
+
     def installs(self) -> dict[str, str]:
         """Return which sub-FM every node was given last, by sampling key."""
         return {**self._given, **{n.key: n.installed for n in self.nodes.values()}}
@@ -346,6 +360,15 @@ class Federation:
         """
         self.nodes[node].installed = ""
         self._held[self.nodes[node].store].clear()
+
+    def miss(self, node: int) -> None:
+        """Take a node that did not answer for gone until it answers a greeting.
+
+        Flower keeps it online as long as its SuperNode lives, even if nothing there
+        takes messages any more: each round would wait for it again.
+        """
+        if gone := self.nodes.pop(node, None):
+            self._given[gone.key] = gone.installed
 
     def name(self, node: int) -> str:
         """Return how to call a node in messages."""
@@ -450,7 +473,8 @@ class Federation:
             node = self.grid.node_of(reply)
             if reply.has_error() and reply.error.code != REFUSED:
                 # It went offline, or its process died: it may come back.
-                logger.info("no greeting: %s", reason_of(reply, self.name(node)))
+                name = self.name(node)
+                logger.info("no greeting of %s: %s", name, reason_of(reply, name))
                 continue
             if reply.has_error():
                 self._leave_out(node, reason_of(reply, self.name(node)))

@@ -19,12 +19,25 @@ from fedpft_flower.wire import (
 MAX_INSTALL_MB = 20_000  # of a node that does not say otherwise
 
 
+def largest_install(context: Context) -> float:
+    """Return how large an install this node takes, in MB.
+
+    Raises:
+        FedPFTError: its config says no size.
+    """
+    said = context.node_config.get("max-install-mb", MAX_INSTALL_MB)
+    if isinstance(said, str) or not said > 0:  # also true for NaN
+        raise FedPFTError(
+            f"this node's config has max-install-mb = {said!r}; give megabytes"
+        )
+    return float(said)
+
+
 @one_line_errors
 def install(message: Message, context: Context) -> Message:
     """Keep a sub-FM on disk: a whole one, or the changes of one that is there."""
-    most = float(context.node_config.get("max-install-mb", MAX_INSTALL_MB))
-    size = sum(message_bytes(message).values())
-    if not size <= most * 1e6:  # also true for NaN
+    most, size = largest_install(context), sum(message_bytes(message).values())
+    if size > most * 1e6:
         raise FedPFTError(
             f"the sub-FM has {size / 1e6:.0f} MB, this node takes max-install-mb = "
             f"{most:g}; raise it in the node's config, or let the server keep less"

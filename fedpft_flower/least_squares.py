@@ -27,7 +27,8 @@ from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
 from fedpft_flower.batches import Batch
 from fedpft_flower.config import AlignConfig, FedPFTError
-from fedpft_flower.moments import Seen, Sums, observe, output_of, skipped
+from fedpft_flower.moments import Sums, token_weights
+from fedpft_flower.passes import Seen, observe, run_to, skipped
 from fedpft_flower.plan import Plan
 from fedpft_flower.selection import energy_ratio
 from fedpft_flower.sensitivity import Sensitivity
@@ -203,7 +204,7 @@ class Walk:
             if place > self._at:
                 with skipped(self._layers[: self._at], self._outputs[i]):
                     before = self._layers[place - 1]
-                    self._outputs[i] = output_of(self._model, before, batch)
+                    self._outputs[i] = run_to(self._model, before, batch)
             with skipped(self._layers[:place], self._outputs[i]):
                 chosen = [self._layers[place]], [self.ffns[place]]
                 (seen,) = observe(self._model, *chosen, batch)
@@ -232,7 +233,7 @@ def quadratics(
     kept_back = _held_out(walks[0].batches)
     seen = (walk.observe(i) for walk, i in zip(walks, places, strict=True))
     for i, (teacher, student) in enumerate(zip(*seen, strict=True)):
-        weights = teacher.weights
+        weights = token_weights(teacher)
         if sensitivity is not None:
             weights = sensitivity.weights(i, places[0], weights)
         _add(held_out if i in kept_back else learnt, teacher, student, ffn, weights)

@@ -12,9 +12,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedpft_flower.adapters import base_model
-from fedpft_flower.alignment import outputs_of
 from fedpft_flower.architectures import layers_of
 from fedpft_flower.batches import Batch, inputs_of, real_answers, real_tokens
+from fedpft_flower.config import Objective
+from fedpft_flower.passes import outputs_of
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,19 @@ class Likeness:
 
 
 @torch.no_grad()
-def likeness(fm: PeftModel, sub_fm: PeftModel, batches: Iterable[Batch]) -> Likeness:
+def likeness(
+    fm: PeftModel,
+    sub_fm: PeftModel,
+    batches: Iterable[Batch],
+    objective: Objective = "classify",
+) -> Likeness:
     """Compare the last hidden states and the answers of FM and sub-FM.
 
     Args:
         fm: the FM with the adapter.
         sub_fm: the sub-FM with it.
         batches: public inputs; `attention_mask` [B, T] marks real tokens.
+        objective: what the models do.
     """
     fm.eval()
     sub_fm.eval()
@@ -60,7 +67,7 @@ def likeness(fm: PeftModel, sub_fm: PeftModel, batches: Iterable[Batch]) -> Like
         )
         answers += len(said)
         same += int((said == sub_said).sum())
-        if logits.dim() == 3:
+        if objective == "generate":
             for place, values in enumerate((logits, sub_logits)):
                 loss, count = _next_token_loss(values, inputs)
                 losses[place] += loss

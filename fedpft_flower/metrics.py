@@ -18,7 +18,8 @@ class Metric:
     rises: bool = True
     # Whether differences are told in points, hundredths of it.
     in_points: bool = True
-    # Whether it is a mean over rows, each right or wrong.
+    # Whether it is the mean over rows of what `evaluation.judge` calls right; one of an
+    # objective's at most.
     by_row: bool = False
 
 
@@ -60,5 +61,5 @@ def is_better(metric: str, one: float, other: float) -> bool:
 
 def metric_row(metric: str) -> Metric:
     """Return the row of a metric."""
-    (row,) = [named[metric] for named in METRICS.values() if metric in named]
-    return row
+    rows = [named[metric] for named in METRICS.values() if metric in named]
+    return rows[0]  # of one that two objectives have, all are equal

@@ -12,196 +12,24 @@ token counts for all that follows; unweighted, the few tokens with a huge stream
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
-from fedpft_flower.architectures import FFN, ffns_of, layers_of
-from fedpft_flower.batches import Batch, hidden_states, real_tokens
+from fedpft_flower.architectures import FFN
+from fedpft_flower.batches import Batch
 from fedpft_flower.config import FedPFTError
+from fedpft_flower.passes import Seen, observe
 from fedpft_flower.sensitivity import Sensitivity
 
 # Keeps the weight of a token finite, as a norm's own epsilon does.
 LEAST_VARIANCE = 1e-6
 
 
-@dataclass(frozen=True)
-class Seen:
-    """Hold what one layer's FFN did on the real tokens of a batch.
-
-    A neuron's slope is the derivative of its activation by one of its pre-activations;
-    it has one for each block of input weights (gate and up).
-    """
-
-    inputs: Tensor  # h [tokens, D]
-    activations: Tensor  # a [tokens, N]
-    slopes: tuple[Tensor, ...]  # of each block, [tokens, N]
-    down: Tensor  # W_out a + b_out [tokens, D]
-    # What the norm behind the FFN reads; without one, the residual stream there.
-    stream: Tensor
-    output: Tensor  # of the layer
-    returned: Any  # by the layer: the output as the model passes it on, with padding
-
-    @property
-    def weights(self) -> Tensor:
-        """Return the weight of every token, [tokens]."""
-        return 1.0 / (self.stream.var(dim=-1, unbiased=False) + LEAST_VARIANCE)
-
-
-class _ReachedError(Exception):
-    """End a forward pass behind the last layer of interest."""
-
-
-class _Watched:
-    """Hook one layer and its FFN, and keep what passes through them."""
-
-    def __init__(self, layer: nn.Module, ffn: FFN) -> None:
-        self._ffn = ffn
-        self._raw: dict[str, Tensor] = {}
-        self._before: list[Tensor] = []  # pre-activations, one tensor a projection
-        self._slopes: list[Tensor] = []
-        first = ffn.up[0][0]
-        self.handles: list[RemovableHandle] = [
-            first.register_forward_pre_hook(self._enter),
-            *(linear.register_forward_hook(self._cut_graph) for linear, _ in ffn.up),
-            ffn.down.register_forward_pre_hook(self._differentiate),
-            ffn.down.register_forward_hook(self._leave_ffn),
-            layer.register_forward_hook(self._leave),
-        ]
-        if ffn.output_norm is not None:
-            self.handles.append(ffn.output_norm.register_forward_pre_hook(self._sum))
-
-    def seen(self, mask: Tensor | None) -> Seen:
-        """Return what passed, without padding."""
-        raw = {name: _numbers(tensor, mask) for name, tensor in self._raw.items()}
-        return Seen(
-            inputs=raw["inputs"],
-            activations=raw["activations"],
-            slopes=tuple(_numbers(slope, mask) for slope in self._slopes),
-            down=raw["down"],
-            stream=raw.get("stream", raw["output"]),
-            output=raw["output"],
-            returned=self._returned,
-        )
-
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._raw["inputs"] = inputs[0]
-
-    def _cut_graph(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        # From here to `down` autograd sees elementwise functions only, whichever they
-        # are: the gradient of the sum of all activations holds every slope.
-        torch.set_grad_enabled(True)
-        leaf = output.detach().requires_grad_(True)
-        self._before.append(leaf)
-        return leaf
-
-    def _differentiate(self, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        gradients = torch.autograd.grad(inputs[0].sum(), self._before)
-        torch.set_grad_enabled(False)
-        for (_, blocks), gradient in zip(self._ffn.up, gradients, strict=True):
-            self._slopes += gradient.chunk(blocks, dim=-1)
-        activations: Tensor = inputs[0].detach()
-        self._raw["activations"] = activations
-        return activations
-
-    def _sum(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._raw["stream"] = inputs[0]
-
-    def _leave_ffn(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self._raw["down"] = output
-
-    def _leave(self, module: nn.Module, inputs: object, output: Any) -> None:
-        self._returned = output
-        self._raw["output"] = hidden_states(output)
-
-
-def _numbers(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the real tokens' values in the numbers that sums are made of."""
-    return real_tokens(values, mask).float()
-
-
-@torch.no_grad()
-def output_of(model: nn.Module, layer: nn.Module, batch: Batch) -> Any:
-    """Run one batch through a model, and return what a layer of it returned.
-
-    Args:
-        model: the model, in evaluation mode.
-        layer: one of its layers; what is behind it does not run.
-        batch: inputs of the model.
-    """
-    found: list[Any] = []
-
-    def stop(module: nn.Module, inputs: object, output: Any) -> None:
-        found.append(output)
-        raise _ReachedError
-
-    handle = layer.register_forward_hook(stop)
-    try:
-        model(**batch)
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
-
-
-@contextmanager
-def skipped(layers: Iterable[nn.Module], output: Any) -> Iterator[None]:
-    """Let the first layers of a model not run: the last of them returned `output`.
-
-    Args:
-        layers: the model's layers, from the first.
-        output: what the last of them returned on the batch that will run.
-    """
-    given = list(layers)
-    for layer in given:
-        layer.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        for layer in given:
-            del layer.forward
-
-
-@torch.no_grad()
-def observe(
-    model: nn.Module, layers: Sequence[nn.Module], ffns: Sequence[FFN], batch: Batch
-) -> list[Seen]:
-    """Run one batch through a model, and return what these layers' FFNs did.
-
-    Args:
-        model: the model, in evaluation mode.
-        layers: some of its layers, first to last; what is behind them does not run.
-        ffns: their FFNs.
-        batch: its inputs; `attention_mask` [B, T] marks real tokens where present.
-    """
-    watched = [_Watched(*pair) for pair in zip(layers, ffns, strict=True)]
-    try:
-        output_of(model, layers[-1], batch)
-    finally:
-        for handle in (handle for one in watched for handle in one.handles):
-            handle.remove()
-    mask = batch.get("attention_mask")
-    return [one.seen(mask) for one in watched]
-
-
-def count_tokens(model: PreTrainedModel, batch: Batch) -> int:
-    """Return how many tokens of a batch are real; images have as many as the FM makes.
-
-    Args:
-        model: the FM, in evaluation mode.
-        batch: its inputs.
-    """
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return int(mask.sum())
-    (first,) = observe(model, layers_of(model)[:1], ffns_of(model)[:1], batch)
-    return len(first.inputs)
+def token_weights(seen: Seen) -> Tensor:
+    """Return 1 / Var[x] of every token's stream x, [tokens]."""
+    return 1.0 / (seen.stream.var(dim=-1, unbiased=False) + LEAST_VARIANCE)
 
 
 class Sums:
@@ -324,7 +152,7 @@ def neuron_moments(
     for i, batch in enumerate(batches):
         observed = observe(model, layers, ffns, batch)
         for place, (one, seen) in enumerate(zip(sums, observed, strict=True)):
-            weights = seen.weights
+            weights = token_weights(seen)
             if sensitivity is not None:
                 weights = sensitivity.weights(i, place, weights)
             one.begin(weights)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedpft_flower.config import (
     TrainConfig,
 )
 from fedpft_flower.images import check_images
+from fedpft_flower.install import largest_install
 from fedpft_flower.software import source_hash, versions
 from fedpft_flower.store import Store
 from fedpft_flower.tasks import load_site
@@ -51,15 +53,27 @@ OWN_KEYS = {
     "image-column": "image_column",
     "label-column": "label_column",
 }
+# All that this app reads of a node's config; other apps may read more.
+_KNOWN = {
+    *OWN_KEYS,
+    *("site", "partition-id", "num-partitions"),
+    *("micro-batch-size", "recompute", "precision", "max-install-mb"),
+}
 
 
 def identify(context: Context) -> Identity:
     """Read a node's config.
 
     Raises:
-        FedPFTError: it says neither which partition nor which file is the node's.
+        FedPFTError: it says neither which partition nor which file is the node's; or
+            what looks like a slip of the pen.
     """
     node = context.node_config
+    for key in node.keys() - _KNOWN:
+        if close := get_close_matches(key.lower().replace("_", "-"), _KNOWN, 1, 0.8):
+            raise FedPFTError(
+                f"this node's config has {key}, which nobody reads; is it {close[0]}?"
+            )
     own = {field: str(node[key]) for key, field in OWN_KEYS.items() if key in node}
     try:
         index = int(node.get("partition-id", 0))
@@ -156,7 +170,9 @@ def hello(message: Message, context: Context) -> Message:
             "'fp32'"
         )
     node = identify(context)
-    own_training(config.train, context)  # says what is wrong before anything is sent
+    # These say what is wrong before anything is sent.
+    own_training(config.train, context)
+    largest_install(context)
     rows = local_rows(node, config, json.loads(config_of(message)["labels"]))
     check_images(rows, "training rows")
     store = Store()

@@ -171,9 +171,11 @@ def _sizes(
 
 PARTITIONS: dict[str, Kind] = {
     "iid": _iid,
-    # Label skew: each class is shared by a draw from Dirichlet(alpha).
+    # Label skew: each class is shared by a draw from Dirichlet(alpha) (Yurochkin et al.
+    # 2019, arXiv 1905.12022).
     "dirichlet": _dirichlet,
-    # Label skew: `partition.classes` classes a client.
+    # Label skew: `partition.classes` classes a client (after McMahan et al. 2017, arXiv
+    # 1602.05629).
     "pathological": _pathological,
     # As the rows say: `data.client-column`.
     "natural": _natural,

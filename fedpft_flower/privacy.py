@@ -14,6 +14,7 @@ that chooses clients is public, and Flower's wrappers account in no other way.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,9 @@ NO_MEAN = {
 
 # A float32 adapter w plus a clipped update is rounded: by so much of the norm of w.
 _ROUNDING = 1e-6
+# What averaging rounds in float32 has no noise; it is some percent of clipping-norm /
+# clients at most where that is above so much of the adapter's norm.
+_LEAST_SHARE = 1e-4
 # Flower divides by the norm of an update.
 _LEAST_MOVED = 1e-12
 
@@ -78,14 +82,20 @@ def check_private(config: Config) -> None:
 
 def _without_effect(settings: Settings) -> str:
     """Return which setting has no effect without a mechanism, or nothing."""
-    for name in ("noise_multiplier", "clipping_norm", "delta", "max_epsilon"):
+    for name, default in asdict(Settings()).items():
         value = getattr(settings, name)
-        if value != getattr(Settings(), name):
+        if name != "mechanism" and value != default:
             return (
-                f"privacy.{name.replace('_', '-')} = {value:g} guarantees nothing with "
+                f"privacy.{name.replace('_', '-')} = {value} guarantees nothing with "
                 "privacy.mechanism = 'none'; choose 'server' or 'client'"
             )
     return ""
+
+
+def _is_mean(strategy: str) -> bool:
+    """Tell whether a strategy's result is the mean of the updates and nothing else."""
+    own = STRATEGIES[strategy].aggregate_train
+    return strategy not in NO_MEAN and own is FedAvg.aggregate_train
 
 
 def _lacking(config: Config) -> str:
@@ -108,10 +118,10 @@ def _lacking(config: Config) -> str:
             "that updates may have, such as 0.5",
         ),
         (
-            config.strategy in NO_MEAN,
+            not _is_mean(config.strategy),
             f"strategy = {config.strategy!r} with privacy.mechanism is refused: "
-            f"{NO_MEAN.get(config.strategy)}; choose one of "
-            f"{', '.join(name for name in STRATEGIES if name not in NO_MEAN)}",
+            f"{NO_MEAN.get(config.strategy, 'it is no plain mean')}; choose one of "
+            f"{', '.join(filter(_is_mean, STRATEGIES))}",
         ),
         (
             not wanted,
@@ -254,6 +264,21 @@ class Privacy:
                 self._accountant.load_state_dict(other.state_dict())
         self._note(self.state())
 
+    def check_clipping(self, adapter: Mapping[str, Tensor]) -> None:
+        """Check that updates of the clipping norm are not lost in float32's rounding.
+
+        Raises:
+            FedPFTError: they are, beside this adapter.
+        """
+        size, norm = _norm(adapter), self._settings.clipping_norm
+        least = _LEAST_SHARE * size * self.clients
+        if norm < least:
+            raise FedPFTError(
+                f"privacy.clipping-norm = {norm:g} for {self.clients} clients is lost "
+                f"in the rounding of an adapter with an L2 norm of {size:.3g}; set "
+                f"{least:.2g} or more"
+            )
+
     def check_moved(self, moved: float, sent: Mapping[str, Tensor]) -> None:
         """Check how far training moved an adapter, where clipping needs it.
 
@@ -268,8 +293,7 @@ class Privacy:
             raise FedPFTError(
                 "the adapter is the one that was sent, nothing is trained"
             )
-        size = math.sqrt(sum(float(t.double().square().sum()) for t in sent.values()))
-        most = self._settings.clipping_norm
+        size, most = _norm(sent), self._settings.clipping_norm
         if (
             self._settings.mechanism == "client"
             and moved > most * (1 + _ROUNDING) + _ROUNDING * size
@@ -300,3 +324,8 @@ class Privacy:
         if arrays is not None:
             self._note(self.state())
         return arrays, metrics
+
+
+def _norm(adapter: Mapping[str, Tensor]) -> float:
+    squares = (tensor.double().square().sum() for tensor in adapter.values())
+    return math.sqrt(sum(map(float, squares)))

@@ -9,24 +9,28 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fedpft_flower.codec import decode_weights, encode_weights
+from fedpft_flower.codec import SCALE, decode_weights, encode_weights
 from fedpft_flower.delta import bits
 from fedpft_flower.metrics import is_better, metric_row
 from fedpft_flower.wording import percent
 
 Figures = dict[str, Any]
 
+# What rounding to the nearest level may move a value; a little more, in float32.
+_HALF_A_LEVEL = 0.5 + 1e-4
+
 
 class Exposure:
     """Count the FM's parameters among the sub-FMs that nodes were given.
 
-    A value counts as verbatim where what was sent is, bit for bit, what the wire's
-    codec makes of the FM's own value; what was sent instead of it is re-fitted. Of
+    A value counts as verbatim where what was sent is the FM's own as exactly as the
+    wire's codec carries it: bit for bit what the codec makes of it or, of int8, within
+    half a level of the row that was sent. What was sent instead of it is re-fitted. Of
     several sub-FMs the one that shows most counts: alignment changes values, it does
-    not bring the FM's own back. How far values are re-fitted is told of the last one.
+    not bring the FM's own back (where a codec rounds, a few may come back by chance).
+    How far values are re-fitted is told of the last one.
     """
 
     def __init__(self) -> None:
@@ -52,14 +56,14 @@ class Exposure:
         for name, values in own:
             tensor = values.cpu()
             given += tensor.numel()
-            same = torch.ones_like(tensor, dtype=torch.bool)
             encoded = encode_weights({name: tensor}, codec)
             held = {part: sent[part].cpu() for part in encoded}
-            for part, one in encoded.items():
-                equal = bits(one) == bits(held[part])
-                if part != name:  # a row's scale stands for the row
-                    equal = equal.reshape([-1] + [1] * (tensor.ndim - 1))
-                same = same & equal
+            if name + SCALE in held:
+                levels = held[name + SCALE].reshape([-1] + [1] * (tensor.ndim - 1))
+                far = (decode_weights(held)[name] - tensor).abs()
+                same = far <= levels * _HALF_A_LEVEL
+            else:
+                same = bits(encoded[name]) == bits(held[name])
             verbatim += int(same.sum())
             if not bool(same.all()):
                 change = (decode_weights(held)[name] - tensor).double()[~same]
@@ -84,7 +88,6 @@ class Exposure:
 
 def protection(
     exposure: Exposure,
-    parameters: int,
     metric: str,
     summary: Mapping[str, Any],
     likeness: Mapping[str, Mapping[str, Any]],
@@ -95,17 +98,19 @@ def protection(
 
     Args:
         exposure: what was sent.
-        parameters: how many the FM has, without head.
         metric: what the run is judged by.
-        summary: of the run: test metrics, and what privacy was spent.
+        summary: of the run: how many values models have, test metrics, and what privacy
+            was spent.
         likeness: FM and sub-FM on public data, "before" and "after" training; empty
             without a public corpus.
         hits: which test rows FM and sub-FM get right, a digit a row.
         up: bytes that clients sent, by kind.
     """
     before, after = summary["test-before"], summary["test-after"]
+    parameters = summary["parameters"]["fm"]
     figures: Figures = {
         "parameters": parameters,
+        "head": summary["parameters"]["head"],
         "never-sent": 1 - exposure.sent / parameters,
         "sent-verbatim": exposure.verbatim / parameters,
         "re-fitted": (exposure.sent - exposure.verbatim) / parameters,
@@ -138,14 +143,15 @@ def _share_rows(figures: Figures) -> Iterable[dict[str, str]]:
         (
             "never-sent",
             "FM parameters never sent",
-            "no message of the run held them; the head is not among these, it trains "
-            "and is sent whole",
+            "no message of the run held them; the head is not among these "
+            f"({figures['head'] / 1e6:.2f} M): it trains and is sent whole, with what "
+            "it starts from",
         ),
         (
             "sent-verbatim",
             "sent verbatim",
-            "every client has these values, as exact as the wire carries them; of "
-            "several sub-FMs that were sent, those of the one with most",
+            "clients that trained have these values, as exact as the wire carries "
+            "them; of several sub-FMs that were sent, those of the one with most",
         ),
         (
             "re-fitted",
@@ -158,7 +164,7 @@ def _share_rows(figures: Figures) -> Iterable[dict[str, str]]:
 
 
 def _refitted(figures: Figures) -> str:
-    if not figures["re-fitted-distance"]:
+    if not (figures["re-fitted"] or figures["re-fitted-distance"]):
         return "no other values were put in their place"
     told = "alignment put other values in their place"
     if not figures["re-fitted"]:
@@ -183,8 +189,10 @@ def _gap_rows(
     yield _row(
         f"theft gap ({metric}, test)",
         _minus(after, metric, figures["theft-gap"]) + around,
-        "by how much the FM with the adapter is better than the sub-FM with it; a "
-        "client can keep the sub-FM, and the adapter of its last round",
+        "by how much the FM as it is delivered (its adapter refined, where that was "
+        "kept) is better than the sub-FM with the averaged adapter, both as the server "
+        "has them at the end; a client can keep the sub-FM, and the adapter, of the "
+        "last round that it trained in",
     )
     for when, found in figures["public"].items():
         yield _row(

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 from datasets import (
     Dataset,
     DatasetDict,
+    DownloadMode,
     Features,
     Image,
     Value,
@@ -174,11 +176,10 @@ def _read_tables(files: Sequence[Path], separator: str, literal: bool) -> Datase
         literal: whether quotes are signs like others.
     """
     suffix = _suffix(files[0])
-    rows: Dataset = load_dataset(
+    rows: Dataset = _loaded(
         _FORMATS[suffix],
         data_files={"train": list(map(str, files))},
         split="train",
-        cache_dir=str(private_cache("rows")),
         **_options(files, separator, literal),
     )
     return _with_numbers(rows) if _FORMATS[suffix] == "csv" else rows
@@ -217,6 +218,19 @@ def _quotes_are_signs(files: Sequence[Path]) -> bool:
     """Tell whether quotes in TSV files are signs like others, and hold no field."""
     tsv = [file for file in files if _suffix(file) == ".tsv"]
     return len(tsv) == len(files) and any(map(_has_bare_quotes, tsv))
+
+
+def _loaded(*args: Any, **kwargs: Any) -> Any:
+    """Return what `datasets` loads, by way of this user's cache.
+
+    A copy there that was cut, by a loss of power perhaps, is made anew.
+    """
+    cache = str(private_cache("rows"))
+    try:
+        return load_dataset(*args, cache_dir=cache, **kwargs)
+    except (pa.ArrowInvalid, EOFError):
+        anew = {"download_mode": DownloadMode.FORCE_REDOWNLOAD}
+        return load_dataset(*args, cache_dir=cache, **anew, **kwargs)
 
 
 def _has_bare_quotes(file: Path) -> bool:
@@ -259,13 +273,12 @@ def _read_directory(
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         saved: Dataset | DatasetDict = load_from_disk(str(place))
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-    cache = str(private_cache("rows"))
-    found = list(place.rglob("*"))
+    found = _all_below(place)
     tables = sorted(path for path in found if _suffix(path) in _TABLES)
     if modality == "image" and not tables:
-        return read_image_folders(place, found, cache)
+        return read_image_folders(place, found, str(private_cache("rows")))
     if _is_described(place):  # else a hub's subset, as of the run, means nothing here
-        described: Splits = load_dataset(str(place), subset or None, cache_dir=cache)
+        described: Splits = _loaded(str(place), subset or None)
         return described
     literal = _quotes_are_signs(tables)
     if splits := _split_files(place, tables, modality):
@@ -278,10 +291,27 @@ def _read_directory(
     known = {suffix: _FORMATS[suffix] for suffix in _FORMATS.keys() & _TABLES}
     formats = {known.get(suffix) for suffix in suffixes - {".md", ""}}
     options = {} if None in formats else _options(tables, separator, literal)
-    rows: Splits = load_dataset(str(place), cache_dir=cache, **options)
+    rows: Splits = _loaded(str(place), **options)
     if formats != {"csv"}:
         return rows
     return {name: _with_numbers(part) for name, part in rows.items()}
+
+
+def _all_below(place: Path) -> list[Path]:
+    """Return all files and folders of a directory, also those in folders of it.
+
+    Raises:
+        FedPFTError: this process's user may not look into one: its rows would lack.
+    """
+
+    def refuse(error: OSError) -> None:
+        name = Path(error.filename).relative_to(place)
+        raise FedPFTError(f"{name} in it {OUT_OF_REACH}") from error
+
+    found = []
+    for folder, folders, files in os.walk(place, onerror=refuse):
+        found += [Path(folder) / name for name in (*folders, *files)]
+    return found
 
 
 def _is_described(place: Path) -> bool:

@@ -1,7 +1,6 @@
 """Write the run directory: metrics, curves, page, summary, adapter, manifest."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from fedpft_flower.adapters import export_adapter
 from fedpft_flower.config import Config, FedPFTError, nest
 from fedpft_flower.curves import draw_curves
-from fedpft_flower.disk import OUT_OF_REACH, lock, put, reachable_path
+from fedpft_flower.disk import OUT_OF_REACH, from_home, lock, put, reachable_path
 from fedpft_flower.metrics import Metrics
 from fedpft_flower.page import render_page
 from fedpft_flower.plan import Plan
@@ -36,7 +35,7 @@ class RunDirectory:
         config = replace(config, out_dir=str(root))
         self.path = root / str(run_id)
         if config.resume:
-            self.path = Path.home() / os.path.expanduser(config.resume)  # noqa: PTH111
+            self.path = from_home(config.resume)
             if not _is_there(self.path / "config.toml"):
                 raise FedPFTError(
                     f"resume = {config.resume!r} is not a run directory; give the one "
@@ -121,6 +120,8 @@ class RunDirectory:
             raise self._refused(error) from error
 
     def _refused(self, error: Exception) -> FedPFTError:
+        if not self.path.is_dir():
+            return FedPFTError(f"{self.path} is gone ({error}); start anew")
         # From round 1 on there is a checkpoint.
         resumable = len(self._rounds) > 1
         other = f"resume with resume={self.path}" if resumable else "choose an out-dir"

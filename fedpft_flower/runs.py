@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpft_flower.config import Config, FedPFTError
+from fedpft_flower.disk import from_home
 from fedpft_flower.metrics import Metrics
 
 LOG = "run.log"  # what the run said, with the time
@@ -18,8 +19,7 @@ def runs_root(out_dir: str) -> Path:
     """Return where run directories are, for this `out-dir`."""
     if out_dir == Config().out_dir:
         out_dir = os.environ.get("FEDPFT_OUT") or out_dir
-    # The working directory is that of a SuperLink started who knows where.
-    return Path.home() / os.path.expanduser(out_dir)  # noqa: PTH111
+    return from_home(out_dir)
 
 
 def is_finished(place: Path) -> bool:

@@ -58,8 +58,8 @@ from fedpft_flower.least_squares import refit
 from fedpft_flower.likeness import likeness
 from fedpft_flower.methods import method_of
 from fedpft_flower.metrics import Metrics, metric_of
-from fedpft_flower.moments import count_tokens
 from fedpft_flower.package import Package
+from fedpft_flower.passes import count_tokens
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import kept_counts, size_of
 from fedpft_flower.processors import saved_and_loaded
@@ -132,7 +132,7 @@ class ProxyServer:
             fm.processor, fm.architecture
         )
         self._head = fm.head
-        self._modality, self._objective = fm.architecture.modality, fm.objective
+        self._architecture, self._objective = fm.architecture, fm.objective
         # What a run is judged by.
         self.metric = metric_of(config.data)
         self._model_config = config_fields(fm.model.config)
@@ -203,8 +203,8 @@ class ProxyServer:
     def _check_plan(self) -> None:
         steps, plan = self.method.steps_before, self.plan
         dropped = len(plan.layers) < len(plan.widths)
-        # Of some GPT-2: the sub-FM would count its layers anew.
-        if dropped and self._model_config.get("scale_attn_by_inverse_layer_idx"):
+        numbered = self._architecture.numbered
+        if dropped and numbered and self._model_config.get(numbered):
             raise FedPFTError(
                 f"method = {self.config.method!r} drops layers, and the attention of "
                 "this FM depends on their numbers; choose a method that keeps all"
@@ -233,11 +233,13 @@ class ProxyServer:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Return how many values FM and sub-FM (without head) and the adapter have."""
+        """Return how many values FM and sub-FM have without head, adapter and head."""
+        head = {n: t for n, t in self.adapter.items() if ".lora_" not in n}
         parts = {
             "fm": self.fm_weights,
             "sub-fm": self._weights,
             "adapter": self.adapter,
+            "head": head,
         }
         return {
             name: sum(tensor.numel() for tensor in tensors.values())
@@ -258,12 +260,12 @@ class ProxyServer:
 
     def encode(self, rows: Dataset, keep: bool = False) -> Rows:
         """Encode rows of the task as the FM and its sub-FM take them."""
-        kind, data = self._modality, self.config.data
+        kind, data = self._architecture.modality, self.config.data
         return encode(rows, self._processor, kind, data, self._objective, keep)
 
     def encode_public(self, rows: Dataset) -> Rows:
         """Encode public rows, whose labels are not used."""
-        kind, data = self._modality, self.config.data
+        kind, data = self._architecture.modality, self.config.data
         public = encode_public(rows, self._processor, kind, data, self._objective)
         seed = derive_seed(self.config.seed, "public tokens")
         return within_tokens(public, data.public_tokens, seed)
@@ -518,7 +520,7 @@ class ProxyServer:
         size = LIKENESS_ROWS[self._objective] // LIKENESS_BATCHES
         rows = shuffled_batches(self._public, size, seed)
         batches = islice(rows, LIKENESS_BATCHES)
-        return asdict(likeness(self.fm, self.sub_fm, batches))
+        return asdict(likeness(self.fm, self.sub_fm, batches, self._objective))
 
     def gradient_error(self) -> dict[str, float]:
         """Return the gradient error of the sub-FM at the current adapter.

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from datasets import Dataset
 
+from fedpft_flower.config import FedPFTError
+
 Splits = Mapping[str, Dataset]
 T = TypeVar("T")
 
@@ -41,3 +43,19 @@ def by_split(named: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
         else:
             splits |= by_name
     return splits
+
+
+def split_called(source: Splits, name: str, key: str) -> Dataset:
+    """Return the split of a name.
+
+    Args:
+        source: where it should be.
+        name: what a setting names.
+        key: the setting.
+
+    Raises:
+        FedPFTError: there is none.
+    """
+    if name not in source:
+        raise FedPFTError(f"{key} = {name!r}; this data has {', '.join(source)}")
+    return source[name]

@@ -24,6 +24,7 @@ from fedpft_flower.wire import (
     METRICS,
     arrays_of,
     config_of,
+    is_silence,
     metrics_of,
     pack_tensors,
     reason_of,
@@ -59,6 +60,7 @@ class FedPFT(Strategy):
         # Set to end after the round that is over now.
         self.stopped = False
         self._sent: list[Message] = []
+        self._silent: set[int] = set()  # nodes that did not answer the last messages
         # Of the round: whom it asked, which replies are good, how often it was tried.
         self._asked: list[str] = []
         self._good: dict[str, Message] = {}
@@ -161,6 +163,9 @@ class FedPFT(Strategy):
         server, federation = self.server, self.federation
         record = self.rounds[server_round]
         federation.grid.ledger.round = server_round
+        for node in self._silent:
+            federation.miss(node)
+        self._silent = set()
         train = server.config.train
         federation.meet(
             train.min_replies if federation.training else train.nodes_awaited
@@ -347,6 +352,8 @@ class FedPFT(Strategy):
             else:
                 self._bound_weight(name, reply)
                 good.append(reply)
+        told = [reply for reply in replies if not is_silence(reply)]
+        self._silent = names.keys() - {federation.grid.node_of(reply) for reply in told}
         answered = {federation.grid.node_of(reply) for reply in replies}
         for node, name in names.items():
             if node not in answered:

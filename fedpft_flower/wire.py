@@ -118,6 +118,11 @@ def one_line_errors(handler: Handler) -> Handler:
     return handle
 
 
+def is_silence(reply: Message) -> bool:
+    """Tell whether a reply is Flower's word that none came from the node."""
+    return reply.has_error() and reply.error.code in _EXPIRED
+
+
 def reason_of(reply: Message, name: str) -> str:
     """Return in one line why a reply is an error.
 
@@ -125,8 +130,11 @@ def reason_of(reply: Message, name: str) -> str:
         reply: an error.
         name: of its node, which may say it itself.
     """
-    if reply.error.code in _EXPIRED:
-        return "no reply in time (timeout-seconds), or the node is gone"
+    if is_silence(reply):
+        return (
+            "no reply in time (timeout-seconds), or the node is gone, or its reply was "
+            "lost on the way"
+        )
     return last_line(reply.error.reason).removeprefix(f"{name}: ")
 
 

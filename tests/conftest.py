@@ -8,6 +8,8 @@ import os
 import resource
 from contextlib import contextmanager
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 from flwr.app import Context, Error, Message, RecordDict
@@ -21,9 +23,16 @@ torch.set_num_threads(1)  # the same sums in the same order everywhere
 
 
 def pytest_configure(config):
-    """Hide GPUs, whose sums have another order, but from the tests that need one."""
+    """Hide GPUs, whose sums have another order, and hubs, but from tests that need one.
+
+    The libraries have read the environment when this file imported them.
+    """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if config.option.markexpr != "network":
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +45,6 @@ def own_cache(tmp_path_factory):
     place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     place.mkdir(exist_ok=True)
     os.environ["FEDPFT_CACHE"] = str(place)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     os.environ.pop("FEDPFT_OUT", None)
     return place

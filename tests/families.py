@@ -129,8 +129,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": {**_DINOV2, "mlp_ratio": WIDTH // 12},
     "dinov2-swiglu": {**_DINOV2, "mlp_ratio": WIDTH * 3 // 24, "use_swiglu_ffn": True},
 }
-# Rows that are variants of a family are no model types themselves.
-MODEL_TYPES = {"opt-post-ln": "opt", "dinov2-swiglu": "dinov2"}
+# Rows that are variants of a family are no model types themselves; the first that names
+# one is what it is built as.
+MODEL_TYPES = {
+    row.variant[2]: name for name, row in reversed(ARCHITECTURES.items()) if row.variant
+}
 
 
 def tiny_model(

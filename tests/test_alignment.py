@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from fedpft_flower.activity import average_rates
 from fedpft_flower.alignment import (
+    compare_gradients,
     most_inactive,
     product_loss,
     state_loss,
@@ -40,6 +42,37 @@ def test_state_loss_against_numpy_without_padding():
         )
     )
     assert float(found) == pytest.approx(np.mean(expected))
+
+
+def test_the_gradient_error_against_numpy():
+    """Tensors without a gradient in the FM are left out of both sides."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 3), (4,), (5,)]
+    fm = [[rng.normal(size=shape) for shape in shapes] for _ in range(3)]
+    sub = [[g + 0.3 * rng.normal(size=g.shape) for g in batch] for batch in fm]
+    for batch in fm:
+        batch[1] = np.zeros(4)
+    relative, cosine = [], []
+    for ones, others in zip(fm, sub, strict=True):
+        g, h = (np.concatenate([b[0].ravel(), b[2]]) for b in (ones, others))
+        relative.append(np.linalg.norm(h - g) / np.linalg.norm(g))
+        cosine.append(g @ h / np.linalg.norm(g) / np.linalg.norm(h))
+    found = compare_gradients(
+        *([[torch.tensor(g) for g in batch] for batch in side] for side in (fm, sub))
+    )
+    assert found.relative == pytest.approx(np.mean(relative))
+    assert found.relative_spread == pytest.approx(np.std(relative, ddof=1))
+    assert found.cosine == pytest.approx(np.mean(cosine))
+    assert found.cosine_spread == pytest.approx(np.std(cosine, ddof=1))
+
+
+def test_rates_are_averaged_by_examples():
+    rng = np.random.default_rng(0)
+    clients, weights = rng.random((3, 2, 4)), [1, 5, 10]
+    rates = [[torch.tensor(layer).float() for layer in one] for one in clients]
+    for i, found in enumerate(average_rates(rates, weights)):
+        expected = np.average(clients[:, i], axis=0, weights=weights)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
 
 
 def test_state_loss_weighs_tokens_in_both_means():

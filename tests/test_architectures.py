@@ -1,7 +1,9 @@
 """The conformance suite: what must hold for every family's row."""
 
 import copy
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
@@ -21,10 +23,8 @@ from fedpft_flower.alignment import (
     compare_gradients,
     distil,
     emulator_level,
-    ended_behind,
     layer_level,
     neuron_level,
-    outputs_of,
 )
 from fedpft_flower.architectures import (
     ARCHITECTURES,
@@ -35,9 +35,16 @@ from fedpft_flower.architectures import (
     model_class_of,
     new_model,
 )
-from fedpft_flower.config import AlignConfig, FedPFTError, LoraConfig, SubFMConfig
+from fedpft_flower.batches import unit_cotangents
+from fedpft_flower.config import (
+    AlignConfig,
+    FedPFTError,
+    LoraConfig,
+    SubFMConfig,
+    derive_seed,
+)
 from fedpft_flower.descent import Schedule
-from fedpft_flower.moments import observe
+from fedpft_flower.passes import ended_behind, observe, outputs_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import keep_all, keep_salient, parameters_of, size_of
 from fedpft_flower.selection import Evidence, norm
@@ -49,7 +56,7 @@ from fedpft_flower.sub_fm import (
     frozen_weights,
     load_weights,
 )
-from tests.families import CLASSES, CONFIGS, WIDTH, tiny_batch, tiny_model
+from tests.families import CONFIGS, WIDTH, tiny_batch, tiny_model
 
 families = pytest.mark.parametrize("family", sorted(CONFIGS))
 LORA = LoraConfig(r=2, alpha=8)
@@ -286,7 +293,22 @@ def test_dropped_layers_are_renumbered(family):
     sub = build_sub_fm(fm, Plan(everything.widths, kept))
     assert [ffn.width for ffn in ffns_of(sub)] == [WIDTH, WIDTH]
     assert torch.equal(ffns_of(sub)[1].down_columns(), ffns_of(fm)[2].down_columns())
-    assert logits(sub, batch).shape == (5, CLASSES)
+    with torch.no_grad(), passed_over(layers_of(fm)[1]):
+        expected = fm(**batch).logits
+    torch.testing.assert_close(logits(sub, batch), expected, rtol=1e-5, atol=1e-6)
+
+
+@contextmanager
+def passed_over(layer):
+    """Let a layer return what it is given."""
+
+    def restore(module, args, kwargs, output):
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *output[1:]) if isinstance(output, tuple) else given
+
+    handle = layer.register_forward_hook(restore, with_kwargs=True)
+    yield
+    handle.remove()
 
 
 def emulated(family):
@@ -476,6 +498,36 @@ def test_layer_distillation_reduces_the_error_and_changes_only_ffns(family):
     assert changed == names
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_the_loss_of_a_distillation_against_numpy(weight):
+    """Layer 0 is whole: it is neither aligned nor among the products."""
+    fm, sub, plan = adapted("bert", {"keep_fraction": 0.5, "whole_layers": "0"})
+    batch = tiny_batch("bert")
+    real = batch["attention_mask"].bool().numpy()
+    states, products = [], []
+    for model in (base_model(fm), base_model(sub)):
+        with torch.no_grad():
+            found = model.bert(**batch, output_hidden_states=True).hidden_states
+        states.append([h.double().numpy()[real] for h in found[1:]])  # of the layers
+        layers = model.bert.encoder.layer
+        products.append([matrix(la.output) @ matrix(la.intermediate) for la in layers])
+    expected = 0.0
+    for layer in (1, 2):
+        (h_fm, h_sub), (p_fm, p_sub) = (
+            [side[layer] for side in kind] for kind in (states, products)
+        )
+        expected += np.mean((h_fm - h_sub) ** 2) / np.mean(h_fm**2) / 2
+        expected += weight * np.mean((p_fm - p_sub) ** 2) / np.mean(p_fm**2) / 2
+    trainable, said = layer_level(compressed(sub, plan)), []
+    schedule = Schedule(0.01, 1)
+    distil(fm, sub, plan, trainable, iter([batch]), schedule, weight, said.append)
+    assert said[0].loss == pytest.approx(expected, rel=1e-5)
+
+
+def matrix(part):
+    return part.dense.weight.detach().double().numpy()
+
+
 @families
 def test_layers_behind_the_last_that_is_looked_at_do_not_run(family):
     fm, batch = tiny_model(family), tiny_batch(family)
@@ -583,6 +635,29 @@ def test_gradient_error_is_zero_for_the_fm_itself(family):
     found = gradient_error(fm, sub, batches, seed=0)
     assert found.relative > 0
     assert found == gradient_error(fm, sub, batches, seed=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "vit"])
+def test_adapter_gradients_are_those_of_differences(family):
+    """In float64, by moving one value of the adapter at a time."""
+    fm = adapted(family)[0].double()
+    batch = {
+        name: values.double() if values.is_floating_point() else values
+        for name, values in tiny_batch(family).items()
+    }
+    (found,) = adapter_gradients(fm, [batch], seed=0)
+    cotangent = unit_cotangents(logits(fm, batch), derive_seed(0, "cotangent", 0))
+    trained = [p for p in fm.parameters() if p.requires_grad]
+    for parameter, gradient in list(zip(trained, found, strict=True))[::5]:
+        place = int(gradient.abs().argmax())
+        values = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                parameter.view(-1)[place] += step
+                values.append(float((logits(fm, batch) * cotangent).sum()))
+                parameter.view(-1)[place] -= step
+        expected = (values[0] - values[1]) / 2e-6
+        assert float(gradient.flatten()[place]) == pytest.approx(expected, rel=1e-4)
 
 
 # No law, so not every random model does it.

@@ -1,7 +1,7 @@
 """In which numbers steps are computed, and who decides."""
 
 import json
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,13 +60,22 @@ def both(monkeypatch, tmp_path):
     return [base_model(adapted("bert")[0])]
 
 
-def sleeper(**seconds):
+@pytest.fixture
+def clock(monkeypatch):
+    """Return the time in a list, which goes on only where a test says so."""
+    now = [0.0]
+    stopped = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(compute, "time", stopped)
+    return now
+
+
+def timed(clock, **seconds):
     """Return a step that takes so long in float32, bfloat16, with eager attention."""
 
     def step():
         bf16 = torch.is_autocast_enabled("cpu")
         eager = step.models[0].config._attn_implementation == "eager"
-        time.sleep(seconds["eager" if eager else "bf16" if bf16 else "fp32"])
+        clock[0] += seconds["eager" if eager else "bf16" if bf16 else "fp32"]
 
     return step
 
@@ -80,18 +89,20 @@ def sleeper(**seconds):
         ({"fp32": 0.1, "bf16": 0.098, "eager": 0.2}, Compute()),  # hardly faster
     ],
 )
-def test_the_fastest_way_is_taken_where_it_is_much_faster(both, seconds, expected):
-    step = sleeper(**seconds)
+def test_the_fastest_way_is_taken_where_it_is_much_faster(
+    both, clock, seconds, expected
+):
+    step = timed(clock, **seconds)
     step.models = both
     assert fastest(both, step, torch.device("cpu")) == expected
 
 
-def test_what_was_fastest_is_kept_and_a_damaged_note_is_not_believed(both):
+def test_what_was_fastest_is_kept_and_a_damaged_note_is_not_believed(both, clock):
     asked = []
 
     def step():
         asked.append(1)
-        time.sleep(0.001 if torch.is_autocast_enabled("cpu") else 0.02)
+        clock[0] += 0.001 if torch.is_autocast_enabled("cpu") else 0.02
 
     first = best_here(both, step, "x")
     assert first.bf16 and asked

@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -22,8 +23,9 @@ from deploy import demo
 from deploy.processes import Deployment
 from fedpft_flower.checks import check_run
 from fedpft_flower.config import Config, FedPFTError, flatten
+from fedpft_flower.public import load_public
 from fedpft_flower.superlink import copy_app, free_port
-from fedpft_flower.tasks import load_public, load_site, load_task
+from fedpft_flower.tasks import load_site, load_task
 from fedpft_flower.wire import TRAIN
 from tests.deployment import (
     SITES,
@@ -155,7 +157,8 @@ def test_nodes_come_in_by_the_door_and_nobody_else(tmp_path):
 
         def answer(path, *how):
             told = ("--output", "/dev/null", "--write-out", "%{http_code}")
-            command = ("curl", "--silent", "--path-as-is", "--cacert", ca, *told, *how)
+            plain = ("--silent", "--path-as-is", "--noproxy", "*", "--cacert", ca)
+            command = ("curl", *plain, *told, *how)
             return call(*command, f"https://127.0.0.1:{door}{path}")
 
         wait_until(lambda: answer("/health").stdout == "200", 60, "the door")
@@ -265,7 +268,7 @@ except KeyboardInterrupt:
         process.terminate()
         time.sleep(0.5)
     assert process.communicate(timeout=60)[0] == "stopped\n"
-    assert len(pids) == 3 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert len(pids) == 3 and not any(map(psutil.pid_exists, pids))
 
 
 def test_a_script_that_fails_says_why(tmp_path, monkeypatch):
@@ -277,8 +280,6 @@ def test_a_script_that_fails_says_why(tmp_path, monkeypatch):
 
 
 def test_the_bundle_is_valid_small_and_holds_what_a_node_needs(tmp_path):
-    import tomllib
-
     app = tmp_path / "app"
     names = ["server_app.py", "client_app.py", "pyproject.toml", "LICENSE", "README.md"]
     app.mkdir()

@@ -33,6 +33,7 @@ from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS
 from fedpft_flower.runs import LOG
+from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import versions
 from fedpft_flower.store import Store, tensors_hash
 from fedpft_flower.tasks import load_task
@@ -194,6 +195,54 @@ def test_a_silent_newcomer_holds_up_no_round(local_grid, settings, monkeypatch):
     hellos = [m for m in grid.seen if m.metadata.dst_node_id == 99]
     assert waited == [0.3, 0.0] and len(hellos) == 1  # in rounds 2 and 3
     assert results(settings)[2]["failures"] == 0
+
+
+def test_a_node_that_stops_to_answer_is_waited_for_once(
+    local_grid, settings, monkeypatch
+):
+    """As one whose SuperNode lives and whose processes do not start any more."""
+    monkeypatch.setattr(federation, "GRACE_SECONDS", 0.3)
+    settings |= {"train.clients-per-round": NODES, "timeout-seconds": 0.5}
+    dead, asked = [], []
+
+    def stuck(message, reply):
+        kind = message.metadata.message_type
+        if kind == "train":
+            dead.append(1)
+        if dead:
+            asked.append(kind)
+        return None if len(dead) and len(asked) < 4 else reply
+
+    run(local_grid, settings, {2: stuck})
+    _, rounds, summary, _ = results(settings)
+    # Once to train, greeted once a round until it answers, and then it trains again.
+    assert asked[0] == "train" and "train" not in asked[1:4]
+    assert set(asked[1:4]) == {"query.hello"}
+    name = "partition-000002"
+    assert "no reply in time" in rounds[1]["failures"][name]
+    assert name not in rounds[2]["failures"] and name not in rounds[2]["per-client"]
+    assert summary["failures"] == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (SystemExit(1), "error: ended from outside (flwr stop"),
+        (MemoryError(), "error: memory ended (MemoryError); lower align.batch-size"),
+        (ValueError("strange\nthing"), "error: ValueError: thing; where the run has a"),
+    ],
+)
+def test_a_run_that_ends_otherwise_says_so_in_its_log(
+    local_grid, settings, monkeypatch, raised, said
+):
+    def fail(self, *rest):
+        raise raised
+
+    monkeypatch.setattr(ProxyServer, "end_round", fail)
+    with pytest.raises(type(raised)):
+        run(local_grid, settings)
+    (line,) = [line for line in log_of(settings).splitlines() if "error:" in line]
+    assert said in line and line.endswith(f"resume={settings['out-dir']}/7")
 
 
 def test_a_newcomer_that_divides_the_rows_otherwise_is_left_out(local_grid, settings):
@@ -1126,6 +1175,12 @@ def test_refitting_whole_layers_is_refused(local_grid, settings, key):
         ({"partition-id": "a"}, "are numbers: invalid literal"),
         ({"text-columns": "note"}, "has text-columns but no data-path"),
         ({"data-path": ""}, "has data-path but no data-path to read"),
+        (
+            {"label_column": "x"},
+            "has label_column, which nobody reads; is it label-col",
+        ),
+        ({"max-install-mb": "2GB"}, "has max-install-mb = '2GB'; give megabytes"),
+        ({"max-install-mb": float("nan")}, "has max-install-mb = nan; give megabytes"),
     ],
 )
 def test_a_node_config_without_sense_is_refused(local_grid, settings, change, said):

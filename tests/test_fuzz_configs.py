@@ -24,12 +24,13 @@ from fedpft_flower.config import (
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.methods import METHODS, method_of
 from fedpft_flower.partitions import PARTITIONS, load_partition
+from fedpft_flower.public import load_public
 from fedpft_flower.run_directory import RunDirectory
 from fedpft_flower.selection import SELECTIONS
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.strategies import _RANGES as ARGUMENTS
 from fedpft_flower.strategies import STRATEGIES, _arguments, inner_strategy, strategy_of
-from fedpft_flower.tasks import load_public, load_task
+from fedpft_flower.tasks import load_task
 from tests.fuzzing import (
     LONG,
     bounded,

@@ -12,9 +12,11 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from benchmarks.plain_loop import PlainLoop
 from client_app import app as client_app
 from fedpft_flower import client
+from fedpft_flower.architectures import family_of
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.package import check_processor_file
 from fedpft_flower.plan import Plan
+from fedpft_flower.processors import load_processor
 from fedpft_flower.store import Store, package_hash, package_json, package_tensors
 from fedpft_flower.sub_fm import config_fields, config_from
 from fedpft_flower.wire import ARRAYS, CONFIG, INSTALL, PACKAGE, config_of, pack_tensors
@@ -134,17 +136,27 @@ def test_what_tokenizers_are_saved_as_is_taken():
         check_processor_file(name)
 
 
-def test_code_named_by_a_processor_is_not_loaded(package):
+def test_code_named_by_a_processor_is_not_loaded(package, tmp_path):
+    """Not even where it lies beside the file that names it."""
     sound, settings = package
-    files = dict(sound.processor_files)
-    said = json.loads(files["preprocessor_config.json"])
+    said = json.loads(sound.processor_files["preprocessor_config.json"])
     evil = {**said, "auto_map": {"AutoImageProcessor": "evil.Processor"}}
     del evil["image_processor_type"]
-    files["preprocessor_config.json"] = json.dumps(evil).encode()
-    bad = replace(sound, processor_files=files)
+    folder, ran = tmp_path / "processor", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "preprocessor_config.json").write_text(json.dumps(evil))
+    (folder / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
+        "class Processor:\n    from_pretrained = classmethod(lambda *a, **k: a[0]())\n"
+    )
+    row = family_of(sound.model_config["model_type"])
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_processor(folder, row)
+    assert not ran.exists()
+    files = {"preprocessor_config.json": json.dumps(evil).encode()}
+    bad = replace(sound, processor_files={**sound.processor_files, **files})
     _, wanted = install(settings, package_tensors(bad), package_json(bad))
-    reply = train(settings, wanted, {"x": torch.zeros(1)})
-    assert reply.has_error() and "\n" not in reply.error.reason
+    refused(train(settings, wanted, {"x": torch.zeros(1)}), "trust_remote_code")
 
 
 def test_an_install_of_another_hash_or_size_is_refused(package):
@@ -155,34 +167,41 @@ def test_an_install_of_another_hash_or_size_is_refused(package):
         refused(reply, "does not have the hash")
     reply, _ = install(settings, tensors, text, node={"max-install-mb": 0.01})
     refused(reply, "this node takes max-install-mb = 0.01; raise it")
-    reply, _ = install(settings, tensors, text, node={"max-install-mb": float("nan")})
-    refused(reply, "this node takes max-install-mb = nan; raise it")
     assert Store().hashes() == []
 
 
 @pytest.mark.parametrize(
-    "delta",
+    ("delta", "said"),
     [
-        {
-            "stranger": torch.zeros(1),
-            "stranger@rows": torch.zeros(1, dtype=torch.int32),
-        },
-        {
-            "NAME": torch.zeros(1, 1),
-            "NAME@rows": torch.tensor([10**6], dtype=torch.int32),
-        },
-        {"NAME": torch.zeros(2, 2)},
-        {"NAME": torch.zeros(1, 1), "NAME@rows": torch.tensor(["0"[0] == "0"])},
+        (
+            {
+                "stranger": torch.zeros(1),
+                "stranger@rows": torch.zeros(1, dtype=torch.int32),
+            },
+            "names an unknown tensor 'stranger'",
+        ),
+        (
+            {
+                "NAME": torch.zeros(1, 1),
+                "NAME@rows": torch.tensor([10**6], dtype=torch.int32),
+            },
+            "cannot be handled (",
+        ),
+        ({"NAME": torch.zeros(2, 2)}, "names an unknown tensor"),
+        (
+            {"NAME": torch.zeros(1, 1), "NAME@rows": torch.tensor(["0"[0] == "0"])},
+            "cannot be handled (",
+        ),
     ],
 )
-def test_a_hostile_change_is_refused_and_the_base_stays(package, delta):
+def test_a_hostile_change_is_refused_and_the_base_stays(package, delta, said):
     sound, settings = package
     tensors, text = package_tensors(sound), package_json(sound)
     _, base = install(settings, tensors, text)
     name = next(n for n in tensors if tensors[n].ndim == 2)
     named = {key.replace("NAME", name): value for key, value in delta.items()}
     reply, _ = install(settings, named, "", "1" * 64, base=base)
-    assert reply.has_error() and "\n" not in reply.error.reason
+    refused(reply, said)  # as what it is, not for the hash of what results
     assert Store().hashes() == [base]
     assert Store().get(base) is not None
 

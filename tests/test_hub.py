@@ -11,8 +11,9 @@ from fedpft_flower.architectures import ARCHITECTURES
 from fedpft_flower.columns import choose_columns
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import names_in
+from fedpft_flower.public import load_public
 from fedpft_flower.reading import is_on_hub, read_sample
-from fedpft_flower.tasks import columns_of, load_public
+from fedpft_flower.tasks import columns_of
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ROWS = 8

@@ -1,7 +1,9 @@
 """Data as they are found: the run says what it does with them, or reads them right."""
 
 import csv
+import errno
 import json
+import os
 import subprocess
 import sys
 from decimal import Decimal
@@ -21,9 +23,10 @@ from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.disk import existing_path
 from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import source_of_fm
+from fedpft_flower.public import load_public
 from fedpft_flower.reading import read_splits
 from fedpft_flower.run_directory import RunDirectory
-from fedpft_flower.tasks import TaskData, load_public, load_site, load_task
+from fedpft_flower.tasks import TaskData, load_site, load_task
 
 
 def write_lines(path, rows):
@@ -39,6 +42,42 @@ def draw(root, *places, count=6):
             picture = Picture.new("RGB", (8, 8), color=(number, i, 0))
             picture.save(root / place / f"{i}.png")
     return str(root)
+
+
+# ------------------------------------------------------------------ folders and caches
+
+
+def test_a_folder_that_one_may_not_look_into_is_told(tmp_path, monkeypatch):
+    """Its rows would be missing without a word."""
+    place, real = draw(tmp_path, "cat", "dog"), os.scandir
+
+    def guarded(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(FedPFTError, match="dog in it lies where the user that runs"):
+        read_splits(place, "data.path", "image")
+
+
+def test_a_cached_copy_that_was_cut_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(60)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    first = read_splits(path, "data.path", "text")["train"]["text"][:]
+    (kept,) = (tmp_path / "cache" / "rows").rglob("*.arrow")
+    for size in (kept.stat().st_size // 2, 0):
+        os.truncate(kept, size)
+        assert read_splits(path, "data.path", "text")["train"]["text"][:] == first
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "a", "label": "b"}])
+    with pytest.raises(FedPFTError, match="set FEDPFT_CACHE to a directory"):
+        read_splits(path, "data.path", "text")
 
 
 # ------------------------------------------------------------------------------- labels

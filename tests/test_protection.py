@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification
 
-from fedpft_flower.alignment import outputs_of
+from fedpft_flower.codec import encode_weights
 from fedpft_flower.delta import apply_delta
+from fedpft_flower.passes import outputs_of
 from fedpft_flower.plan import Plan
-from fedpft_flower.protection import Exposure, protection
+from fedpft_flower.protection import Exposure, _refitted, protection
 from fedpft_flower.wire import config_of, unpack_tensors
 from tests.test_federation import results, run
 
@@ -178,6 +179,9 @@ def test_of_several_sub_fms_the_one_that_shows_most_counts():
     assert (exposure.sent, exposure.verbatim) == (8, 2)
     exposure.note(first, own, "fp32")
     assert exposure.distance == 0.0  # the FM's own values there are all zero
+    assert "other values in their place" in _refitted(
+        {"re-fitted": 0.25, "re-fitted-distance": exposure.distance}
+    )
     exposure.note(second, own, "fp32")
     assert (exposure.sent, exposure.verbatim) == (8, 6)
     moved, size = np.array([9.0, 8, 7, 6, 5, 4]), np.arange(6.0)
@@ -188,14 +192,25 @@ def test_of_several_sub_fms_the_one_that_shows_most_counts():
     assert again.state() == exposure.state()
 
 
+def test_of_int8_what_lies_within_half_a_level_is_verbatim():
+    """A row's largest value sets its scale: one that moves changes no level."""
+    own = torch.tensor([[0.1, -0.5, 1.0], [1.0, 2.0, 3.0]])
+    sent = encode_weights({"w": own * torch.tensor([[1.0 + 1e-6], [2.0]])}, "int8")
+    exposure = Exposure()
+    exposure.note(sent, [("w", own)], "int8")
+    assert (exposure.sent, exposure.verbatim) == (6, 3)
+    assert exposure.distance == pytest.approx(1.0, rel=0.01)
+
+
 def test_the_sheet_tells_a_loss_of_privacy_where_there_is_one():
     exposure = Exposure()
     exposure.sent, exposure.verbatim = 60, 40
     scores = {"fm-accuracy": 0.5, "sub-fm-accuracy": 0.25}
     summary = {"test-before": scores, "test-after": scores}
+    summary["parameters"] = {"fm": 100, "head": 10}
     summary["privacy"] = {"epsilon": 3.21, "delta": 1e-5}
     sheet = protection(
-        exposure, 100, "accuracy", summary, {}, {"fm": "10", "sub-fm": "11"}, {}
+        exposure, "accuracy", summary, {}, {"fm": "10", "sub-fm": "11"}, {}
     )
     assert sheet["never-sent"] == pytest.approx(0.4)
     values = [row["value"] for row in sheet["rows"]]

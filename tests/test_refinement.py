@@ -13,9 +13,9 @@ from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.descent import Schedule
 from fedpft_flower.encoding import shuffled_batches
 from fedpft_flower.evaluation import evaluate
+from fedpft_flower.public import load_public
 from fedpft_flower.refinement import logit_loss, refine
 from fedpft_flower.server import GRADIENT_BATCHES
-from fedpft_flower.tasks import load_public
 from tests.families import tiny_batch
 from tests.test_architectures import adapted, gradient_error
 

@@ -282,6 +282,26 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert store.load(1).tensors["x"].tolist() == [1.0, 1.0]
 
 
+def test_a_copy_of_a_checkpoint_is_none(tmp_path):
+    store = Checkpoints(tmp_path, keep=1)
+    store.save(Checkpoint(0, {"x": torch.zeros(1)}, STATE), best=0)
+    copied = tmp_path / "checkpoints" / "round-000000.bak"
+    copied.mkdir()
+    store.save(Checkpoint(1, {"x": torch.zeros(1)}, STATE), best=1)
+    assert store.load().round == 1
+    assert kept(tmp_path) == ["round-000000.bak", "round-000001"]
+
+
+def test_a_run_directory_that_was_removed_is_told(tmp_path):
+    from fedpft_flower.config import Config
+
+    place = run_directory.RunDirectory(Config(out_dir=str(tmp_path)), 7)
+    place._rounds = [{}, {}]
+    shutil.rmtree(place.path)
+    with pytest.raises(FedPFTError, match=r"/7 is gone .*; start anew"):
+        place.add_round({"round": 2})
+
+
 def test_a_full_disk_at_the_end_says_how_to_go_on(
     local_grid, short, full_disk, monkeypatch
 ):

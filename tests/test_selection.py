@@ -10,13 +10,8 @@ from benchmarks.plain_loop import load
 from fedpft_flower import progress, server
 from fedpft_flower.architectures import ffns_of, layers_of
 from fedpft_flower.config import AlignConfig, Config, FedPFTError
-from fedpft_flower.moments import (
-    count_tokens,
-    neuron_moments,
-    observe,
-    output_of,
-    skipped,
-)
+from fedpft_flower.moments import neuron_moments
+from fedpft_flower.passes import count_tokens, observe, run_to, skipped
 from fedpft_flower.selection import (
     Evidence,
     energy,
@@ -158,7 +153,7 @@ def test_skipping_layers_changes_nothing(family):
     layers, ran = layers_of(fm), []
     with torch.no_grad():
         expected = fm(**batch).logits
-    given = output_of(fm, layers[1], batch)
+    given = run_to(fm, layers[1], batch)
     inner = next(layers[1].children())
     handle = inner.register_forward_hook(lambda *_: ran.append(1))
     with torch.no_grad(), skipped(layers[:2], given):

@@ -20,8 +20,9 @@ from fedpft_flower.docstrings import LIBRARIES, load_docstrings
 from fedpft_flower.encoding import content_hash, encode
 from fedpft_flower.images import decoded_images
 from fedpft_flower.partitions import load_partition
+from fedpft_flower.public import _sentences, load_public
 from fedpft_flower.reading import _read_hub, read_splits
-from fedpft_flower.tasks import _sentences, load_public, load_site, load_task, source_of
+from fedpft_flower.tasks import load_site, load_task, source_of
 
 DIGITS = DataConfig(task="digits")
 

@@ -259,16 +259,21 @@ def test_a_copy_whose_processor_is_damaged_is_none(store):
         assert store.get(content) is not None
 
 
-def test_store_has_one_name_for_all_processes(store):
-    names = []
-    threads = [
-        threading.Thread(target=lambda: names.append(store.name)) for _ in range(8)
-    ]
+def test_a_store_has_one_name_whoever_makes_it_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "new"))
+    names, together = [], threading.Barrier(8)
+
+    def make():
+        together.wait()
+        names.append(Store().name)
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(names)) == 1 and len(names[0]) == 32
+    assert len(names) == 8 and len(set(names)) == 1 and len(names[0]) == 32
+    assert Store().name == names[0]
 
 
 def message(kind, content):
