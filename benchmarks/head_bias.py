@@ -17,7 +17,7 @@ from benchmarks.finished import measure_runs, server_of
 from fedpft_flower.adapters import load_adapter
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.evaluation import predict
-from fedpft_flower.export import adapter_of
+from fedpft_flower.export import final_adapter
 from fedpft_flower.runs import FinishedRun
 from fedpft_flower.tasks import task_of
 
@@ -34,7 +34,7 @@ def row(run: FinishedRun) -> list[str]:
     if task_of(run.config.data.task).objective != "classify":
         raise FedPFTError(f"{run.path} is no run of a classifier; give one that is")
     server, task, _ = server_of(run)
-    load_adapter(server.fm, adapter_of(run))
+    load_adapter(server.fm, final_adapter(run))
     bias = fitted_bias(*predict(server.fm, server.encode(task.validation)))
     logits, labels = predict(server.fm, server.encode(task.test))
     found = [(accuracy(x, labels), loss(x, labels)) for x in (logits, logits + bias)]

@@ -45,7 +45,7 @@ from fedpft_flower.batches import Batch, inputs_of
 from fedpft_flower.codec import decode_weights, encode_weights
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import Config, FedPFTError, derive_seed
-from fedpft_flower.devices import device_here, place
+from fedpft_flower.devices import device_here, move
 from fedpft_flower.encoding import (
     Rows,
     encode_public,
@@ -212,7 +212,7 @@ def regrow(package: Package, seed: int) -> PreTrainedModel:
         else:
             weights[name] = sent.cpu().clone()
     load_weights(model, weights)
-    place(model, device_here())
+    move(model, device_here())
     model.eval()
     return model
 

@@ -149,8 +149,10 @@ def _finish(
     """Refine the adapter, test it, and write all that a finished run has."""
     server, federation = run.strategy.server, run.strategy.federation
     run.plug_in_chosen()
-    federation.offer(server)  # a run that was over when it was resumed has not yet
-    federation.expose()
+    offer = federation.offer
+    offer.renew(server)  # a run that was over when it was resumed has not yet
+    if not offer.exposure.sent:  # nodes got it in a round that was cut short, the last
+        offer.expose()
     plain, right = server.judge("test")
     hits = {"plain": right["fm"], **right}
     alike = server.likeness()  # before the FM learns to follow the sub-FM
@@ -165,7 +167,7 @@ def _finish(
         hits |= {f"{model} ({name})": right for model, right in found.items()}
     first = run.directory.rounds[0]
     summary["protection"] = protection(
-        federation.exposure,
+        offer.exposure,
         server.metric,
         summary,
         {"before": first["public"], "after": alike} if "public" in first else {},

@@ -14,12 +14,12 @@ from fedpft_flower.plan import Plan
 from fedpft_flower.runs import FinishedRun
 from fedpft_flower.tasks import task_of
 from fedpft_flower.wording import (
-    adapter_of,
     count_nodes,
     data_name,
     last_part,
     percent,
     shown_settings,
+    which_adapter,
 )
 
 # How the hub calls what an exported model does.
@@ -187,7 +187,7 @@ def _training(run: FinishedRun) -> str:
         ("clients had", kept),
         ("aggregation", config.strategy),
         ("rounds", run.summary["rounds"]),
-        ("adapter of", adapter_of(run.summary)),
+        ("adapter of", which_adapter(run.summary)),
         ("clients", count_nodes(nodes)),
         ("LoRA", f"r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout}"),
         ("learning rate", f"{config.train.lr}, decay {config.train.lr_decay}"),

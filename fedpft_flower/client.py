@@ -22,7 +22,7 @@ from fedpft_flower.config import (
     TrainConfig,
     derive_seed,
 )
-from fedpft_flower.devices import device_here, peak_memory, place, release
+from fedpft_flower.devices import device_here, move, peak_memory, release
 from fedpft_flower.encoding import Rows, encode, shuffled_batches
 from fedpft_flower.flops import FlopMeter
 from fedpft_flower.node import Identity, identify, local_rows, own_training
@@ -144,7 +144,7 @@ def build_from_package(
     device = device_here()
     if frozen != "fp32":
         quantise(skeleton, frozen, device)
-    place(skeleton, device)
+    move(skeleton, device)
     places = package.plan.adapter_places
     return attach_adapter(skeleton, lora, package.head, seed, places)
 

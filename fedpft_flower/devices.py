@@ -45,7 +45,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def place(model: "PreTrainedModel", device: torch.device) -> None:
+def move(model: "PreTrainedModel", device: torch.device) -> None:
     """Move a model to a device, in place.
 
     Whatever it is called with then follows: to its device, and images into its numbers

@@ -146,11 +146,11 @@ def _with_adapter(run: FinishedRun, fm: FoundationModel) -> PeftModel:
     """Return the FM with the adapter that the run ended with."""
     plan, config = Plan.from_json(run.manifest["plan"]), run.config
     model = attach_adapter(fm.model, config.lora, fm.head, config.seed, plan.adapters)
-    load_adapter(model, adapter_of(run))
+    load_adapter(model, final_adapter(run))
     return model.eval()
 
 
-def adapter_of(run: FinishedRun) -> dict[str, Tensor]:
+def final_adapter(run: FinishedRun) -> dict[str, Tensor]:
     """Return the adapter that a run ended with.
 
     Raises:

@@ -3,38 +3,29 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from flwr.app import ConfigRecord, Message, RecordDict
-from torch import Tensor
 
 from fedpft_flower.config import FedPFTError
-from fedpft_flower.delta import make_delta
 from fedpft_flower.grid import CountingGrid
-from fedpft_flower.protection import Exposure
+from fedpft_flower.offer import Offer
 from fedpft_flower.refusals import REFUSED
-from fedpft_flower.server import ProxyServer
 from fedpft_flower.software import differences, source_hash, versions
-from fedpft_flower.store import package_hash, package_json, package_tensors
 from fedpft_flower.wire import (
-    ARRAYS,
     CONFIG,
     HELLO,
     INSTALL,
-    PACKAGE,
     config_of,
     message_bytes,
     metrics_of,
-    pack_tensors,
     reason_of,
 )
 
 logger = logging.getLogger(__name__)
 
-EARLIER = 8  # sub-FMs that a change can start from; a node with an older one gets all
 LONGEST_KEY = 200  # characters of a node's name
 MOST_HELD = 1000  # sub-FMs that a node may say that it holds
 
@@ -185,29 +176,9 @@ class Federation:
         self._held: dict[str, set[str]] = {}  # store -> hashes of its sub-FMs
         # What nodes were given before they went away, or before the run was resumed.
         self._given: dict[str, str] = dict(given or {})
-        self._version = -1
-        self._current = ""  # hash of the sub-FM to install
-        # Hash -> tensors of earlier sub-FMs, the newest last: a change can start there.
-        self._earlier: dict[str, dict[str, Tensor]] = {}
-        self._tensors: dict[str, Tensor] = {}
-        self._text = ""
-        # Base -> bytes of an install from there, by kind; "" for a whole one.
-        self._sizes: dict[str, dict[str, int]] = {}
-        # What nodes were given, against the FM's own parameters.
-        self.exposure = Exposure()
-        self._exposed = ""  # hash of the sub-FM that was counted last
-        self._own: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
-        self._codec = ""
-
-    @property
-    def sub_fm(self) -> str:
-        """Return the hash of the current sub-FM."""
-        return self._current
-
-    @property
-    def install_bytes(self) -> int:
-        """Return the size of a whole sub-FM: tensors, plan and processor, in bytes."""
-        return sum(t.nbytes for t in self._tensors.values()) + len(self._text)
+        self.offer = Offer()
+        # Sub-FM, base -> bytes of an install from there, by kind; "" for a whole one.
+        self._sizes: dict[tuple[str, str], dict[str, int]] = {}
 
     @property
     def partitions(self) -> int:
@@ -274,23 +245,6 @@ class Federation:
             )
         logger.warning("%d of %d nodes are online", len(self.nodes), expected)
 
-    def offer(self, server: ProxyServer) -> None:
-        """Make the server's sub-FM, as it is now, the one to install."""
-        if server.version == self._version:
-            return
-        self._version, self._own = server.version, server.untouched
-        package = server.package()
-        self._codec = server.config.wire.frozen
-        tensors, text = package_tensors(package, self._codec), package_json(package)
-        content = package_hash(tensors, text)
-        if content != self._current:
-            self._remember()
-            self._current, self._tensors, self._text = content, tensors, text
-            self._sizes = {}
-            self._earlier = {
-                name: _shared(old, tensors) for name, old in self._earlier.items()
-            }
-
     def install(self, nodes: Iterable[int], apart: bool = False) -> list[int]:
         """Bring the current sub-FM to the nodes that lack it, once to each machine.
 
@@ -306,18 +260,19 @@ class Federation:
             FedPFTError: before training, when a node that is there did not install it.
         """
         asked = list(nodes)
-        if asked and self._exposed != self._current:  # whether or not they answer
-            self._expose()
-        lacking = [n for n in asked if self.nodes[n].installed != self._current]
+        if asked:  # whether or not they answer
+            self.offer.expose()
+        offer, current = self.offer, self.offer.sub_fm
+        lacking = [n for n in asked if self.nodes[n].installed != current]
         machines: dict[str | int, int] = {}
         for node in lacking:
             store = self.nodes[node].store
-            if self._current not in self._held[store]:
+            if current not in self._held[store]:
                 machines.setdefault(node if apart else store, node)
-        content = cache(self._content)  # built at most once whole, once from each base
+        content = cache(offer.content)  # built at most once whole, once from each base
         lost = self._send(
             {
-                n: content(self._base(self._held[self.nodes[n].store]))
+                n: content(offer.base(self._held[self.nodes[n].store]))
                 for n in machines.values()
             }
         )
@@ -326,28 +281,17 @@ class Federation:
         for node in lacking:
             if node not in self.nodes:
                 continue
-            if self._current not in self._held[self.nodes[node].store]:
+            if current not in self._held[self.nodes[node].store]:
                 self._leave_out(node, "its machine did not keep the sub-FM", False)
                 continue
             # What a node of its own would have received, whether sent or not.
-            base = self._base({self.nodes[node].installed})
-            if base not in self._sizes:
-                self._sizes[base] = message_bytes(self._message(node, content(base)))
-            self.grid.ledger.add("down", self._sizes[base], sent=False)
-            self.nodes[node].installed = self._current
+            base = offer.base({self.nodes[node].installed})
+            if (current, base) not in self._sizes:
+                whole = self._message(node, content(base))
+                self._sizes[current, base] = message_bytes(whole)
+            self.grid.ledger.add("down", self._sizes[current, base], sent=False)
+            self.nodes[node].installed = current
         return [node for node in asked if node in self.nodes]
-
-    def expose(self) -> None:
-        """Count the current sub-FM as given, where none was counted so far.
-
-        So it is when the round that sent it was cut short and no other follows.
-        """
-        if not self.exposure.sent:
-            self._expose()
-
-    def _expose(self) -> None:
-        self.exposure.note(self._tensors, self._own(), self._codec)
-        self._exposed = self._current
 
     def installs(self) -> dict[str, str]:
         """Return which sub-FM every node was given last, by sampling key."""
@@ -378,34 +322,6 @@ class Federation:
         """Return how to call the node that a reply is about."""
         return self.name(self.grid.node_of(reply))
 
-    def _remember(self) -> None:
-        """Keep the sub-FM that another one replaces, and the newest before it."""
-        if self._current:
-            self._earlier.pop(self._current, None)
-            self._earlier[self._current] = self._tensors
-        for name in list(self._earlier)[:-EARLIER]:
-            del self._earlier[name]
-
-    def _base(self, held: Set[str]) -> str:
-        """Return the newest earlier sub-FM among those held, or "" for none."""
-        return next((name for name in reversed(self._earlier) if name in held), "")
-
-    def _content(self, base: str) -> RecordDict:
-        """Return an install: the change from a base, or without one the whole."""
-        tensors = self._tensors
-        if base:
-            tensors = make_delta(self._earlier[base], tensors)
-        arrays, casts = pack_tensors(tensors)
-        request = ConfigRecord(
-            {
-                "sub-fm": self._current,
-                "base": base,
-                "bit-cast": casts,
-                PACKAGE: "" if base else self._text,
-            }
-        )
-        return RecordDict({ARRAYS: arrays, CONFIG: request})
-
     def _message(self, node: int, content: RecordDict) -> Message:
         return Message(content, dst_node_id=node, message_type=INSTALL)
 
@@ -420,7 +336,7 @@ class Federation:
                 refused = reply.error.code == REFUSED
                 self._leave_out(node, reason_of(reply, self.name(node)), refused)
             elif config_of(reply).get("installed") is True:
-                self._held[self.nodes[node].store].add(self._current)
+                self._held[self.nodes[node].store].add(self.offer.sub_fm)
             else:
                 lost.append(node)
         for node in waiting:
@@ -583,11 +499,3 @@ class Federation:
             not reply.has_error() or reply.error.code == REFUSED
             for reply in self._hello([node], self._patience)
         )
-
-
-def _shared(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the old tensors; where nothing changed, the new ones take no more room."""
-    return {
-        name: new[name] if torch.equal(tensor, new[name]) else tensor
-        for name, tensor in old.items()
-    }

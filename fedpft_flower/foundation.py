@@ -28,7 +28,7 @@ from fedpft_flower.config import (
     names_in,
     one_line,
 )
-from fedpft_flower.devices import device_here, place
+from fedpft_flower.devices import device_here, move
 from fedpft_flower.disk import OUT_OF_REACH, file_hash, reachable_path
 from fedpft_flower.tasks import task_of
 
@@ -121,7 +121,7 @@ def load_fm(
     complete = _complete_head(model, row, modules, report, name)
     if model.dtype == torch.float16:  # gradients through it would underflow
         model.float()
-    place(model, device_here())
+    move(model, device_here())
     if modality == "image":
         _check_pixels(processor, model, name)
     return FoundationModel(model, processor, row, complete, objective)

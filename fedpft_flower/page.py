@@ -16,13 +16,13 @@ from fedpft_flower.markup import Markup, element
 from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.wording import (
-    adapter_of,
     count_nodes,
     data_name,
     last_part,
     percent,
     shown_settings,
     size,
+    which_adapter,
 )
 
 _DESCRIPTION = {
@@ -219,7 +219,7 @@ def _facts(
         ("labels", ", ".join(labels) if labels else "none: text is generated"),
         ("nodes", count_nodes(nodes)),
         ("rounds", f"{summary['rounds']} of {settings['rounds']}"),
-        ("adapter of", adapter_of(summary)),
+        ("adapter of", which_adapter(summary)),
         ("seed", manifest["seed"]),
         ("platform", _platform(manifest)),
         (

@@ -61,7 +61,7 @@ class Run:
             # The latter is ahead where a release was made and no checkpoint since.
             strategy.privacy.begin(state["privacy"], self._checkpoints.spent())
         strategy.federation.grid.ledger.restore(state["ledger"])
-        strategy.federation.exposure.restore(state["exposure"])
+        strategy.federation.offer.exposure.restore(state["exposure"])
         strategy.federation.met = {**state["met"], **strategy.federation.met}
         strategy.done = saved.round
         self.directory.go_back(saved.round)
@@ -165,7 +165,7 @@ class Run:
             "installs": strategy.federation.installs(),
             "met": _told(strategy.federation.met, self.config),
             "ledger": strategy.federation.grid.ledger.state(),
-            "exposure": strategy.federation.exposure.state(),
+            "exposure": strategy.federation.offer.exposure.state(),
             "strategy": form,
             "privacy": strategy.privacy and strategy.privacy.state(),
             "before": self.before,

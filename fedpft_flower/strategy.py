@@ -171,7 +171,7 @@ class FedPFT(Strategy):
             train.min_replies if federation.training else train.nodes_awaited
         )
         chosen = self._choose(server_round)
-        federation.offer(server)
+        federation.offer.renew(server)
         chosen = federation.install(chosen)
         federation.training = True
         left_out = dict(federation.refused.values())
@@ -183,7 +183,7 @@ class FedPFT(Strategy):
             {
                 "lr": server.lr(server_round),
                 "measure-activity": server.wants_activity(server_round),
-                "sub-fm": federation.sub_fm,
+                "sub-fm": federation.offer.sub_fm,
                 "codec": server.config.wire.adapter,
             }
         )

@@ -25,7 +25,7 @@ from fedpft_flower.architectures import (
     new_model,
 )
 from fedpft_flower.config import FedPFTError, Objective
-from fedpft_flower.devices import place
+from fedpft_flower.devices import move
 from fedpft_flower.plan import MOST_LAYERS, Plan
 
 # Bounds on what a received config may ask for.
@@ -45,7 +45,7 @@ def build_sub_fm(
     """
     skeleton = build_skeleton(fm.config, plan, objective)
     load_weights(skeleton, dict(cut(fm, _own_state(fm), plan)))
-    place(skeleton, fm.device)
+    move(skeleton, fm.device)
     skeleton.eval()
     return skeleton
 

@@ -51,7 +51,7 @@ def summary_of(
         "parameters": strategy.server.parameters,
         "bytes-down": both[0],
         "bytes-up": both[1],
-        "bytes-install-per-client": strategy.federation.install_bytes,
+        "bytes-install-per-client": strategy.federation.offer.bytes,
         "bytes-per-client-and-round": (sum(both) - install) / taken,
         "flops-per-client-and-round": _mean_flops(rounds),
         # Of all processes of the run, if it was resumed.
@@ -132,7 +132,7 @@ def manifest_of(
         },
         "fm-sha256": hashes["FM"],
         "plan": server.plan.to_json(),
-        "sub-fm-sha256": federation.sub_fm,
+        "sub-fm-sha256": federation.offer.sub_fm,
         "adapter-sha256": tensors_hash(server.adapter),
         # Of what lies in adapter/: in the FM, after its refinement.
         "final-adapter-sha256": tensors_hash(get_adapter(server.fm)),

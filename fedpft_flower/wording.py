@@ -50,7 +50,7 @@ def count_nodes(nodes: Mapping[str, int | None]) -> str:
     return f"{len(nodes)} with {rows}"
 
 
-def adapter_of(summary: Mapping[str, Any]) -> str:
+def which_adapter(summary: Mapping[str, Any]) -> str:
     """Return after which round a finished run's adapter was the delivered one."""
     best = f" ({summary['best-round']})" if summary["select"] == "best" else ""
     return f"the {summary['select']} round{best}"

@@ -124,11 +124,14 @@ def cable():
     cable.remove()
 
 
-@pytest.mark.parametrize("seconds", [20, 90])
+@pytest.mark.parametrize("seconds", [20, 45, 90])
 def test_a_node_whose_network_is_cut_comes_back_by_itself(
     tmp_path, settings, cable, seconds
 ):
-    """Twenty seconds are no matter; after 60 without a heartbeat the round goes on."""
+    """Twenty seconds are no matter; after 60 without a heartbeat the round goes on.
+
+    In between a message may be lost: then one round waits for it.
+    """
     with Deployment(tmp_path) as deployment:
         deployment.superlink()
         start_site(deployment, "north")
@@ -142,12 +145,12 @@ def test_a_node_whose_network_is_cut_comes_back_by_itself(
         cable.plug()
         assert deployment.status("run", 900) == "finished:completed"
     outcomes = [entry["failures"] for entry in rounds_of(run_directory(tmp_path))[1:]]
-    if seconds < 60:
+    if seconds == 20:
         assert outcomes == [{}] * 6
-    else:
+    if seconds == 90:
         assert "Node Unavailable" in outcomes[0]["south"]
-        per_client = rounds_of(run_directory(tmp_path))[6]["per-client"]
-        assert outcomes[5] == {} and per_client["south"]["outcome"] == "ok"
+    per_client = rounds_of(run_directory(tmp_path))[6]["per-client"]
+    assert outcomes[5] == {} and per_client["south"]["outcome"] == "ok"
 
 
 def test_a_run_whose_server_is_killed_again_and_again_ends_as_if_it_had_not(
@@ -157,15 +160,18 @@ def test_a_run_whose_server_is_killed_again_and_again_ends_as_if_it_had_not(
     with deploy(tmp_path) as deployment:
         deployment.submit("run-0", settings)
         wait_until(lambda: checkpoints(tmp_path), 400, "the first checkpoint")
-        for number in range(3):
-            time.sleep(moment(0, 40))
+        kills = 0
+        for longest in (2, 40, 40):  # the first is surely before the end
+            time.sleep(moment(0, longest))
             apps = apps_of(deployment, "superlink", SERVER_APP)
             if len(apps) != 1:
                 break
             apps[0].kill()
+            kills += 1
             again = {"resume": str(run_directory(tmp_path))}
-            deployment.submit(f"run-{number + 1}", settings | again)
-        assert deployment.status(f"run-{number + 1}", 900) == "finished:completed"
+            deployment.submit(f"run-{kills}", settings | again)
+        assert kills
+        assert deployment.status(f"run-{kills}", 900) == "finished:completed"
     assert adapter_of(run_directory(tmp_path)) == expected
 
 
@@ -283,6 +289,40 @@ def test_a_node_with_a_full_disk_is_left_out_until_there_is_room(
     reason = rounds[2]["failures"]["south"]
     assert reason.startswith("cannot keep the sub-FM") and "No space left" in reason
     assert rounds[3]["per-client"]["south"]["outcome"] == "ok"
+
+
+def test_a_node_whose_app_is_ended_is_waited_for_once(tmp_path, settings):
+    """Its SuperNode lives and waits for that app for ever; a new one takes part."""
+    settings |= {"timeout-seconds": 50.0, "rounds": 6}
+    with deploy(tmp_path) as deployment:
+        deployment.submit("run", settings)
+        wait_until(lambda: works_on(deployment, "south"), 400, "training")
+        apps_of(deployment, "south", CLIENT_APP)[-1].terminate()
+        wait_until(lambda: len(checkpoints(tmp_path)) > 3, 400, "round 3")
+        deployment.kill("south")
+        start_site(deployment, "south")
+        assert deployment.status("run", 900) == "finished:completed"
+    rounds = rounds_of(run_directory(tmp_path))
+    assert "no reply in time" in rounds[1]["failures"]["south"]
+    assert [entry["failures"] for entry in rounds[2:]] == [{}] * 5
+    assert all("south" not in entry["per-client"] for entry in rounds[2:4])
+    assert rounds[6]["per-client"]["south"]["outcome"] == "ok"
+
+
+def test_a_run_that_is_stopped_says_so_and_is_resumed(tmp_path, settings, local_grid):
+    expected = expected_adapter(local_grid, settings, tmp_path)
+    with deploy(tmp_path) as deployment:
+        deployment.submit("run", settings)
+        wait_until(lambda: checkpoints(tmp_path), 400, "the first checkpoint")
+        apps_of(deployment, "superlink", SERVER_APP)[0].terminate()
+        assert deployment.status("run", 300).startswith("finished:")
+        log = run_directory(tmp_path) / "run.log"
+        (line,) = [x for x in log.read_text().splitlines() if "error:" in x]
+        assert "ended from outside" in line
+        again = {"resume": str(run_directory(tmp_path))}
+        deployment.submit("resumed", settings | again)
+        assert deployment.status("resumed", 900) == "finished:completed"
+    assert adapter_of(run_directory(tmp_path)) == expected
 
 
 def test_a_reply_that_comes_too_late_is_not_used(tmp_path, settings):

@@ -12,7 +12,7 @@ from fedpft_flower.architectures import ARCHITECTURES
 from fedpft_flower.batches import real_logits
 from fedpft_flower.config import AlignConfig, LoraConfig
 from fedpft_flower.descent import Schedule
-from fedpft_flower.devices import place
+from fedpft_flower.devices import move
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.least_squares import refit
 from fedpft_flower.refinement import refine
@@ -34,7 +34,7 @@ def halved(family):
     fm = tiny_model(family)
     for parameter in fm.parameters():  # buffers stay as they are, as when loaded
         parameter.data = parameter.data.to(torch.bfloat16)
-    place(fm, torch.device("cpu"))
+    move(fm, torch.device("cpu"))
     return fm
 
 

@@ -13,6 +13,7 @@ from fedpft_flower.config import AlignConfig, Config, FedPFTError
 from fedpft_flower.moments import neuron_moments
 from fedpft_flower.passes import count_tokens, observe, run_to, skipped
 from fedpft_flower.selection import (
+    SELECTIONS,
     Evidence,
     energy,
     greedy,
@@ -339,7 +340,7 @@ def test_there_are_25_public_tokens_for_each_kept_neuron_or_it_says_so(
         assert (said in caplog.text) is few
 
 
-@pytest.mark.parametrize("selection", ["energy", "variance", "greedy"])
+@pytest.mark.parametrize("selection", sorted(SELECTIONS))
 def test_a_smaller_sub_fms_neurons_are_among_a_larger_ones(settings, selection):
     """Else whoever is given both holds more of the FM than the larger one has."""
     settings |= {"method": "fedpft-n", "sub-fm.selection": selection}
