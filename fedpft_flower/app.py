@@ -87,10 +87,10 @@ def _cause(error: BaseException) -> str:
             "ended from outside (flwr stop, a signal, or a SuperLink that was away, or "
             "set its clock forward, for a minute)"
         )
-    line = last_line(str(error))
+    line = last_line(str(error) or type(error).__name__)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return (
-            f"memory ended ({line or 'MemoryError'}); lower align.batch-size, "
+            f"memory ended ({line}); lower align.batch-size, "
             "align.memory-mb or plug-in.batch-size, which the server needs it for"
         )
     return f"{type(error).__name__}: {line}"

@@ -46,7 +46,7 @@ def private_cache(name: str) -> Path:
     """Return a folder of the cache that only this user can read, and make it.
 
     Raises:
-        FedPFTError: it cannot be made.
+        FedPFTError: it cannot be made, or not be written.
     """
     folder = cache_dir() / name
     try:

@@ -62,9 +62,9 @@ NO_MEAN = {
 
 # A float32 adapter w plus a clipped update is rounded: by so much of the norm of w.
 _ROUNDING = 1e-6
-# What averaging rounds in float32 has no noise; it is some percent of clipping-norm /
-# clients at most where that is above so much of the adapter's norm.
-_LEAST_SHARE = 1e-4
+# Rounding of the average in float32 has no noise. It is some percent of clipping-norm /
+# clients at most, if that is at least this share of the adapter's norm.
+_LEAST_SHARE = 1e-5
 # Flower divides by the norm of an update.
 _LEAST_MOVED = 1e-12
 

@@ -143,9 +143,9 @@ def _share_rows(figures: Figures) -> Iterable[dict[str, str]]:
         (
             "never-sent",
             "FM parameters never sent",
-            "no message of the run held them; the head is not among these "
-            f"({figures['head'] / 1e6:.2f} M): it trains and is sent whole, with what "
-            "it starts from",
+            "no message of the run held them; the head "
+            f"({figures['head'] / 1e6:.2f} M) is not counted here: it trains, and "
+            "clients get all of it, initial values included",
         ),
         (
             "sent-verbatim",

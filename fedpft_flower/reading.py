@@ -228,7 +228,7 @@ def _loaded(*args: Any, **kwargs: Any) -> Any:
     cache = str(private_cache("rows"))
     try:
         return load_dataset(*args, cache_dir=cache, **kwargs)
-    except (pa.ArrowInvalid, EOFError):
+    except (pa.ArrowInvalid, OSError, EOFError):
         anew = {"download_mode": DownloadMode.FORCE_REDOWNLOAD}
         return load_dataset(*args, cache_dir=cache, **anew, **kwargs)
 
@@ -305,8 +305,8 @@ def _all_below(place: Path) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        name = Path(error.filename).relative_to(place)
-        raise FedPFTError(f"{name} in it {OUT_OF_REACH}") from error
+        folder = f"{error.filename} {OUT_OF_REACH}"
+        raise OwnRowsError(folder, f"a folder in it {OUT_OF_REACH}") from error
 
     found = []
     for folder, folders, files in os.walk(place, onerror=refuse):

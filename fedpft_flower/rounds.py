@@ -1,6 +1,7 @@
 """Train round after round: evaluate, write metrics and a checkpoint, say one line."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,9 @@ from fedpft_flower.wire import pack_tensors
 from fedpft_flower.wording import size
 
 logger = logging.getLogger(__name__)
+
+# Of the loss of guessing: above this share of it nothing is learnt.
+GUESSING = 0.98
 
 
 class Run:
@@ -127,6 +131,7 @@ class Run:
         self._save(current)
         release()  # virtual clients may share this GPU
         logger.info("%s", self._line(current, entry))
+        self._tell_guessing(current, entry.get("train-loss"))
         if self.strategy.stopped:
             logger.info(
                 "early stop: %d evaluations without a better one than round %d's",
@@ -134,6 +139,29 @@ class Run:
                 self.best_round,
             )
         return MetricRecord(scores) if scores else None
+
+    def _tell_guessing(self, current: int, loss: float | None) -> None:
+        """Warn once where clients have learnt nothing so far, as far as losses say.
+
+        To guess among C classes as frequent as each other costs ln C, else less.
+        """
+        classes = self.strategy.server.classes
+        if (
+            loss is None
+            or classes is None
+            or current != max(5, self.config.rounds // 4)
+        ):
+            return
+        if loss > GUESSING * math.log(classes):
+            logger.warning(
+                "the training loss is %.3f after %d rounds, and guessing among %d "
+                "classes has %.3f; if it does not fall, try another train.lr, a lower "
+                "one first",
+                loss,
+                current,
+                classes,
+                math.log(classes),
+            )
 
     def _gradient(self, current: int, entry: Metrics) -> Metrics:
         """Measure the gradient error where it is due and no alignment just has."""

@@ -120,7 +120,7 @@ class RunDirectory:
             raise self._refused(error) from error
 
     def _refused(self, error: Exception) -> FedPFTError:
-        if not self.path.is_dir():
+        if self._rounds and isinstance(error, FileNotFoundError):
             return FedPFTError(f"{self.path} is gone ({error}); start anew")
         # From round 1 on there is a checkpoint.
         resumable = len(self._rounds) > 1

@@ -232,6 +232,13 @@ class ProxyServer:
         return 1.0 - parameters["sub-fm"] / parameters["fm"]
 
     @property
+    def classes(self) -> int | None:
+        """Return how many classes there are; None where text is generated."""
+        if self._objective == "generate":
+            return None
+        return len(self._model_config["id2label"])
+
+    @property
     def parameters(self) -> dict[str, int]:
         """Return how many values FM and sub-FM have without head, adapter and head."""
         head = {n: t for n, t in self.adapter.items() if ".lora_" not in n}

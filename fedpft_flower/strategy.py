@@ -64,6 +64,7 @@ class FedPFT(Strategy):
         # Of the round: whom it asked, which replies are good, how often it was tried.
         self._asked: list[str] = []
         self._good: dict[str, Message] = {}
+        self._numbers: dict[str, int] = {}  # nodes that this round asked, by name
         self._attempt = 0
 
     def summary(self) -> None:
@@ -132,7 +133,7 @@ class FedPFT(Strategy):
         timeout: float,
     ) -> tuple[ArrayRecord, MetricRecord]:
         """Train and aggregate, again if too few usable replies came."""
-        self._asked, self._good = [], {}
+        self._asked, self._good, self._numbers = [], {}, {}
         self.rounds[current] = {
             "round": current,
             "lr": self.server.lr(current),
@@ -163,10 +164,11 @@ class FedPFT(Strategy):
         server, federation = self.server, self.federation
         record = self.rounds[server_round]
         federation.grid.ledger.round = server_round
-        for node in self._silent:
-            federation.miss(node)
-        self._silent = set()
         train = server.config.train
+        for node in self._silent:
+            if len(federation.nodes) > train.min_replies:  # the others are enough
+                federation.miss(node)
+        self._silent = set()
         federation.meet(
             train.min_replies if federation.training else train.nodes_awaited
         )
@@ -176,9 +178,8 @@ class FedPFT(Strategy):
         federation.training = True
         left_out = dict(federation.refused.values())
         record["failures"] |= left_out
-        record["clients"] = sorted(
-            {*self._good, *(federation.name(node) for node in chosen)}
-        )
+        self._numbers |= {federation.name(node): node for node in chosen}
+        record["clients"] = sorted({*self._good, *map(federation.name, chosen)})
         request = ConfigRecord(
             {
                 "lr": server.lr(server_round),
@@ -311,11 +312,10 @@ class FedPFT(Strategy):
         }
         for name, reply in self._good.items():
             table[name] = {"outcome": "ok", **metrics_of(reply)}
-        for number, node in federation.nodes.items():
-            if node.key in table:
-                for way in ("down", "up"):
-                    size = federation.grid.node_bytes[current, number, way]
-                    table[node.key][f"bytes-{way}"] = size
+        for name in table.keys() & self._numbers.keys():
+            for way in ("down", "up"):
+                size = federation.grid.node_bytes[current, self._numbers[name], way]
+                table[name][f"bytes-{way}"] = size
         record["per-client"] = table
         peaks = [one["peak-memory"] for one in table.values() if "peak-memory" in one]
         if peaks:

@@ -293,20 +293,20 @@ def test_a_node_with_a_full_disk_is_left_out_until_there_is_room(
 
 def test_a_node_whose_app_is_ended_is_waited_for_once(tmp_path, settings):
     """Its SuperNode lives and waits for that app for ever; a new one takes part."""
-    settings |= {"timeout-seconds": 50.0, "rounds": 6}
+    settings |= {"timeout-seconds": 50.0, "rounds": 10}
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
         wait_until(lambda: works_on(deployment, "south"), 400, "training")
         apps_of(deployment, "south", CLIENT_APP)[-1].terminate()
-        wait_until(lambda: len(checkpoints(tmp_path)) > 3, 400, "round 3")
+        wait_until(lambda: "round-000003" in checkpoints(tmp_path), 400, "round 3")
         deployment.kill("south")
         start_site(deployment, "south")
         assert deployment.status("run", 900) == "finished:completed"
     rounds = rounds_of(run_directory(tmp_path))
     assert "no reply in time" in rounds[1]["failures"]["south"]
-    assert [entry["failures"] for entry in rounds[2:]] == [{}] * 5
+    assert [entry["failures"] for entry in rounds[2:]] == [{}] * 9
     assert all("south" not in entry["per-client"] for entry in rounds[2:4])
-    assert rounds[6]["per-client"]["south"]["outcome"] == "ok"
+    assert rounds[10]["per-client"]["south"]["outcome"] == "ok"
 
 
 def test_a_run_that_is_stopped_says_so_and_is_resumed(tmp_path, settings, local_grid):

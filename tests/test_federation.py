@@ -197,31 +197,58 @@ def test_a_silent_newcomer_holds_up_no_round(local_grid, settings, monkeypatch):
     assert results(settings)[2]["failures"] == 0
 
 
+def test_a_run_in_which_nothing_is_learnt_says_so_once(local_grid, settings):
+    settings |= {"method": "fedpft-n", "rounds": 6, "train.lr": 1e-9}
+    run(local_grid, settings)
+    said = "after 5 rounds, and guessing among 10 classes has 2.303; if it does not"
+    assert log_of(settings).count(said) == 1
+    run(local_grid, settings | {"train.lr": 0.05, "out-dir": settings["out-dir"] + "b"})
+    assert "guessing" not in log_of({"out-dir": settings["out-dir"] + "b"})
+
+
 def test_a_node_that_stops_to_answer_is_waited_for_once(
     local_grid, settings, monkeypatch
 ):
     """As one whose SuperNode lives and whose processes do not start any more."""
     monkeypatch.setattr(federation, "GRACE_SECONDS", 0.3)
-    settings |= {"train.clients-per-round": NODES, "timeout-seconds": 0.5}
-    dead, asked = [], []
+    settings |= {"train.clients-per-round": NODES, "timeout-seconds": 0.5, "rounds": 5}
+    asked = []
 
     def stuck(message, reply):
-        kind = message.metadata.message_type
-        if kind == "train":
-            dead.append(1)
-        if dead:
-            asked.append(kind)
-        return None if len(dead) and len(asked) < 4 else reply
+        if asked or message.metadata.message_type == "train":
+            asked.append(message.metadata.message_type)
+        if 0 < len(asked) < 4:  # Flower says so when a message has lived too long
+            return Message(Error(3, "message unavailable"), reply_to=message)
+        return reply
 
     run(local_grid, settings, {2: stuck})
     _, rounds, summary, _ = results(settings)
-    # Once to train, greeted once a round until it answers, and then it trains again.
-    assert asked[0] == "train" and "train" not in asked[1:4]
-    assert set(asked[1:4]) == {"query.hello"}
+    # Asked to train once, then greeted until it answers; and then it trains again.
+    assert asked[:4] == ["train", *["query.hello"] * 3] and "train" in asked[4:]
     name = "partition-000002"
     assert "no reply in time" in rounds[1]["failures"][name]
     assert name not in rounds[2]["failures"] and name not in rounds[2]["per-client"]
+    assert rounds[5]["per-client"][name]["outcome"] == "ok"
     assert summary["failures"] == 1
+
+
+def test_a_silent_node_without_which_there_are_too_few_is_asked_again(
+    local_grid, settings
+):
+    settings |= {
+        "train.clients-per-round": NODES,
+        "train.min-replies": NODES,
+        "train.max-retries": 2,
+        "timeout-seconds": 0.5,
+    }
+    lost = []
+
+    def lossy_once(message, reply):
+        lost.append(1)
+        return None if len(lost) == 1 else reply
+
+    run(local_grid, settings, {2: broken(lossy_once)})
+    assert results(settings)[2]["failures"] == 0
 
 
 @pytest.mark.parametrize(

@@ -517,6 +517,16 @@ def test_the_demo_passes():
     assert "privacy" in tomllib.loads(path.read_text())
 
 
+def test_a_clipping_norm_that_rounding_swallows_is_refused():
+    """The demo's adapter has 24 x 384 values of variance 1, which leaves some room."""
+    config = commands.read_config(ROOT / "conf" / "demo-dp.toml", [])
+    privacy = Privacy(config, FedAvg(), 40, lambda state: None)
+    privacy.check_clipping({"lora": torch.ones(24, 384), "head": torch.zeros(3)})
+    said = r"clipping-norm = 0\.2 for 40 clients is lost in the rounding of an adapter"
+    with pytest.raises(FedPFTError, match=said):
+        privacy.check_clipping({"lora": torch.full((24, 384), 10.0)})
+
+
 # ---------------------------------------------------------------------------- resume
 
 

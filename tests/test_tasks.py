@@ -407,8 +407,8 @@ def test_hub_data_is_read_split_by_split(tmp_path):
 def test_a_public_corpus_on_a_hub_is_streamed(tmp_path, monkeypatch):
     """A directory stands for the hub, which `datasets` streams in the same way."""
     write_splits(tmp_path, train=[0, 1] * 200)
-    monkeypatch.setattr("fedpft_flower.tasks.is_on_hub", lambda path: True)
-    monkeypatch.setattr("fedpft_flower.tasks.source_of", None)  # not read whole
+    monkeypatch.setattr("fedpft_flower.public.is_on_hub", lambda path: True)
+    monkeypatch.setattr("fedpft_flower.public.source_of", None)  # not read whole
     config = DataConfig(
         task="text",
         path="unused",
