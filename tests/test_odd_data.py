@@ -57,7 +57,7 @@ def test_a_folder_that_one_may_not_look_into_is_told(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    with pytest.raises(FedPFTError, match="dog in it lies where the user that runs"):
+    with pytest.raises(FedPFTError, match="/dog lies where the user that runs"):
         read_splits(place, "data.path", "image")
 
 
