@@ -306,7 +306,7 @@ class Federation:
         self._held[self.nodes[node].store].clear()
 
     def miss(self, node: int) -> None:
-        """Take a node that did not answer for gone until it answers a greeting.
+        """Take a node for gone until it answers a greeting, if it is known.
 
         Flower keeps it online as long as its SuperNode lives, even if nothing there
         takes messages any more: each round would wait for it again.
@@ -356,9 +356,7 @@ class Federation:
             raise FedPFTError(f"{name}: {reason}")
         logger.warning("left out: %s: %s", name, reason)
         self.refused[node] = name, reason
-        gone = self.nodes.pop(node, None)
-        if gone is not None:
-            self._given[gone.key] = gone.installed
+        self.miss(node)
 
     def _check(self, wanted: int) -> None:
         keys: dict[str, int] = {}

@@ -94,8 +94,7 @@ def _without_effect(settings: Settings) -> str:
 
 def _is_mean(strategy: str) -> bool:
     """Tell whether a strategy's result is the mean of the updates and nothing else."""
-    own = STRATEGIES[strategy].aggregate_train
-    return strategy not in NO_MEAN and own is FedAvg.aggregate_train
+    return STRATEGIES[strategy].aggregate_train is FedAvg.aggregate_train
 
 
 def _lacking(config: Config) -> str:

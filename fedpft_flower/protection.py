@@ -56,14 +56,15 @@ class Exposure:
         for name, values in own:
             tensor = values.cpu()
             given += tensor.numel()
-            encoded = encode_weights({name: tensor}, codec)
-            held = {part: sent[part].cpu() for part in encoded}
+            parts = {name, name + SCALE} & sent.keys()
+            held = {part: sent[part].cpu() for part in parts}
             if name + SCALE in held:
                 levels = held[name + SCALE].reshape([-1] + [1] * (tensor.ndim - 1))
                 far = (decode_weights(held)[name] - tensor).abs()
                 same = far <= levels * _HALF_A_LEVEL
             else:
-                same = bits(encoded[name]) == bits(held[name])
+                own_sent = encode_weights({name: tensor}, codec)[name]
+                same = bits(own_sent) == bits(held[name])
             verbatim += int(same.sum())
             if not bool(same.all()):
                 change = (decode_weights(held)[name] - tensor).double()[~same]
