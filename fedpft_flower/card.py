@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from huggingface_hub import EvalResult, ModelCardData
 
 from fedpft_flower.architectures import AUTO_PROCESSORS, Architecture, model_class_of
-from fedpft_flower.config import Objective, names_in
+from fedpft_flower.config import Objective, TrainConfig, names_in
 from fedpft_flower.methods import METHODS
 from fedpft_flower.metrics import METRICS, metric_of
 from fedpft_flower.plan import Plan
@@ -190,7 +190,7 @@ def _training(run: FinishedRun) -> str:
         ("adapter of", which_adapter(run.summary)),
         ("clients", count_nodes(nodes)),
         ("LoRA", f"r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout}"),
-        ("learning rate", f"{config.train.lr}, decay {config.train.lr_decay}"),
+        ("learning rate", _told_lr(config.train)),
         ("refined without labels", _yes(run.summary["refinement"].get("kept", False))),
         ("seed", config.seed),
         ("fedpft-flower", run.manifest["versions"]["fedpft-flower"]),
@@ -278,6 +278,11 @@ def _licence(origin: Origin) -> str:
         "pass anything on; `merged/` contains that model."
     )
     return f"## Licence\n\n{told}{beside}"
+
+
+def _told_lr(train: TrainConfig) -> str:
+    warmup = f"warm-up {percent(train.warmup_ratio)} of the rounds, "
+    return f"{train.lr}, {warmup if train.warmup_ratio else ''}decay {train.lr_decay}"
 
 
 def _yes(value: bool) -> str:

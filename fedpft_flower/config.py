@@ -183,7 +183,10 @@ class TrainConfig:
     # being kept: much less memory, about half as much time more.
     recompute: bool = False
     lr: float = 0.001
-    # "linear": lr_r = lr * (1 - (r - 1) / rounds); "none": constant.
+    # Over this share of the rounds the rate rises to `lr`; 0 begins with it.
+    warmup_ratio: float = 0.0
+    # From there on, "linear": it falls towards 0, which it would have after the last
+    # round; "none": constant.
     lr_decay: str = "linear"
     weight_decay: float = 0.01
     # Largest L2 norm of the gradient; 0 does not clip.
@@ -548,6 +551,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "train.batch-size": (1, 1e6, True),
     "train.micro-batch-size": (0, 1e6, True),
     "train.lr": (0, 1e3, False),
+    "train.warmup-ratio": (0, 0.9, True),
     "train.weight-decay": (0, 1e3, True),
     "train.clip-norm": (0, 1e9, True),
     "lora.r": (1, 4096, True),

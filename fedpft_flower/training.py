@@ -42,13 +42,18 @@ class TrainReport:
 
 
 def round_lr(config: TrainConfig, current: int, rounds: int) -> float:
-    """Return lr_r = lr * (1 - (r - 1) / R) for round r of R, or a constant lr.
+    """Return the learning rate of round r of R.
 
-    The last round still learns; in the authors' code its rate is zero.
+    W = `warmup_ratio` * R rounds, rounded down, lead to lr: lr_r = lr * r / (W + 1).
+    From round W + 1 on it stays, or falls: lr_r = lr * (1 - (r - W - 1) / (R - W)). The
+    last round still learns; in the authors' code its rate is zero.
     """
+    warmup = int(config.warmup_ratio * rounds)
+    if current <= warmup:
+        return config.lr * current / (warmup + 1)
     if config.lr_decay == "none":
         return config.lr
-    return config.lr * (1.0 - (current - 1) / rounds)
+    return config.lr * (1.0 - (current - warmup - 1) / (rounds - warmup))
 
 
 def train_adapter(

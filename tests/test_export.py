@@ -258,6 +258,7 @@ def test_files_with_the_licence_are_found_however_they_are_spelt(tmp_path, monke
 
 
 def test_protection_and_hostile_names_in_the_card(local_grid, texts, tmp_path):
+    texts |= {"train.warmup-ratio": 0.5}
     run(local_grid, texts)
     place, _, summary, _ = results(texts)
     sheet = {"rows": [{"name": "held | back", "value": "<b>1", "note": "a\nb"}]}
@@ -268,6 +269,7 @@ def test_protection_and_hostile_names_in_the_card(local_grid, texts, tmp_path):
     assert "| held \\| back | &lt;b>1 | a b |" in card
     assert "epsilon 2.5" in card and "No differential privacy" not in card
     assert "Choices were made on validation; test was only reported." in card
+    assert ", warm-up 50.0 % of the rounds, decay linear |" in card
     refinement = {"kept": True, "validation-share": 0.5}
     summary |= {"select": "best", "best-round": 1, "refinement": refinement}
     (place / "summary.json").write_text(json.dumps(summary))

@@ -37,6 +37,15 @@ def test_lr_falls_linearly_and_the_last_round_still_learns():
     assert round_lr(constant, 4, 4) == 1.0
 
 
+def test_lr_rises_over_the_rounds_that_warm_up():
+    config = TrainConfig(lr=1.0, warmup_ratio=0.4)
+    rates = [round_lr(config, r, 5) for r in (1, 2, 3, 4, 5)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])
+    constant = TrainConfig(lr=1.0, warmup_ratio=0.4, lr_decay="none")
+    assert [round_lr(constant, r, 5) for r in (3, 4, 5)] == [1, 1, 1]
+    assert round_lr(config, 1, 1) == 1.0  # a single round has nothing to lead to
+
+
 def test_training_learns_and_is_repeatable(rows):
     config = TrainConfig(local_epochs=8, batch_size=8)
     one, two, other = model(), model(), model()
