@@ -12,7 +12,8 @@ neurons (at the sub-FM's input) and of all the FM's neurons (at the FM's input),
 covariance of the sub-FM's inputs, s the ratio of the energies of output and Jacobian at
 the present columns; with layer scale, V and c are what reaches the residual stream. E
 is the mean over tokens with the weights of `moments`, or a mix of these and
-`sensitivity`; sums are float64, and so is the solution. The objective is ours.
+`sensitivity`; batches are added up in float64, and the solution is float64. The
+objective is ours.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -130,7 +131,8 @@ def refit(
             variance of the activations).
         report: called after every layer.
         bias_only: leave the columns, so that only the means of the neurons that were
-            cut move into the bias (FLAP, An et al. 2023, arXiv 2312.11983).
+            cut move into the bias (FLAP, An et al. 2023, arXiv 2312.11983), and with
+            them the mean error of the layers below.
         sensitivity: of the batches' tokens, at the stream of every layer of the FM.
 
     Raises:
@@ -272,8 +274,9 @@ def _stream(teacher: Seen, norm: nn.Module | None) -> Tensor:
     """Return the residual stream from which the sub-FM would give the FM's output.
 
     It is the FM's own, unless distillation changed the LayerNorm behind it: then the
-    one of the same mean and scale that the present norm maps to the FM's output. (Of
-    an RMSNorm behind an FFN, as Gemma 2 has, a change is not made up for.)
+    one that the present norm would map to the FM's output if it divided by the mean
+    and scale of the FM's own. (Of an RMSNorm behind an FFN, as Gemma 2 has, a change
+    is not made up for.)
     """
     if not isinstance(norm, nn.LayerNorm):
         return teacher.stream

@@ -33,7 +33,7 @@ def token_weights(seen: Seen) -> Tensor:
 
 
 class Sums:
-    """Add up products over weighted tokens, in float64."""
+    """Add up products over weighted tokens, batch by batch in float64."""
 
     def __init__(self) -> None:
         self.tokens = 0

@@ -91,9 +91,11 @@ def drop_layers(
 ) -> Plan:
     """Keep whole layers: the ends, which carry the adapters, and some between them.
 
-    The layers between are spaced evenly, as many as the budget has room for: a share
-    of the parameters of all layers, or what `keep_salient` would keep (Offsite-Tuning,
-    Xiao et al. 2023, section 3.2; the budget as in Peng et al. 2024, section 4).
+    The layers between are as many as the budget has room for: a share of the
+    parameters of all layers, or what `keep_salient` would keep (Offsite-Tuning,
+    Xiao et al. 2023, section 3.2; the budget as in Peng et al. 2024, section 4). They
+    are spaced evenly, and as far from both ends; the code of Xiao et al. keeps those
+    next to the ends, and spaces the others between them.
 
     Raises:
         FedPFTError: the end layers alone are above the budget.

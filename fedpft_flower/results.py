@@ -45,6 +45,17 @@ class Result:
         assert self.found is not None
         return validation_score(self.found, self.metric)
 
+    def rows_tested(self, split: str = "") -> str | None:
+        """Return the hash of a finished cell's test rows, as far as it is known.
+
+        Args:
+            split: a further test split; "" is the usual one.
+        """
+        assert self.found is not None
+        splits = self.found["manifest"].get("splits", {})
+        known = splits.get(split or "test", {}).get("sha256")
+        return None if known is None else str(known)
+
     def test(self, model: str, split: str = "") -> float:
         """Return a test metric of a finished cell.
 

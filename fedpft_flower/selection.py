@@ -69,8 +69,9 @@ def random(evidence: Evidence) -> Tensor:
 def energy(evidence: Evidence) -> Tensor:
     """Score neurons by the energy that they give to the output.
 
-    s_i = sqrt(E[a_i^2]) ||W_out[:, i]||_2 (the score of Wanda, Sun et al. 2023, arXiv
-    2306.11695, summed over a column). E is over tokens with the weights of `moments`.
+    s_i = sqrt(E[a_i^2]) ||W_out[:, i]||_2 (the L2 norm over a column of the scores of
+    Wanda, Sun et al. 2023, arXiv 2306.11695). E is over tokens with the weights of
+    `moments`.
 
     Returns:
         Scores [N], float64.

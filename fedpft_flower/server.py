@@ -446,6 +446,8 @@ class ProxyServer:
             return {"kept": False, "error": str(error)}
         self._forget("fm")
         after, _ = self._judge("fm", "validation")
+        # Where validation rows were among the inputs this leans towards keeping: the
+        # FM follows the sub-FM on the very rows, though not their labels.
         kept = after["loss"] < before["loss"]
         if not kept:
             self._unrefine()

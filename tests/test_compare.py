@@ -447,6 +447,7 @@ def test_further_test_splits_have_gaps_of_their_own():
             summary = {"test-after": scores, "more-tests": {"hard": scores}}
             of = {"fm": "0" * 8, "fm (hard)": hits}
             cell = {"config": {"data.task": "digits"}, "summary": summary, "hits": of}
+            cell |= {"manifest": {}}
             found.append(results.Result(Cell("t", "", method, 1, 1, seed), cell, None))
         return found
 
@@ -581,12 +582,28 @@ def test_the_interval_covers_seeds_and_examples():
     assert interval(wide)[1] > high + 0.5
 
 
+def test_the_interval_of_seeds_with_rows_of_their_own():
+    """Rows drawn for each seed alone: S seeds of N rows are as many as S N rows.
+
+    The variance of the mean by such a bootstrap is (2 S - 1) / S times that of a seed's
+    mean, over S; drawn for all seeds at once, rows that vary alike count once.
+    """
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(4, 500))
+    values -= values.mean(axis=1, keepdims=True)  # seeds alike but for their rows
+    for shared, variance in ((False, 1 / 4), (True, 7 / 16)):
+        low, high = interval(values, shared)
+        error = 1.96 * (variance / 500) ** 0.5
+        assert (high - low) / 2 == pytest.approx(error, rel=0.1)
+
+
 def test_gaps_are_paired_by_seed():
-    def result(method, seed, hits):
+    def result(method, seed, hits, rows=""):
         found = {
             "config": {"data.task": "digits"},
             "summary": {"test-after": {"fm-accuracy": hits.count("1") / len(hits)}},
             "hits": {"fm": hits},
+            "manifest": {"splits": {"test": {"sha256": rows}} if rows else {}},
         }
         return results.Result(Cell("t", "", method, 0.5, 0.1, seed), found, None)
 
@@ -597,8 +614,18 @@ def test_gaps_are_paired_by_seed():
     assert shown[0].startswith("+25.0 (") and shown[0].endswith(" points [2 seeds]")
     assert shown[1] == "+25.0, +25.0"
     assert tables._gap(ones, ones, spec) == tables._gap(ones, [], spec) == ("-", "-")
+    # Rows that a seed has for itself are drawn for it alone; unknown ones are shared.
+    half = ["1" * 200 + "0" * 200, "0" * 200 + "1" * 200]
+    for known, same in ((("", ""), True), (("x", "x"), True), (("x", "y"), False)):
+        ones = [result("a", s, half[s], known[s]) for s in (0, 1)]
+        others = [result("b", s, "0" * 400, known[s]) for s in (0, 1)]
+        mean = [100 * np.array(list(one), dtype=float) for one in half]
+        low, high = interval(np.stack(mean), shared=same)
+        told = f"+50.0 ({low:+.1f} to {high:+.1f}) points"
+        assert tables._gap(ones, others, SimpleNamespace(seeds=[0, 1]))[0] == told
     # Rows of other numbers are no pairs.
-    others[0] = result("b", 1, "10000")
+    ones = [result("a", 0, "1111"), result("a", 1, "1100")]
+    others = [result("b", 1, "10000"), result("b", 0, "1110")]
     assert tables._gap(ones, others, spec)[0].startswith("+27.50 points")
 
 
