@@ -15,18 +15,20 @@ from flwr.serverapp import Grid
 from fedpft_flower import __version__
 from fedpft_flower.checkpoint import Checkpoints, check_partitions, check_same, identity
 from fedpft_flower.checks import check_run
-from fedpft_flower.columns import texts_in_common
+from fedpft_flower.columns import look_like_values, texts_in_common
 from fedpft_flower.config import MARK, Config, FedPFTError
 from fedpft_flower.encoding import content_hash
 from fedpft_flower.federation import Federation, Node
 from fedpft_flower.foundation import load_fm_of
 from fedpft_flower.grid import CountingGrid
 from fedpft_flower.images import check_images
+from fedpft_flower.ledger import Ledger
 from fedpft_flower.methods import method_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.privacy import Privacy
 from fedpft_flower.protection import protection
 from fedpft_flower.public import load_public
+from fedpft_flower.refusals import last_line
 from fedpft_flower.rounds import Run
 from fedpft_flower.run_directory import RunDirectory
 from fedpft_flower.runs import LOG
@@ -38,7 +40,6 @@ from fedpft_flower.strategies import inner_strategy
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.summary import manifest_of, show, summary_of
 from fedpft_flower.tasks import TaskData, load_task, task_of
-from fedpft_flower.wire import Ledger, last_line
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +248,7 @@ def _tell_task(task: TaskData, config: Config) -> None:
     """Warn of rows that make figures look better, or worse, than they are."""
     if task.train is None or config.privacy.on:  # with noise nothing of rows is told
         return
-    if len(task.labels) > max(10, len(task.train) / 5):
+    if look_like_values(task.labels, task.train):
         logger.warning(
             "%d labels for %d training rows; is data.label-column = %r the column of "
             "labels?",

@@ -29,6 +29,7 @@ from fedpft_flower.node import Identity, identify, local_rows, own_training
 from fedpft_flower.package import Package
 from fedpft_flower.processors import load_processor
 from fedpft_flower.quantisation import quantise
+from fedpft_flower.refusals import last_line, one_line_errors
 from fedpft_flower.store import Store, package_from
 from fedpft_flower.sub_fm import (
     build_skeleton,
@@ -43,8 +44,6 @@ from fedpft_flower.wire import (
     METRICS,
     arrays_of,
     config_of,
-    last_line,
-    one_line_errors,
     pack_rates,
     pack_tensors,
     reply,

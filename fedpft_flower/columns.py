@@ -194,6 +194,11 @@ def labels_of(part: Dataset, column: str, named: str = "") -> tuple[str, ...]:
     return in_order({label_text(value) for value in values})
 
 
+def look_like_values(labels: Collection[str], rows: Dataset) -> bool:
+    """Tell whether labels are too many to be classes, as those of a wrong column."""
+    return len(labels) > max(10, len(rows) / 5)
+
+
 def in_order(labels: Collection[str]) -> tuple[str, ...]:
     """Return labels in the order of the label set: by number where all are numbers."""
     numbers = all(_INTEGER.fullmatch(label) for label in labels)

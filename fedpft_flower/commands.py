@@ -23,7 +23,7 @@ from fedpft_flower.config import (
     flatten,
     nest,
 )
-from fedpft_flower.disk import existing_path
+from fedpft_flower.disk import shell_path
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.superlink import Failure, copy_app, run_app, superlink
 
@@ -69,7 +69,7 @@ class Share:
         return settings
 
 
-USUAL_SHARE = Share()
+DEFAULT_SHARE = Share()
 MOST_PER_GPU = 100
 
 
@@ -84,14 +84,14 @@ def machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cpus-per-client",
         type=int,
-        default=USUAL_SHARE.cpus,
+        default=DEFAULT_SHARE.cpus,
         metavar="N",
         help="CPUs and threads of a virtual client (default: %(default)s)",
     )
     parser.add_argument(
         "--clients-per-gpu",
         type=int,
-        default=USUAL_SHARE.per_gpu,
+        default=DEFAULT_SHARE.per_gpu,
         metavar="N",
         help="virtual clients that share a GPU, where there is one; 0 keeps them on "
         "the CPU (default: %(default)s)",
@@ -125,7 +125,7 @@ def run_experiment(
     nodes: int,
     app: Path,
     show: Callable[[str], None],
-    share: Share = USUAL_SHARE,
+    share: Share = DEFAULT_SHARE,
 ) -> Failure | None:
     """Run one experiment on virtual nodes and stream its progress.
 
@@ -201,11 +201,10 @@ def resolve(settings: Mapping[str, Any]) -> Config:
         FedPFTError: a value makes no sense.
     """
     flat = dict(settings)
-    # Relative paths mean the shell's directory here, not some server process's.
     for key in READ_PATHS:
         value = flat.get(key)
-        if isinstance(value, str) and value and (place := existing_path(value)):
-            flat[key] = str(place.absolute())
+        if isinstance(value, str) and value:
+            flat[key] = shell_path(value)
     for key in WRITTEN_PATHS:
         value = flat.get(key)
         if isinstance(value, str) and value:

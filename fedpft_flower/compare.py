@@ -14,7 +14,7 @@ from typing import Any
 from fedpft_flower.checkpoint import FREE_KEYS, REFINEMENT_KEYS
 from fedpft_flower.commands import (
     CHECKOUT,
-    USUAL_SHARE,
+    DEFAULT_SHARE,
     Share,
     machine_options,
     run_experiment,
@@ -73,7 +73,7 @@ class Comparison:
     """
 
     def __init__(
-        self, spec: Spec, out: Path, app: Path = CHECKOUT, share: Share = USUAL_SHARE
+        self, spec: Spec, out: Path, app: Path = CHECKOUT, share: Share = DEFAULT_SHARE
     ) -> None:
         """Open a directory.
 

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from datasets import Dataset
 
-from fedpft_flower.columns import TEXT_ROLES, labels_of
+from fedpft_flower.columns import TEXT_ROLES, labels_of, look_like_values
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import DataConfig, FedPFTError, names_in
 from fedpft_flower.endings import one_line_end
@@ -121,7 +121,7 @@ def _describe_labels(found: Findings, rows: Dataset, labels: Sequence[str]) -> N
     shown = ", ".join(f"{label} {counts[label]}" for label in labels)
     found.lines.append(f"labels   {shown}")
     found.warnings += _odd_classes(counts, labels)
-    if len(labels) > max(10, len(rows) / 5):
+    if look_like_values(labels, rows):
         found.warnings.append(
             f"{len(labels)} labels for {len(rows)} rows; is it the label column?"
         )

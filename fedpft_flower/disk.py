@@ -77,6 +77,16 @@ def existing_path(name: str) -> Path | None:
         return None
 
 
+def shell_path(name: str) -> str:
+    """Return a name as it is, or a path that is there as an absolute one.
+
+    Relative paths mean the directory of the shell that they are typed in, not that of
+    some process that reads them later.
+    """
+    place = existing_path(name)
+    return str(place.absolute()) if place is not None else name
+
+
 # What to say of a path that `reachable_path` may not look at.
 OUT_OF_REACH = "lies where the user that runs this may not look; let that user in"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedpft_flower.adapters import attach_adapter, export_adapter, load_adapter
 from fedpft_flower.card import Licence, Origin, render_card
 from fedpft_flower.config import FedPFTError
-from fedpft_flower.disk import existing_path, put
+from fedpft_flower.disk import existing_path, put, shell_path
 from fedpft_flower.endings import end_like_ctrl_c, one_line_end
 from fedpft_flower.foundation import (
     BUNDLED_HUB_NAME,
@@ -79,7 +79,7 @@ def export(
     finished = FinishedRun.read(place)
     config = finished.config
     if fm_name is not None:
-        config = replace(config, fm=replace(config.fm, name=_typed(fm_name)))
+        config = replace(config, fm=replace(config.fm, name=shell_path(fm_name)))
         finished = replace(finished, config=config)
     tell(f"loading FM {last_part(config.fm.name)}")
     try:
@@ -117,12 +117,6 @@ def export(
         raise FedPFTError(
             f"cannot write {out} ({error}); make room or give another --out"
         ) from error
-
-
-def _typed(name: str) -> str:
-    """Return an FM's name; what a user typed as a path means the shell's directory."""
-    there = existing_path(name)
-    return str(there.absolute()) if there is not None else name
 
 
 def _load(run: FinishedRun) -> FoundationModel:

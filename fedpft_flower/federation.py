@@ -11,18 +11,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.grid import CountingGrid
+from fedpft_flower.ledger import message_bytes
 from fedpft_flower.offer import Offer
-from fedpft_flower.refusals import REFUSED
+from fedpft_flower.refusals import REFUSED, reason_of
 from fedpft_flower.software import differences, source_hash, versions
-from fedpft_flower.wire import (
-    CONFIG,
-    HELLO,
-    INSTALL,
-    config_of,
-    message_bytes,
-    metrics_of,
-    reason_of,
-)
+from fedpft_flower.wire import CONFIG, HELLO, INSTALL, config_of, metrics_of
 
 logger = logging.getLogger(__name__)
 

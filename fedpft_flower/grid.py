@@ -13,8 +13,9 @@ from google.protobuf.message import DecodeError
 
 from fedpft_flower.codec import decode_arrays, encode_arrays, recode
 from fedpft_flower.config import one_line
+from fedpft_flower.ledger import Ledger
 from fedpft_flower.mods import codec_of
-from fedpft_flower.wire import INSTALL, Ledger
+from fedpft_flower.wire import INSTALL
 
 logger = logging.getLogger(__name__)
 

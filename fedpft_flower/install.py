@@ -4,14 +4,14 @@ from flwr.app import ConfigRecord, Context, Message
 
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.delta import apply_delta
+from fedpft_flower.ledger import message_bytes
+from fedpft_flower.refusals import one_line_errors
 from fedpft_flower.store import Store
 from fedpft_flower.wire import (
     CONFIG,
     PACKAGE,
     arrays_of,
     config_of,
-    message_bytes,
-    one_line_errors,
     reply,
     unpack_tensors,
 )

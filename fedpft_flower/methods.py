@@ -45,6 +45,11 @@ class Method:
         """Return the steps of the alignment before training."""
         return [] if self.before == "none" else self.before.split("+")
 
+    @property
+    def measures_activity(self) -> bool:
+        """Tell whether realignment goes by which neurons are active."""
+        return self.during == "distill"
+
 
 _FEDPFT = "Peng et al. 2024, arXiv 2404.11536"
 _FEDOT = "Xiao et al. 2023, arXiv 2302.04870, federated"

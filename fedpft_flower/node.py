@@ -19,10 +19,11 @@ from fedpft_flower.config import (
 )
 from fedpft_flower.images import check_images
 from fedpft_flower.install import largest_install
+from fedpft_flower.refusals import one_line_errors
 from fedpft_flower.software import source_hash, versions
 from fedpft_flower.store import Store
 from fedpft_flower.tasks import load_site
-from fedpft_flower.wire import CONFIG, METRICS, config_of, one_line_errors, reply
+from fedpft_flower.wire import CONFIG, METRICS, config_of, reply
 
 
 @dataclass(frozen=True)

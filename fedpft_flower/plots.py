@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from fedpft_flower.disk import put
-from fedpft_flower.results import Group, Result, by_group, gradient_errors, named
+from fedpft_flower.results import Group, Result, by_group, errors_by_round, named
 from fedpft_flower.spec import Spec
 
 Point = tuple[float, float]
@@ -68,7 +68,7 @@ def _scored(result: Result) -> Iterator[tuple[dict[str, Any], float]]:
 
 def _gradients(result: Result) -> list[Point]:
     assert result.found is not None
-    errors = gradient_errors(result.found)
+    errors = errors_by_round(result.found)
     return [(e["round"], e["relative"]) for e in errors if "relative" in e]
 
 

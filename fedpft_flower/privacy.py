@@ -133,7 +133,7 @@ def _lacking(config: Config) -> str:
             f"{wanted} clients of a round; set train.min-replies = {wanted}",
         ),
         (
-            activity and method_of(config).during == "distill",
+            activity and method_of(config).measures_activity,
             "align.activity = 'clients' would send activity statistics, which have no "
             "noise; set align.activity = 'public'",
         ),

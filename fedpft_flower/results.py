@@ -145,7 +145,7 @@ def _score_columns(result: Result) -> dict[str, Any]:
 
 
 def _gradient_columns(found: dict[str, Any]) -> dict[str, Any]:
-    start, *later = gradient_errors(found)
+    start, *later = errors_by_round(found)
     return {
         "gradient-error": start.get("relative"),
         "gradient-cosine": start.get("cosine"),
@@ -189,7 +189,7 @@ def write_csv(spec: Spec, results: Sequence[Result], place: Path) -> None:
         writer.writerows(rows)
 
 
-def gradient_errors(found: dict[str, Any]) -> list[dict[str, Any]]:
+def errors_by_round(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the gradient errors of a run, first that with which training starts.
 
     Each has "round", and where it was measured "relative" and "cosine".

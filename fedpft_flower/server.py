@@ -284,11 +284,8 @@ class ProxyServer:
     def wants_activity(self, current: int) -> bool:
         """Tell whether the clients of this round should measure activity."""
         clients = self.config.align.activity == "clients"
-        return (
-            clients
-            and self.method.during == "distill"
-            and self._realigns_after(current)
-        )
+        measures = clients and self.method.measures_activity
+        return measures and self._realigns_after(current)
 
     def check_update(self, adapter: Mapping[str, Tensor]) -> float:
         """Check a client's adapter: names, shapes, finite values, how far it moved.
@@ -732,7 +729,7 @@ class ProxyServer:
     def _measure_limits(self) -> None:
         """Set the limits of activity from the public corpus, for the current sub-FM."""
         self.version += 1
-        if not (self.method.during == "distill" and self.plan.compressed):
+        if not (self.method.measures_activity and self.plan.compressed):
             return
         body, batches = base_model(self.sub_fm), self._activity_batches()
         rms = activation_rms(body, self._compressed(), batches)

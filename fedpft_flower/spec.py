@@ -41,7 +41,7 @@ from typing import Any
 
 from fedpft_flower.commands import resolve
 from fedpft_flower.config import READ_PATHS, Config, FedPFTError, flatten
-from fedpft_flower.disk import existing_path
+from fedpft_flower.disk import shell_path
 from fedpft_flower.methods import METHODS, method_of
 from fedpft_flower.planners import keep_all
 
@@ -234,9 +234,7 @@ class Spec:
                 raise FedPFTError(
                     f"{place} names {{{name}}}; set the environment variable {name}"
                 )
-            there = existing_path(value)
-            value = str(there.absolute()) if there else value
-            self._variables[name] = value
+            value = self._variables[name] = shell_path(value)
             text = text.replace(f"{{{name}}}", value)
         try:
             return tomllib.loads(text)

@@ -15,6 +15,7 @@ from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.grid import ChosenNodes
 from fedpft_flower.metrics import Metrics
 from fedpft_flower.privacy import Privacy
+from fedpft_flower.refusals import is_silence, reason_of
 from fedpft_flower.sampling import sample, stand_ins
 from fedpft_flower.server import ProxyServer
 from fedpft_flower.strategies import shortage
@@ -24,10 +25,8 @@ from fedpft_flower.wire import (
     METRICS,
     arrays_of,
     config_of,
-    is_silence,
     metrics_of,
     pack_tensors,
-    reason_of,
     split_rates,
     train_metrics,
     unpack_rates,
@@ -226,7 +225,7 @@ class FedPFT(Strategy):
             FedPFTError: the aggregated adapter is of no use.
         """
         record = self.rounds[server_round]
-        good, bad = self._sorted_out([*replies])
+        good, bad = self._sorted_out(server_round, [*replies])
         self._good |= {self.federation.sender(reply): reply for reply in good}
         record["failures"] = {
             name: reason
@@ -334,7 +333,7 @@ class FedPFT(Strategy):
         return None
 
     def _sorted_out(
-        self, replies: list[Message]
+        self, server_round: int, replies: list[Message]
     ) -> tuple[list[Message], dict[str, str]]:
         """Return usable replies, and the reason for each node without one."""
         federation = self.federation
@@ -345,7 +344,7 @@ class FedPFT(Strategy):
         good, bad = [], {}
         for reply in replies:
             name = federation.sender(reply)
-            reason = one_line(self._problem(reply))
+            reason = one_line(self._problem(server_round, reply))
             if reason:
                 logger.warning("%s is left out: %s", name, reason)
                 bad[name] = reason
@@ -381,19 +380,23 @@ class FedPFT(Strategy):
         found = federation.grid.send_and_receive(again, timeout=timeout)
         return [*(r for r in replies if r not in lost), *found]
 
-    def _problem(self, reply: Message) -> str:
+    def _problem(self, server_round: int, reply: Message) -> str:
         """Return why a reply cannot be used, or nothing."""
         if reply.has_error():
             return reason_of(reply, self.federation.sender(reply))
         if "missing" in config_of(reply):
             return "it lost the sub-FM again"
         try:
-            self._check(reply)
+            self._check(server_round, reply)
+        except FedPFTError as error:
+            return f"unusable reply: {error}"
         except Exception as error:  # a hostile reply may raise anything
+            # So may a fault of ours, which only this would tell.
+            logger.info("a reply cannot be checked", exc_info=True)
             return f"unusable reply: {error or repr(error)}"
         return ""
 
-    def _check(self, reply: Message) -> None:
+    def _check(self, server_round: int, reply: Message) -> None:
         content = reply.content
         found = [*content.array_records, *content.metric_records]
         if found != [ARRAYS, METRICS] or content.config_records:
@@ -407,8 +410,7 @@ class FedPFT(Strategy):
                 raise FedPFTError(f"{name} = {told[name]} is outside [0, {most:g}]")
         if type(told["num-examples"]) is not int or not told["num-examples"]:
             raise FedPFTError("num-examples is not positive and whole")
-        current = self.federation.grid.ledger.round
-        self.server.check_rates(unpack_rates(statistics), current)
+        self.server.check_rates(unpack_rates(statistics), server_round)
         adapter = unpack_tensors(arrays_of(reply))
         if list(adapter) != list(self.server.adapter):
             raise FedPFTError("the adapter has other names or another order")

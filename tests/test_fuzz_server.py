@@ -27,6 +27,7 @@ from fedpft_flower import grid
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.federation import Federation
 from fedpft_flower.grid import CountingGrid
+from fedpft_flower.ledger import Ledger
 from fedpft_flower.strategies import inner_strategy
 from fedpft_flower.strategy import FedPFT
 from fedpft_flower.wire import (
@@ -36,7 +37,6 @@ from fedpft_flower.wire import (
     INSTALL,
     METRICS,
     TRAIN,
-    Ledger,
     pack_tensors,
 )
 from tests.conftest import LocalGrid

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.delta import apply_delta, make_delta
+from fedpft_flower.ledger import Ledger, message_bytes
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
 from fedpft_flower.store import (
@@ -24,8 +25,6 @@ from fedpft_flower.wire import (
     ARRAYS,
     CONFIG,
     METRICS,
-    Ledger,
-    message_bytes,
     pack_rates,
     pack_tensors,
     unpack_rates,

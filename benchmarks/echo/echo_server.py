@@ -8,7 +8,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedpft_flower.grid import CountingGrid
-from fedpft_flower.wire import ARRAYS, TRAIN, Ledger
+from fedpft_flower.ledger import Ledger
+from fedpft_flower.wire import ARRAYS, TRAIN
 
 app = ServerApp()
 
