@@ -56,8 +56,9 @@ from fedpft_flower.encoding import (
 from fedpft_flower.package import Package
 from fedpft_flower.plan import Plan
 from fedpft_flower.processors import processor_from
+from fedpft_flower.received import config_from
 from fedpft_flower.software import quiet
-from fedpft_flower.sub_fm import build_skeleton, config_from, load_weights
+from fedpft_flower.sub_fm import build_skeleton, load_weights
 
 BATCH = 32
 HIDDEN_SHARE = 0.15  # of an encoder's tokens

@@ -1,4 +1,4 @@
-"""Align the sub-FM with the FM on public data, and measure how well it is aligned.
+"""Align the sub-FM with the FM on public data, by distillation.
 
 Loss of both distillations (Peng et al. 2024, sub-FM alignment), the mean over the
 aligned layers of
@@ -14,7 +14,7 @@ it has one. Teacher and student are always given the same adapter by the caller.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import FFN, ffns_of, layers_of
-from fedpft_flower.batches import Batch, real_logits, real_tokens, unit_cotangents
+from fedpft_flower.batches import Batch, real_tokens
 from fedpft_flower.config import derive_seed
 from fedpft_flower.descent import Loss, Progress, Schedule, Trainable, descend
 from fedpft_flower.passes import ended_behind, outputs_of
@@ -35,16 +35,6 @@ from fedpft_flower.sub_fm import compressed_ffns
 
 # Of the FM's hidden states of held-out rows, which are needed again and again.
 HELD_OUT_BYTES = 256e6
-
-
-@dataclass(frozen=True)
-class GradientError:
-    """Hold the error of the sub-FM's adapter gradients, over batches: mean, spread."""
-
-    relative: float
-    relative_spread: float
-    cosine: float
-    cosine_spread: float
 
 
 # -------------------------------------------------------------------------- losses
@@ -375,55 +365,3 @@ def _learning(parameters: Sequence[Tensor]) -> Iterator[None]:
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
-
-
-# ----------------------------------------------------------------------- the measure
-
-
-def adapter_gradients(
-    model: PeftModel, batches: Iterable[Batch], seed: int
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the gradients of a model's adapter, batch by batch, on the CPU.
-
-    The scalar is the logits times seeded unit cotangents, the same for every model, so
-    no labels are needed.
-    """
-    model.eval()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for i, batch in enumerate(batches):
-        logits = real_logits(model, batch)
-        cotangent = unit_cotangents(logits, derive_seed(seed, "cotangent", i))
-        gradients = torch.autograd.grad((logits * cotangent).sum(), trained)
-        yield tuple(gradient.cpu() for gradient in gradients)
-
-
-def compare_gradients(
-    target: Iterable[Sequence[Tensor]], found: Iterable[Sequence[Tensor]]
-) -> GradientError:
-    """Return the error of the sub-FM's gradients.
-
-    Tensors are paired in order, since dropped layers change names, never the order.
-    Those whose FM gradient is zero are left out (LoRA's A has none while B = 0). The
-    convergence bound of the paper is in terms of this error.
-
-    Args:
-        target: what `adapter_gradients` yields of the FM.
-        found: what it yields of the sub-FM, on the same batches.
-
-    Returns:
-        Relative L2 error and cosine, mean and sample standard deviation over batches.
-    """
-    relative, cosine = [], []
-    for of_fm, of_sub_fm in zip(target, found, strict=True):
-        pairs = [p for p in zip(of_fm, of_sub_fm, strict=True) if bool(p[0].any())]
-        g_fm = torch.cat([gradient.flatten() for gradient, _ in pairs])
-        g_sub = torch.cat([gradient.flatten() for _, gradient in pairs])
-        relative.append(float((g_sub - g_fm).norm() / g_fm.norm()))
-        cosine.append(float(torch.cosine_similarity(g_sub, g_fm, dim=0)))
-    return GradientError(*_mean_and_spread(relative), *_mean_and_spread(cosine))
-
-
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    tensor = torch.tensor(values, dtype=torch.float64)
-    spread = float(tensor.std()) if len(values) > 1 else 0.0
-    return float(tensor.mean()), spread

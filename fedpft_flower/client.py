@@ -29,14 +29,10 @@ from fedpft_flower.node import Identity, identify, local_rows, own_training
 from fedpft_flower.package import Package
 from fedpft_flower.processors import load_processor
 from fedpft_flower.quantisation import quantise
+from fedpft_flower.received import config_from
 from fedpft_flower.refusals import last_line, one_line_errors
 from fedpft_flower.store import Store, package_from
-from fedpft_flower.sub_fm import (
-    build_skeleton,
-    compressed_ffns,
-    config_from,
-    load_weights,
-)
+from fedpft_flower.sub_fm import build_skeleton, compressed_ffns, load_weights
 from fedpft_flower.training import train_adapter
 from fedpft_flower.wire import (
     ARRAYS,

@@ -28,9 +28,6 @@ from fedpft_flower.adapters import (
     plug_in,
 )
 from fedpft_flower.alignment import (
-    GradientError,
-    adapter_gradients,
-    compare_gradients,
     distil,
     emulator_level,
     layer_level,
@@ -53,9 +50,14 @@ from fedpft_flower.encoding import (
     within_tokens,
 )
 from fedpft_flower.evaluation import judge
+from fedpft_flower.fidelity import (
+    GradientError,
+    adapter_gradients,
+    compare_gradients,
+    likeness,
+)
 from fedpft_flower.foundation import FoundationModel
 from fedpft_flower.least_squares import refit
-from fedpft_flower.likeness import likeness
 from fedpft_flower.methods import method_of
 from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.package import Package
@@ -65,17 +67,11 @@ from fedpft_flower.planners import kept_counts, size_of
 from fedpft_flower.processors import saved_and_loaded
 from fedpft_flower.progress import DescentLog, FitLog, LoggedBatches
 from fedpft_flower.quantisation import check_frozen
+from fedpft_flower.received import config_fields, config_from
 from fedpft_flower.refinement import refine
 from fedpft_flower.selection import score, selection_of
 from fedpft_flower.sensitivity import Sensitivity, measure, streams
-from fedpft_flower.sub_fm import (
-    build_sub_fm,
-    compressed_ffns,
-    config_fields,
-    config_from,
-    cut,
-    frozen_weights,
-)
+from fedpft_flower.sub_fm import build_sub_fm, compressed_ffns, cut, frozen_weights
 from fedpft_flower.tasks import TaskData
 from fedpft_flower.training import round_lr
 

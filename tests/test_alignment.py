@@ -7,7 +7,6 @@ from torch import nn
 
 from fedpft_flower.activity import average_rates
 from fedpft_flower.alignment import (
-    compare_gradients,
     most_inactive,
     product_loss,
     state_loss,
@@ -16,6 +15,7 @@ from fedpft_flower.alignment import (
 from fedpft_flower.architectures import FFN
 from fedpft_flower.batches import real_tokens
 from fedpft_flower.descent import Schedule
+from fedpft_flower.fidelity import compare_gradients
 
 
 def ffn(seed, dim=4, width=6, gates=1, blocks=1):

@@ -19,8 +19,6 @@ from fedpft_flower.adapters import (
 )
 from fedpft_flower.alignment import (
     Teacher,
-    adapter_gradients,
-    compare_gradients,
     distil,
     emulator_level,
     layer_level,
@@ -44,15 +42,15 @@ from fedpft_flower.config import (
     derive_seed,
 )
 from fedpft_flower.descent import Schedule
+from fedpft_flower.fidelity import adapter_gradients, compare_gradients
 from fedpft_flower.passes import ended_behind, observe, outputs_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.planners import keep_all, keep_salient, parameters_of, size_of
+from fedpft_flower.received import config_fields, config_from
 from fedpft_flower.selection import Evidence, norm
 from fedpft_flower.sub_fm import (
     build_skeleton,
     build_sub_fm,
-    config_fields,
-    config_from,
     frozen_weights,
     load_weights,
 )

@@ -18,8 +18,9 @@ from fedpft_flower.foundation import load_fm, load_fm_of
 from fedpft_flower.package import check_processor_file
 from fedpft_flower.planners import keep_all
 from fedpft_flower.processors import check_same_tokens, processor_files, processor_from
+from fedpft_flower.received import config_fields, config_from
 from fedpft_flower.server import ProxyServer
-from fedpft_flower.sub_fm import build_skeleton, config_fields, config_from
+from fedpft_flower.sub_fm import build_skeleton
 from tests.conftest import write_llama
 from tests.families import tiny_model
 

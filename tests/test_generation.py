@@ -245,7 +245,7 @@ def test_full_plan_is_bit_identical(family):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_client_rebuilds_it_and_a_tied_matrix_travels_once(family, tied):
     from fedpft_flower.package import Package
-    from fedpft_flower.sub_fm import config_fields
+    from fedpft_flower.received import config_fields
 
     fm = decoder(family)
     fm.config.tie_word_embeddings = tied

@@ -17,8 +17,8 @@ from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.package import check_processor_file
 from fedpft_flower.plan import Plan
 from fedpft_flower.processors import load_processor
+from fedpft_flower.received import config_fields, config_from
 from fedpft_flower.store import Store, package_hash, package_json, package_tensors
-from fedpft_flower.sub_fm import config_fields, config_from
 from fedpft_flower.wire import ARRAYS, CONFIG, INSTALL, PACKAGE, config_of, pack_tensors
 from tests.families import CONFIGS, tiny_model
 

@@ -11,7 +11,8 @@ from fedpft_flower.architectures import ARCHITECTURES, ffns_of
 from fedpft_flower.config import FedPFTError, LoraConfig
 from fedpft_flower.package import Package
 from fedpft_flower.quantisation import _quantised, check_frozen, quantise
-from fedpft_flower.sub_fm import build_sub_fm, config_fields, frozen_weights
+from fedpft_flower.received import config_fields
+from fedpft_flower.sub_fm import build_sub_fm, frozen_weights
 from tests.families import CONFIGS, tiny_batch, tiny_model
 from tests.test_architectures import plans
 from tests.test_federation import results, run

@@ -1,10 +1,11 @@
-"""Compare what FM and sub-FM can do on public data, both with the current adapter.
+"""Compare the sub-FM with the FM on public data, both with the current adapter.
 
-The better a sub-FM resembles the FM, the more of it a client holds: that is the price
-of fidelity, and has to be told with it.
+Answers and hidden states tell what it can do: the better a sub-FM resembles the FM, the
+more of it a client holds. The adapter's gradients tell how well training on it stands
+for training on the FM.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,18 @@ from torch import Tensor, nn
 
 from fedpft_flower.adapters import base_model
 from fedpft_flower.architectures import layers_of
-from fedpft_flower.batches import Batch, inputs_of, real_answers, real_tokens
-from fedpft_flower.config import Objective
+from fedpft_flower.batches import (
+    Batch,
+    inputs_of,
+    real_answers,
+    real_logits,
+    real_tokens,
+    unit_cotangents,
+)
+from fedpft_flower.config import Objective, derive_seed
 from fedpft_flower.passes import outputs_of
+
+# ---------------------------------------------------------- answers, hidden states
 
 
 @dataclass(frozen=True)
@@ -93,3 +103,65 @@ def _next_token_loss(logits: Tensor, inputs: Batch) -> tuple[float, int]:
         logits[:, :-1][real], wanted[real], reduction="sum"
     )
     return float(loss), int(real.sum())
+
+
+# ------------------------------------------------------------------------ gradients
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """Hold the error of the sub-FM's adapter gradients, over batches: mean, spread."""
+
+    relative: float
+    relative_spread: float
+    cosine: float
+    cosine_spread: float
+
+
+def adapter_gradients(
+    model: PeftModel, batches: Iterable[Batch], seed: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the gradients of a model's adapter, batch by batch, on the CPU.
+
+    The scalar is the logits times seeded unit cotangents, the same for every model, so
+    no labels are needed.
+    """
+    model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for i, batch in enumerate(batches):
+        logits = real_logits(model, batch)
+        cotangent = unit_cotangents(logits, derive_seed(seed, "cotangent", i))
+        gradients = torch.autograd.grad((logits * cotangent).sum(), trained)
+        yield tuple(gradient.cpu() for gradient in gradients)
+
+
+def compare_gradients(
+    target: Iterable[Sequence[Tensor]], found: Iterable[Sequence[Tensor]]
+) -> GradientError:
+    """Return the error of the sub-FM's gradients.
+
+    Tensors are paired in order, since dropped layers change names, never the order.
+    Those whose FM gradient is zero are left out (LoRA's A has none while B = 0). The
+    convergence bound of the paper is in terms of this error.
+
+    Args:
+        target: what `adapter_gradients` yields of the FM.
+        found: what it yields of the sub-FM, on the same batches.
+
+    Returns:
+        Relative L2 error and cosine, mean and sample standard deviation over batches.
+    """
+    relative, cosine = [], []
+    for of_fm, of_sub_fm in zip(target, found, strict=True):
+        pairs = [p for p in zip(of_fm, of_sub_fm, strict=True) if bool(p[0].any())]
+        g_fm = torch.cat([gradient.flatten() for gradient, _ in pairs])
+        g_sub = torch.cat([gradient.flatten() for _, gradient in pairs])
+        relative.append(float((g_sub - g_fm).norm() / g_fm.norm()))
+        cosine.append(float(torch.cosine_similarity(g_sub, g_fm, dim=0)))
+    return GradientError(*_mean_and_spread(relative), *_mean_and_spread(cosine))
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    spread = float(tensor.std()) if len(values) > 1 else 0.0
+    return float(tensor.mean()), spread
