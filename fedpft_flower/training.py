@@ -44,11 +44,12 @@ class TrainReport:
 def round_lr(config: TrainConfig, current: int, rounds: int) -> float:
     """Return the learning rate of round r of R.
 
-    W = `warmup_ratio` * R rounds, rounded, lead to lr: lr_r = lr * r / (W + 1).
-    From round W + 1 on it stays, or falls: lr_r = lr * (1 - (r - W - 1) / (R - W)). The
-    last round still learns; in the authors' code its rate is zero.
+    W = `warmup_ratio` * R rounds, rounded, and R - 1 at most, lead to lr:
+    lr_r = lr * r / (W + 1). From round W + 1 on it stays, or falls:
+    lr_r = lr * (1 - (r - W - 1) / (R - W)). The last round still learns; in the
+    authors' code its rate is zero.
     """
-    warmup = round(config.warmup_ratio * rounds)
+    warmup = min(round(config.warmup_ratio * rounds), rounds - 1)
     if current <= warmup:
         return config.lr * current / (warmup + 1)
     if config.lr_decay == "none":

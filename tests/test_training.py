@@ -44,6 +44,8 @@ def test_lr_rises_over_the_rounds_that_warm_up():
     constant = TrainConfig(lr=1.0, warmup_ratio=0.4, lr_decay="none")
     assert [round_lr(constant, r, 5) for r in (3, 4, 5)] == [1, 1, 1]
     assert round_lr(config, 1, 1) == 1.0  # a single round has nothing to lead to
+    most = TrainConfig(lr=1.0, warmup_ratio=0.9)
+    assert [round_lr(most, r, 4) for r in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_training_learns_and_is_repeatable(rows):
