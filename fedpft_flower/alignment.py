@@ -30,7 +30,7 @@ from fedpft_flower.config import derive_seed
 from fedpft_flower.descent import Loss, Progress, Schedule, Trainable, descend
 from fedpft_flower.passes import ended_behind, outputs_of
 from fedpft_flower.plan import Plan
-from fedpft_flower.sensitivity import Tap, sensitivities, weigh
+from fedpft_flower.sensitivity import StreamPoint, sensitivities, weigh
 from fedpft_flower.sub_fm import compressed_ffns
 
 # Of the FM's hidden states of held-out rows, which are needed again and again.
@@ -304,8 +304,8 @@ class Teacher:
         if self._share:
             # By content: how often others were measured before makes no difference.
             seed = derive_seed(self._seed, "sensitivity", b"".join(keys).hex())
-            taps = [Tap(layer) for layer in self._layers]
-            return list(sensitivities(self._fm, taps, batch, seed))
+            points = [StreamPoint(layer) for layer in self._layers]
+            return list(sensitivities(self._fm, points, batch, seed))
         with (
             torch.no_grad(),
             outputs_of(self._layers) as outputs,

@@ -31,32 +31,34 @@ from fedpft_flower.config import derive_seed
 
 
 @dataclass(frozen=True)
-class Tap:
+class StreamPoint:
     """Name a place in a model: what a module returns, or what it is given."""
 
     module: nn.Module
     is_input: bool = False
 
 
-def streams(layers: Sequence[nn.Module], ffns: Sequence[FFN]) -> list[Tap]:
+def streams(layers: Sequence[nn.Module], ffns: Sequence[FFN]) -> list[StreamPoint]:
     """Return where the errors of each layer's FFN are measured.
 
     That is what the norm behind the FFN reads; without one, the output of the layer.
     """
     return [
-        Tap(layer) if ffn.output_norm is None else Tap(ffn.output_norm, is_input=True)
+        StreamPoint(layer)
+        if ffn.output_norm is None
+        else StreamPoint(ffn.output_norm, is_input=True)
         for layer, ffn in zip(layers, ffns, strict=True)
     ]
 
 
 def sensitivities(
-    model: nn.Module, taps: Sequence[Tap], batch: Batch, seed: int
+    model: nn.Module, points: Sequence[StreamPoint], batch: Batch, seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return what passes some places of a model, and how much its logits depend on it.
 
     Args:
         model: the FM with its head, in evaluation mode.
-        taps: the places, in the order in which a forward pass reaches them.
+        points: the places, in the order in which a forward pass reaches them.
         batch: its inputs; `attention_mask` [B, T] marks real tokens where present.
         seed: of the cotangents.
 
@@ -64,7 +66,7 @@ def sensitivities(
         Values [tokens, D] and s [tokens], float32, at every place, without padding.
     """
     found: list[Tensor] = []
-    handles = [_hook(tap, found) for tap in taps]
+    handles = [_hook(point, found) for point in points]
     try:
         with torch.enable_grad():
             logits = real_logits(model, batch)
@@ -81,7 +83,7 @@ def sensitivities(
     )
 
 
-def _hook(tap: Tap, found: list[Tensor]) -> torch.utils.hooks.RemovableHandle:
+def _hook(point: StreamPoint, found: list[Tensor]) -> torch.utils.hooks.RemovableHandle:
     def note(values: Tensor) -> None:
         # Frozen weights before it leave no graph: then the gradients begin here.
         if not values.requires_grad:
@@ -94,9 +96,9 @@ def _hook(tap: Tap, found: list[Tensor]) -> torch.utils.hooks.RemovableHandle:
     def left(module: nn.Module, inputs: object, output: object) -> None:
         note(hidden_states(output))
 
-    if tap.is_input:
-        return tap.module.register_forward_pre_hook(entered)
-    return tap.module.register_forward_hook(left)
+    if point.is_input:
+        return point.module.register_forward_pre_hook(entered)
+    return point.module.register_forward_hook(left)
 
 
 def weigh(plain: Tensor, sensitivity: Tensor, share: float) -> Tensor:
@@ -134,7 +136,7 @@ class Sensitivity:
 
 def measure(
     model: nn.Module,
-    taps: Sequence[Tap],
+    points: Sequence[StreamPoint],
     batches: Iterable[Batch],
     share: float,
     seed: int,
@@ -143,7 +145,7 @@ def measure(
 
     Args:
         model: the FM with its head, in evaluation mode.
-        taps: a place in each of its layers.
+        points: a place in each of its layers.
         batches: its inputs.
         share: of the weights that sensitivity makes.
         seed: of the cotangents.
@@ -151,7 +153,7 @@ def measure(
     if not share:
         return None
     found = [
-        sensitivities(model, taps, batch, derive_seed(seed, "sensitivity", i))[1]
+        sensitivities(model, points, batch, derive_seed(seed, "sensitivity", i))[1]
         for i, batch in enumerate(batches)
     ]
     return Sensitivity(share, found)

@@ -140,13 +140,19 @@ def adapter_of(directory):
 
 
 def apps_of(deployment, name, command):
-    """Return the app processes that a SuperLink or SuperNode runs, newest last."""
+    """Return the app processes that a SuperLink or SuperNode runs, newest last.
+
+    For some milliseconds an app has a child that looks like it: itself, forked to ask
+    the system what it is.
+    """
     import psutil
 
     children = psutil.Process(deployment.processes[name].pid).children(recursive=True)
-    apps = []
+    parents = {}
     for child in children:
         with suppress(psutil.Error):  # it has just ended
             if command in " ".join(child.cmdline()):
-                apps.append(child)
+                parents[child] = child.ppid()
+    numbers = {child.pid for child in parents}
+    apps = [child for child, parent in parents.items() if parent not in numbers]
     return sorted(apps, key=lambda app: app.create_time())

@@ -365,6 +365,8 @@ def test_the_demo_of_a_deployment_leaves_nothing_when_it_is_interrupted(tmp_path
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # What a shell starts behind `&` has it ignored, and would pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     said = []
     for line in demo.stdout:

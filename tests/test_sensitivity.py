@@ -17,7 +17,7 @@ from fedpft_flower.moments import neuron_moments
 from fedpft_flower.selection import score
 from fedpft_flower.sensitivity import (
     Sensitivity,
-    Tap,
+    StreamPoint,
     measure,
     sensitivities,
     streams,
@@ -30,8 +30,8 @@ families = pytest.mark.parametrize("family", sorted(CONFIGS))
 SEED = 3
 
 
-def moved_logits(model, tap, batch, place, step):
-    """Return the logits where a token's values at a tap are moved by a step [D]."""
+def moved_logits(model, point, batch, place, step):
+    """Return the logits where a token's values at a point are moved by a step [D]."""
 
     def add(values):
         moved = values.clone()
@@ -47,9 +47,9 @@ def moved_logits(model, tap, batch, place, step):
         return add(output)
 
     handle = (
-        tap.module.register_forward_pre_hook(before)
-        if tap.is_input
-        else tap.module.register_forward_hook(behind)
+        point.module.register_forward_pre_hook(before)
+        if point.is_input
+        else point.module.register_forward_hook(behind)
     )
     with torch.no_grad():
         logits = real_logits(model, batch)
@@ -63,12 +63,12 @@ def test_sensitivity_against_finite_differences(family):
     batch = tiny_batch(family, rows=2)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].double()
-    for taps in (
+    for points in (
         streams(layers_of(model), ffns_of(model)),
-        [Tap(layer) for layer in layers_of(model)],
+        [StreamPoint(layer) for layer in layers_of(model)],
     ):
-        values, found = sensitivities(model, taps, batch, SEED)
-        for layer in (0, len(taps) - 1):
+        values, found = sensitivities(model, points, batch, SEED)
+        for layer in (0, len(points) - 1):
             assert len(values[layer]) == len(found[layer])
             width = values[layer].shape[1]
             # Of the first row, the token that counts most.
@@ -82,7 +82,7 @@ def test_sensitivity_against_finite_differences(family):
                 # Some families' norms compute in float32, whatever they are given.
                 step = 2e-3 * torch.eye(width, dtype=torch.float64)[i]
                 up, down = (
-                    moved_logits(model, taps[layer], batch, (0, token), sign * step)
+                    moved_logits(model, points[layer], batch, (0, token), sign * step)
                     for sign in (1, -1)
                 )
                 c = unit_cotangents(up, SEED).double()
@@ -98,8 +98,8 @@ def test_measuring_changes_nothing_and_leaves_nothing_behind(family):
         parameter.requires_grad_(False)
     with torch.no_grad():
         expected = real_logits(model, batch)
-    taps = streams(layers_of(model), ffns_of(model))
-    first, again = (sensitivities(model, taps, batch, SEED) for _ in range(2))
+    points = streams(layers_of(model), ffns_of(model))
+    first, again = (sensitivities(model, points, batch, SEED) for _ in range(2))
     for one, other in zip(first[1], again[1], strict=True):
         assert torch.equal(one, other)
     with torch.no_grad():
@@ -114,8 +114,8 @@ def test_measuring_changes_nothing_and_leaves_nothing_behind(family):
 
 def test_a_classifier_depends_on_one_token_of_its_last_layer():
     model, batch = tiny_model("bert"), tiny_batch("bert")
-    taps = streams(layers_of(model), ffns_of(model))
-    _, found = sensitivities(model, taps, batch, SEED)
+    points = streams(layers_of(model), ffns_of(model))
+    _, found = sensitivities(model, points, batch, SEED)
     lengths = batch["attention_mask"].sum(1).tolist()
     for row in found[-1].split(lengths):
         assert row[0] > 0 and not bool(row[1:].any())
@@ -139,8 +139,8 @@ def test_nothing_is_measured_where_it_counts_nothing():
 def test_moments_take_the_weights(family):
     model = tiny_model(family)
     given = [tiny_batch(family, seed=seed) for seed in range(3)]
-    taps = streams(layers_of(model), ffns_of(model))
-    sensitivity = measure(model, taps, given, 0.9, SEED)
+    points = streams(layers_of(model), ffns_of(model))
+    sensitivity = measure(model, points, given, 0.9, SEED)
     moments = list(
         neuron_moments(
             model,
@@ -285,9 +285,9 @@ def test_sensitivity_is_measured_anew_when_the_adapter_has_changed(
 ):
     shares, real = [], server.measure
 
-    def counted(model, taps, batches, share, seed):
+    def counted(model, points, batches, share, seed):
         shares.append(share)
-        return real(model, taps, batches, share, seed)
+        return real(model, points, batches, share, seed)
 
     monkeypatch.setattr(server, "measure", counted)
     proxy = prepared(
