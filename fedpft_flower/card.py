@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from fedpft_flower.architectures import AUTO_PROCESSORS, Architecture, model_class_of
 from fedpft_flower.config import Objective, TrainConfig, names_in
-from fedpft_flower.methods import METHODS
+from fedpft_flower.methods import METHODS, name_of
 from fedpft_flower.metrics import METRICS, metric_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.runs import FinishedRun
@@ -183,7 +183,7 @@ def _training(run: FinishedRun) -> str:
         "weights were never sent"
     )
     rows = [
-        ("method", f"{config.method} ({METHODS[config.method].paper})"),
+        ("method", f"{name_of(config)} ({METHODS[config.method].paper})"),
         ("clients had", kept),
         ("aggregation", config.strategy),
         ("rounds", run.summary["rounds"]),

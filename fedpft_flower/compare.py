@@ -36,7 +36,7 @@ from fedpft_flower.results import Result, best_of, row_of
 from fedpft_flower.runs import FinishedRun, is_finished, runs_root
 from fedpft_flower.spec import Cell, Spec
 from fedpft_flower.tables import write_tables
-from fedpft_flower.wording import duration
+from fedpft_flower.wording import duration, shown_settings
 
 # How often a cell's own progress is shown.
 PROGRESS_SECONDS = 30.0
@@ -214,6 +214,7 @@ class Comparison:
         result |= {"cell": asdict(cell), "nodes": self.spec.nodes}
         result |= {"config": self.spec.unfilled(config), "recipe": recipe_of(config)}
         self._write(cell, ".json", result)
+        self._check_read()  # the data may have changed since the last cell
         shutil.rmtree(found / "checkpoints", ignore_errors=True)
         metric, test = metric_of(config.data), result["summary"]["test-after"]
         return (
@@ -249,7 +250,7 @@ class Comparison:
         config = self.spec.config(cell)
         now, recipe = self.spec.unfilled(config), recipe_of(config)
         # What this version added has its default in older results.
-        earlier = {**flat_defaults(), **result["config"]}
+        earlier = shown_settings({**flat_defaults(), **result["config"]})
         told: dict[str, tuple[Any, Any]] = {
             "nodes": (result["nodes"], self.spec.nodes),
             # What settings leave to the row of a method, which versions may change.
@@ -365,8 +366,22 @@ def _read_by(cell: Cell, result: Mapping[str, Any]) -> dict[tuple[Any, ...], str
     }
     for name, split in manifest.get("splits", {}).items():
         decides = (cell.task,) if name == "test" else data
-        found[f"{name} rows", cell.seed, *decides] = split["sha256"]
+        seed = cell.seed if _is_drawn(name, manifest["splits"], config) else None
+        found[f"{name} rows", seed, *decides] = split["sha256"]
     return {key: content for key, content in found.items() if content is not None}
+
+
+def _is_drawn(name: str, splits: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Tell whether the seed may have decided which rows a split has."""
+    if name == "public":
+        return True
+    split, sources = splits[name], [str(each["source"]) for each in splits.values()]
+    of_it = f" of {split['source']}, seeded"
+    if "seeded" in split["source"] or any(source.endswith(of_it) for source in sources):
+        return True
+    role = name if name in ("train", "validation") else "test"
+    most = config.get(f"data.max-{role}-rows") or 0
+    return 0 < most <= int(split["rows"])
 
 
 def _collect(directory: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """List the methods to compare: each is one row over the same knobs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fedpft_flower.config import Config, row_called
+from fedpft_flower.config import Config, Scalar, row_called
 from fedpft_flower.planners import Planner, drop_layers, keep_all, keep_salient
 from fedpft_flower.selection import selection_of
 
@@ -15,9 +16,7 @@ class Method:
     aligned, `patience` when that ends early, `sensitivity` how far tokens count by how
     much the logits depend on them, `refine` how long the adapter is adjusted in the FM
     at the end, and `refine_on_validation` how much of that is on validation rows; where
-    they are given, the settings `sub-fm.selection`, `align.before`, `align.during`,
-    `align.patience`, `align.sensitivity`, `plug-in.steps` and
-    `plug-in.validation-share` take their place.
+    they are given, settings take their place.
     """
 
     paper: str
@@ -50,6 +49,17 @@ class Method:
         """Tell whether realignment goes by which neurons are active."""
         return self.during == "distill"
 
+
+# Which setting takes the place of which part of a row.
+_IN_PLACE = {
+    "selection": "sub-fm.selection",
+    "before": "align.before",
+    "during": "align.during",
+    "patience": "align.patience",
+    "sensitivity": "align.sensitivity",
+    "refine": "plug-in.steps",
+    "refine_on_validation": "plug-in.validation-share",
+}
 
 _FEDPFT = "Peng et al. 2024, arXiv 2404.11536"
 _FEDOT = "Xiao et al. 2023, arXiv 2302.04870, federated"
@@ -106,3 +116,33 @@ def method_of(config: Config) -> Method:
         refine=row.refine if steps < 0 else steps,
         refine_on_validation=row.refine_on_validation if own < 0 else own,
     )
+
+
+def changes_of(config: Config) -> dict[str, Scalar]:
+    """Return the settings that changed something of the row of a run's method.
+
+    Raises:
+        FedPFTError: there is no such method or selection.
+    """
+    used, flat = method_of(config), config.flat()
+    row = METHODS[config.method]
+    return {
+        key: flat[key]
+        for part, key in _IN_PLACE.items()
+        if getattr(row, part) != getattr(used, part)
+    }
+
+
+def name_of(config: Config, more: Mapping[str, Scalar] | None = None) -> str:
+    """Return what a run's method is called, and what settings changed of its row.
+
+    Args:
+        config: of the run.
+        more: further settings to tell.
+
+    Raises:
+        FedPFTError: there is no such method or selection.
+    """
+    told = changes_of(config) | dict(more or {})
+    changed = ", ".join(f"{key} = {value}" for key, value in told.items())
+    return f"{config.method} with {changed}" if changed else config.method

@@ -13,6 +13,7 @@ from fedpft_flower.charts import STYLE as CHART_STYLE
 from fedpft_flower.charts import bars, lines, strip
 from fedpft_flower.config import Config, Scalar
 from fedpft_flower.markup import Markup, element
+from fedpft_flower.methods import name_of
 from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.plan import Plan
 from fedpft_flower.wording import (
@@ -125,10 +126,10 @@ def render_page(
     Raises:
         FedPFTError: the configuration is none, or the manifest's plan.
     """
-    metric = metric_of(Config.from_run_config(config).data)
-    plan = Plan.from_json(manifest["plan"])
+    typed = Config.from_run_config(config)
+    metric, plan = metric_of(typed.data), Plan.from_json(manifest["plan"])
     settings = shown_settings(config)
-    title = f"{config['method']}: {settings['fm.name']} on {data_name(config)}"
+    title = f"{name_of(typed)}: {settings['fm.name']} on {data_name(config)}"
     parts = [
         element("h1", title),
         element("p", _subtitle(settings, rounds, summary, metric), class_="quiet"),
@@ -210,7 +211,7 @@ def _facts(
 ) -> list[tuple[str, object]]:
     nodes, labels = manifest["nodes"], manifest["labels"]
     return [
-        ("method", settings["method"]),
+        ("method", name_of(Config.from_run_config(settings))),
         ("aggregation strategy", settings["strategy"]),
         ("FM", settings["fm.name"]),
         ("sub-FM", "the whole FM" if plan.is_whole else plan.told),

@@ -42,8 +42,9 @@ from typing import Any
 from fedpft_flower.commands import resolve
 from fedpft_flower.config import READ_PATHS, Config, FedPFTError, flatten
 from fedpft_flower.disk import shell_path
-from fedpft_flower.methods import METHODS, method_of
+from fedpft_flower.methods import METHODS, method_of, name_of
 from fedpft_flower.planners import keep_all
+from fedpft_flower.wording import shown_settings
 
 _VARIABLE = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -179,14 +180,23 @@ class Spec:
         return self._config(cell.task, cell.partition, cell.method, settings)
 
     def unfilled(self, config: Config) -> dict[str, Any]:
-        """Return settings in which variables stand for the places that they name."""
+        """Return settings to hand on: of places the variable that names them.
+
+        Of one that none names it is the last part only.
+        """
         flat = config.flat() | {"out-dir": Config().out_dir}
         longest_first = sorted(self._variables.items(), key=lambda v: -len(v[1]))
         for key in READ_PATHS:
             for name, value in longest_first:
                 if str(flat[key]) == value or str(flat[key]).startswith(f"{value}/"):
                     flat[key] = f"{{{name}}}{str(flat[key]).removeprefix(value)}"
-        return flat
+        return shown_settings(flat)
+
+    def name_of(self, task: str, partition: str, method: str) -> str:
+        """Return what is run under the name of a method of this spec."""
+        own = flatten(self._table.get("method", {}).get(method, {}))
+        own.pop("method", None)
+        return name_of(self._config(task, partition, method), shown_settings(own))
 
     # ------------------------------------------------------------------------ parts
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedpft_flower.config import Config, FedPFTError, flatten, one_line
 from fedpft_flower.disk import last_used
 from fedpft_flower.endings import one_line_end
+from fedpft_flower.methods import name_of
 from fedpft_flower.metrics import Metrics, metric_of
 from fedpft_flower.runs import LOG, is_finished, read_rounds, runs_root
 from fedpft_flower.wording import duration, last_part, size
@@ -116,7 +117,7 @@ def render(status: Status) -> str:
     rows = [
         ("run", str(status.path)),
         ("state", status.state),
-        ("method", f"{config.method}, FM {last_part(config.fm.name)}"),
+        ("method", f"{name_of(config)}, FM {last_part(config.fm.name)}"),
         ("round", "preparing" if last is None else f"{last} of {config.rounds}"),
     ]
     if status.seconds_left is not None:

@@ -39,6 +39,8 @@ def markdown(spec: Spec, results: Sequence[Result]) -> str:
     """Return all tables: accuracies in the paper's form, costs, differences."""
     groups = by_group(spec, results)
     text = [f"# {spec.place.stem}", "", _about(spec, results), ""]
+    if changed := _methods(spec):
+        text += ["## Methods", "", *changed, ""]
     text += ["## Test results of the FM", "", *_paper_table(spec, groups), ""]
     for task, partition in spec.columns:
         rows = _long_table(spec, groups, task, partition)
@@ -93,6 +95,21 @@ def _about(spec: Spec, results: Sequence[Result]) -> str:
         "are dropped, so it does not compare with that of others. Server s: the "
         "seconds of choosing neurons, alignment and refinement, without evaluation."
     )
+
+
+def _methods(spec: Spec) -> list[str]:
+    """Say what methods are that are no rows as they stand, and where."""
+    lines = []
+    for method in spec.methods:
+        where: dict[str, list[str]] = {}
+        for task, partition in spec.columns:
+            name = spec.name_of(task, partition, method)
+            where.setdefault(name, []).append(named(task, partition))
+        for name in [name for name in where if name != method]:
+            there = "" if len(where) == 1 else f" ({'; '.join(where[name])})"
+            told = name.removeprefix(f"{method} ")
+            lines.append(f"- {method}: {told}{there}")
+    return lines
 
 
 def _sources(results: Sequence[Result]) -> str:

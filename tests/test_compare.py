@@ -408,11 +408,71 @@ def test_a_method_may_read_less_and_another_fm_is_refused(
     tensors = load_file(other / "model.safetensors")
     save_file({k: 2 * v for k, v in tensors.items()}, other / "model.safetensors")
     monkeypatch.setenv("FM_OF_TEST", str(other))
-    compared(spec_file, out, "--only", "fedpft-n-k0.5-lr0.001-s1")
     capsys.readouterr()
-    assert compared(spec_file, out, "--tables") == 2
+    # The first cell that has read something else ends it, not only the next call.
+    assert compared(spec_file, out, "--only", "s1") == 2
     (error,) = errors(capsys)
     assert "were made with unlike FM" in error
+    assert len(list(out.glob("cells/*-s1.json"))) == 1
+
+
+def read_of_test(seed, config, **sources):
+    """Return what a cell has read of the split to test on, and what decided on it."""
+    splits = {
+        name: {"rows": 40, "source": source, "sha256": name}
+        for name, source in sources.items()
+    }
+    result = {"manifest": {"splits": splits}, "config": config}
+    found = compare._read_by(Cell("t", "", "a", 0.5, 0.1, seed), result)
+    return [key for key in found if key[0] == "test rows"]
+
+
+def test_seeds_share_the_rows_that_none_of_them_drew():
+    def shared(config, **sources):
+        first, second = (read_of_test(seed, config, **sources) for seed in (0, 1))
+        assert len(first) == len(second) == 1
+        return first == second
+
+    assert shared({}, test="validation", train="train")
+    assert shared({"data.max-test-rows": 0}, test="test")
+    assert shared({"data.max-test-rows": 41}, test="test")
+    assert not shared({"data.max-test-rows": 40}, test="test")
+    assert not shared({}, test="10% of train, seeded")
+    # What another split was held out from.
+    assert not shared({}, test="test", validation="half of test, seeded")
+    assert shared({}, test="test", validation="10% of train, seeded")
+
+
+def test_of_places_that_no_variable_names_cells_hold_the_last_part(
+    spec_file, engine, tmp_path, capsys, request
+):
+    directory = request.getfixturevalue("vit_directory")
+    spec_file.write_text(SPEC.replace("{FM_OF_TEST}", str(directory)))
+    out, only = tmp_path / "out", ("--only", "fedpft-n-k0.5-lr0.001-s0")
+    compared(spec_file, out, *only)
+    (place,) = out.glob("cells/*.json")
+    found = json.loads(place.read_text())
+    assert found["config"]["fm.name"] == directory.name
+    # Older ones held the whole, and stay what they were.
+    found["config"]["fm.name"] = str(directory)
+    place.write_text(json.dumps(found))
+    compared(spec_file, out, *only)
+    assert len(engine) == 1 and not errors(capsys)
+
+
+def test_tables_say_what_runs_under_a_name_that_settings_changed(spec_file):
+    spec_file.write_text(
+        SPEC.replace("rounds = 2", 'rounds = 2\nalign.before = "none"')
+        + '\n[partition.other]\npartition.kind = "dirichlet"\n'
+        + "plug-in.steps = 3\n"
+    )
+    lines = tables._methods(Spec(spec_file))
+    assert lines == [
+        "- fedpft-n: with plug-in.steps = 3 (digits, other)",
+        "- aligned: fedpft-b with align.before = none, align.steps = 2 (digits, alike)",
+        "- aligned: fedpft-b with align.before = none, plug-in.steps = 3, "
+        "align.steps = 2 (digits, other)",
+    ]
 
 
 def test_further_test_splits_have_columns_of_their_own():
