@@ -67,7 +67,7 @@ def check(config: DataConfig, batch_size: int, seed: int) -> Findings:
         FedPFTError: the files cannot be read at all.
     """
     found = Findings()
-    source = source_of(config, "data.path")
+    source = source_of(config, "data.path", hub=False)
     others = [name for name in source if name != config.train_split]
     found.lines.append(f"path     {Path(config.path).expanduser().absolute()}")
     found.lines.append(f"split    {config.train_split}{_unused(others)}")

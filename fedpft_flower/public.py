@@ -67,7 +67,8 @@ def _public_split(config: DataConfig, seed: int) -> Dataset:
         enough = partial(_enough, config, columns)
         drawn = derive_seed(seed, "public rows")
         return read_sample(path, "data.public-path", subset, name, drawn, enough)
-    place = replace(config, path=path, subset=subset)
+    images = config.public_column or "image"
+    place = replace(config, path=path, subset=subset, image_column=images)
     return split_called(source_of(place, "data.public-path"), name, "data.public-split")
 
 

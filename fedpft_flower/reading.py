@@ -1,6 +1,7 @@
 """Read rows from files, directories and hubs."""
 
 import csv
+import glob
 import gzip
 import logging
 import os
@@ -23,8 +24,10 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from fedpft_flower.config import FedPFTError, Modality, OwnRowsError, first_line
+from fedpft_flower.config import FedPFTError, OwnRowsError, first_line
 from fedpft_flower.disk import (
     OUT_OF_REACH,
     existing_path,
@@ -51,12 +54,14 @@ JSON_BYTES = 1 << 28
 # Rows of a streamed data set that a sample is drawn from.
 BUFFER = 5000
 _TABLES = {*_FORMATS, ".arrow"} - {".txt"}  # which in a directory may say anything
+_HIDDEN = (".", "__")  # what names of files and folders begin with that are no rows
+_TEXTS = (Value("string"), Value("large_string"))
 
 
 def read_splits(
     path: str,
     key: str,
-    modality: Modality = "text",
+    images: str = "",
     subset: str = "",
     separator: str = ",",
     hub: bool = True,
@@ -66,7 +71,8 @@ def read_splits(
     Args:
         path: where the rows are.
         key: the setting that says so, for messages.
-        modality: of the inputs; directories of images have a class per folder.
+        images: the column of images; "" where inputs are texts. A directory of images
+            without a table that has it has a class per folder.
         subset: the configuration of a hub data set, or "" (a copy of one has it too).
         separator: of the columns of CSV files.
         hub: whether a hub may be asked for what is not here.
@@ -82,9 +88,9 @@ def read_splits(
         ) from error
     with _named(path, key, place):
         if place is not None and place.is_file():
-            return _read_file(place, separator)
+            return _read_file(place, images, separator)
         if place is not None:
-            return _read_directory(place, modality, subset, separator)
+            return _read_directory(place, images, subset, separator)
         if not (hub and is_on_hub(path)):
             remedy = "does not exist; give a path or hub name"
             raise OwnRowsError(f"{key} = {path!r} {remedy}", f"{key} {remedy}")
@@ -159,12 +165,13 @@ def _suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _read_file(place: Path, separator: str) -> Splits:
+def _read_file(place: Path, images: str, separator: str) -> Splits:
     if _suffix(place) not in _FORMATS:
         raise FedPFTError(
             f"unknown file type {_suffix(place)!r}; give one of {', '.join(_FORMATS)}"
         )
-    return {"train": _read_tables([place], separator, _quotes_are_signs([place]))}
+    rows = _read_tables([place], separator, _quotes_are_signs([place]))
+    return {"train": _with_places(rows, images, [place])}
 
 
 def _read_tables(files: Sequence[Path], separator: str, literal: bool) -> Dataset:
@@ -178,11 +185,31 @@ def _read_tables(files: Sequence[Path], separator: str, literal: bool) -> Datase
     suffix = _suffix(files[0])
     rows: Dataset = _loaded(
         _FORMATS[suffix],
-        data_files={"train": list(map(str, files))},
+        data_files={"train": [glob.escape(str(file)) for file in files]},
         split="train",
         **_options(files, separator, literal),
     )
     return _with_numbers(rows) if _FORMATS[suffix] == "csv" else rows
+
+
+def _with_places(rows: Dataset, images: str, files: Sequence[Path]) -> Dataset:
+    """Look for images that a table names beside it, then where the process is.
+
+    Args:
+        rows: of the tables.
+        images: their column of images; "" where inputs are texts.
+        files: the tables.
+    """
+    if not images or rows.features.get(images) not in _TEXTS:
+        return rows
+    folders = list(dict.fromkeys(file.parent.absolute() for file in files))
+    placed = [
+        next((str(at) for f in folders if (at := f / name).is_file()), name)
+        if name
+        else name
+        for name in rows[images][:]
+    ]
+    return rows.remove_columns(images).add_column(images, placed)
 
 
 def _options(files: Sequence[Path], separator: str, literal: bool) -> dict[str, Any]:
@@ -267,38 +294,79 @@ def _with_numbers(rows: Dataset) -> Dataset:
     return rows.select_columns(names)
 
 
-def _read_directory(
-    place: Path, modality: Modality, subset: str, separator: str
-) -> Splits:
+def _read_directory(place: Path, images: str, subset: str, separator: str) -> Splits:
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         saved: Dataset | DatasetDict = load_from_disk(str(place))
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     found = _all_below(place)
     tables = sorted(path for path in found if _suffix(path) in _TABLES)
-    if modality == "image" and not tables:
-        return read_image_folders(place, found, str(private_cache("rows")))
+    if images and not any(path.stem.lower() == "metadata" for path in tables):
+        if any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in found):
+            tables = _tables_of_images(tables, images, separator)
+        if not tables:
+            return read_image_folders(place, found, str(private_cache("rows")))
     if _is_described(place):  # else a hub's subset, as of the run, means nothing here
         described: Splits = _loaded(str(place), subset or None)
         return described
     literal = _quotes_are_signs(tables)
-    if splits := _split_files(place, tables, modality):
+    if splits := _split_files(place, tables) or _split_below(place, tables, found):
         return {
-            name: _read_tables(ones, separator, literal)
+            name: _with_places(_read_tables(ones, separator, literal), images, ones)
             for name, ones in splits.items()
         }
-    suffixes = {_suffix(path) for path in found if path.is_file()}
-    # Texts beside tables, a licence perhaps, leave it to `datasets` what is what.
-    known = {suffix: _FORMATS[suffix] for suffix in _FORMATS.keys() & _TABLES}
-    formats = {known.get(suffix) for suffix in suffixes - {".md", ""}}
-    options = {} if None in formats else _options(tables, separator, literal)
-    rows: Splits = _loaded(str(place), **options)
-    if formats != {"csv"}:
-        return rows
-    return {name: _with_numbers(part) for name, part in rows.items()}
+    rows: Splits = _loaded(str(place))
+    return rows
+
+
+def _tables_of_images(
+    tables: Sequence[Path], images: str, separator: str
+) -> list[Path]:
+    """Return the tables beside images that are the rows, which have a column of them.
+
+    Others, of the names of classes perhaps, leave it to folders what an image is.
+    """
+    rows = []
+    for path in tables:
+        if _suffix(path) in (".parquet", ".arrow"):
+            rows.append(path)
+            continue
+        columns: Sequence[str] = ()
+        with suppress(Exception):  # it need be no table, and says so below
+            literal = _quotes_are_signs([path])
+            columns = _read_tables([path], separator, literal).column_names
+        if images in columns:
+            rows.append(path)
+        else:
+            logger.warning("%s has no column %r of images: left out", path, images)
+    return rows
+
+
+def _split_below(
+    place: Path, tables: Sequence[Path], found: Sequence[Path]
+) -> dict[str, list[Path]]:
+    """Return split -> files of a directory of tables of one format.
+
+    Which split one is of, names of files and folders tell as `datasets` reads them.
+    Nothing where it is more a directory of texts.
+    """
+    formats = {_FORMATS.get(_suffix(path)) for path in tables}
+    texts = [path for path in found if _suffix(path) == ".txt" and path.is_file()]
+    if len(formats) != 1 or None in formats or len(texts) >= len(tables):
+        return {}
+    base = glob.escape(str(place.absolute()))
+    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    known = {str(path.absolute()): path for path in tables}
+    splits = {
+        split: [known[name] for name in names if name in known]
+        for split, names in files.items()
+    }
+    return {str(split): ones for split, ones in splits.items() if ones}
 
 
 def _all_below(place: Path) -> list[Path]:
     """Return all files and folders of a directory, also those in folders of it.
+
+    Hidden ones are no rows: those of a Mac beside each file, or of a notebook.
 
     Raises:
         FedPFTError: this process's user may not look into one: its rows would lack.
@@ -310,7 +378,9 @@ def _all_below(place: Path) -> list[Path]:
 
     found = []
     for folder, folders, files in os.walk(place, onerror=refuse):
-        found += [Path(folder) / name for name in (*folders, *files)]
+        folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
+        seen = [name for name in files if not name.startswith(_HIDDEN)]
+        found += [Path(folder) / name for name in (*folders, *seen)]
     return found
 
 
@@ -325,9 +395,7 @@ def _is_described(place: Path) -> bool:
     )
 
 
-def _split_files(
-    place: Path, tables: Sequence[Path], modality: Modality
-) -> dict[str, list[Path]]:
+def _split_files(place: Path, tables: Sequence[Path]) -> dict[str, list[Path]]:
     """Return split -> files of a directory whose every table is named by its split.
 
     `datasets` takes such tables for one table, so they would need equal columns, and
@@ -344,8 +412,7 @@ def _split_files(
         others = []
     used = [pair for pair in named if pair not in others]
     suffixes = {_suffix(path) for _, path in used}
-    known = {".parquet"} if modality == "image" else _FORMATS.keys()
-    if len(suffixes) != 1 or not suffixes <= known:
+    if len(suffixes) != 1 or not suffixes <= _FORMATS.keys():
         return {}
     for _, path in others:
         logger.warning("%s is called like no split: left out", path)

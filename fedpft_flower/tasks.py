@@ -348,8 +348,8 @@ def source_of(config: DataConfig, key: str, hub: bool = True) -> Splits:
     Raises:
         FedPFTError: there is nothing that can be read.
     """
-    modality = task_of(config.task).modality
-    return read_splits(config.path, key, modality, config.subset, config.separator, hub)
+    images = config.image_column if task_of(config.task).modality == "image" else ""
+    return read_splits(config.path, key, images, config.subset, config.separator, hub)
 
 
 def _roles(config: DataConfig, source: Splits) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -65,11 +66,11 @@ def test_a_cached_copy_that_was_cut_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path / "cache"))
     rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(60)]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    first = read_splits(path, "data.path", "text")["train"]["text"][:]
+    first = read_splits(path, "data.path")["train"]["text"][:]
     (kept,) = (tmp_path / "cache" / "rows").rglob("*.arrow")
     for size in (kept.stat().st_size // 2, 0):
         os.truncate(kept, size)
-        assert read_splits(path, "data.path", "text")["train"]["text"][:] == first
+        assert read_splits(path, "data.path")["train"]["text"][:] == first
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -77,7 +78,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a", "label": "b"}])
     with pytest.raises(FedPFTError, match="set FEDPFT_CACHE to a directory"):
-        read_splits(path, "data.path", "text")
+        read_splits(path, "data.path")
 
 
 # ------------------------------------------------------------------------------- labels
@@ -209,6 +210,51 @@ def test_images_without_classes_are_nothing_to_test_on(tmp_path, unlabelled, cap
         assert np.asarray(row["image"])[0, 0, 0] == row["label"]
 
 
+@pytest.mark.parametrize("name", ["classes.csv", "notes.json", "train.csv", ".a.csv"])
+def test_a_table_that_is_not_of_images_leaves_them_to_their_folders(
+    tmp_path, name, caplog
+):
+    path = draw(tmp_path, "train/bus", "train/test_tube", "test/bus", "test/test_tube")
+    (tmp_path / name).write_text("code,called\nb,bus\n")
+    found = read_splits(path, "data.path", "image")
+    assert {split: len(part) for split, part in found.items()} == {
+        "train": 12,
+        "test": 12,
+    }
+    assert found["train"].features["label"].names == ["bus", "test_tube"]
+    assert ("has no column 'image' of images: left out" in caplog.text) == (
+        name != ".a.csv"
+    )
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_table_names_images_beside_it(tmp_path, whole, monkeypatch):
+    """In folders that are no classes, wherever the process is."""
+    draw(tmp_path / "set", "part_1", "part_2")
+    for split, part in (("train", 1), ("test", 2)):
+        rows = [f"part_{part}/{i}.png,{'xy'[i % 2]}" for i in range(6)]
+        table = tmp_path / "set" / f"{split}.csv"
+        table.write_text("\n".join(["file,kind", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    path = "set" if whole else str(tmp_path / "set" / "train.csv")
+    config = DataConfig(task="image", image_column="file", label_column="kind")
+    part = load_site(replace(config, path=path), ("x", "y"), 0)
+    assert [np.asarray(row["image"])[0, 0].tolist() for row in part] == [
+        [0, i, 0] for i in range(6)
+    ]
+    assert part["label"][:] == [0, 1] * 3
+    if whole:
+        test = read_splits(path, "data.path", "file")["test"]
+        assert test["file"][0] == str(tmp_path / "set" / "part_2" / "0.png")
+
+
+def test_a_column_of_images_that_no_table_has_is_named(tmp_path):
+    (tmp_path / "train.csv").write_text("file,kind\n1.png,x\n2.png,y\n")
+    config = DataConfig(task="image", path=str(tmp_path))
+    with pytest.raises(FedPFTError, match="no column 'image'; this data has file, kin"):
+        load_site(config, ("x", "y"), 0)
+
+
 def test_splits_below_classes_are_refused(tmp_path):
     path = draw(
         tmp_path, *(f"{c}/{s}" for c in ("cat", "dog") for s in ("train", "test"))
@@ -272,6 +318,35 @@ def test_a_sample_to_submit_decides_nothing(tmp_path, caplog):
     assert found["train"].column_names == ["id", "text", "label"]
     assert found["test"]["text"][:] == ["c"]
     assert "sample_submission.csv is called like no split: left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "stray", ["._train.csv", ".ipynb_checkpoints/train.csv", "a.xlsx", "LICENSE.pdf"]
+)
+@pytest.mark.parametrize("table", ["sst_train.csv", "train/a [1].csv", "mine.csv"])
+def test_what_lies_beside_a_table_changes_nothing_of_it(tmp_path, table, stray):
+    """NA and None are words, and columns are texts until all rows have numbers."""
+    for name, text in ((table, "text,label\nNA,1\nNone,x\n"), (stray, "\0\1,\n")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (part,) = read_splits(str(tmp_path), "data.path").values()
+    assert part["text"][:] == ["NA", "None"] and part["label"][:] == ["1", "x"]
+
+
+def test_splits_that_only_parts_of_names_tell_may_have_unlike_columns(tmp_path):
+    (tmp_path / "sst_train.csv").write_text("id,text,label\n1,a,x\n2,b,y\n")
+    (tmp_path / "sst_test.csv").write_text("id,text\n3,c\n")
+    found = read_splits(str(tmp_path), "data.path")
+    assert found["train"]["label"][:] == ["x", "y"]
+    assert found["test"].column_names == ["id", "text"]
+
+
+def test_texts_beside_one_table_are_the_rows(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
+    (tmp_path / "index.csv").write_text("file,year\n0.txt,1999\n")
+    (part,) = read_splits(str(tmp_path), "data.path").values()
+    assert sorted(part["text"][:]) == ["text 0", "text 1", "text 2"]
 
 
 # --------------------------------------------------------------------------- generation
