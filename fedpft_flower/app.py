@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from fedpft_flower import __version__
 from fedpft_flower.checkpoint import Checkpoints, check_partitions, check_same, identity
 from fedpft_flower.checks import check_run
-from fedpft_flower.columns import look_like_values, texts_in_common
+from fedpft_flower.columns import alike_labels, look_like_values, texts_in_common
 from fedpft_flower.config import MARK, Config, FedPFTError
 from fedpft_flower.encoding import content_hash
 from fedpft_flower.federation import Federation, Node
@@ -244,8 +244,26 @@ def load_server(
     return ProxyServer(config, fm, task, public, plan)
 
 
+_LABELS_SHOWN = 20
+
+
 def _tell_task(task: TaskData, config: Config) -> None:
-    """Warn of rows that make figures look better, or worse, than they are."""
+    """Tell of the rows, and warn of what makes figures look better, or worse."""
+    shown = {"train": None if config.privacy.on else task.train, **task.judged}
+    for split, rows in shown.items():
+        if rows is not None:
+            note = task.notes.get(split, "")
+            where = f" ({note})" if note not in ("", split) else ""
+            logger.info("%s: %d rows%s", split, len(rows), where)
+    if task.labels:
+        first = ", ".join(task.labels[:_LABELS_SHOWN])
+        more = ", ..." if len(task.labels) > _LABELS_SHOWN else ""
+        logger.info("%d labels: %s%s", len(task.labels), first, more)
+    if alike := alike_labels(task.labels):
+        logger.warning(
+            "labels %s differ in case or blanks alone; mend the data if they are one",
+            " and ".join(map(repr, alike)),
+        )
     if task.train is None or config.privacy.on:  # with noise nothing of rows is told
         return
     if look_like_values(task.labels, task.train):

@@ -194,6 +194,14 @@ def labels_of(part: Dataset, column: str, named: str = "") -> tuple[str, ...]:
     return in_order({label_text(value) for value in values})
 
 
+def alike_labels(labels: Sequence[str]) -> list[str]:
+    """Return the first labels that differ in case or blanks alone, or none."""
+    found: dict[str, list[str]] = {}
+    for label in labels:
+        found.setdefault("".join(label.casefold().split()), []).append(label)
+    return next((ones for ones in found.values() if len(ones) > 1), [])
+
+
 def look_like_values(labels: Collection[str], rows: Dataset) -> bool:
     """Tell whether labels are too many to be classes, as those of a wrong column."""
     return len(labels) > max(10, len(rows) / 5)

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from datasets import Dataset
 
-from fedpft_flower.columns import TEXT_ROLES, labels_of, look_like_values
+from fedpft_flower.columns import TEXT_ROLES, alike_labels, labels_of, look_like_values
 from fedpft_flower.commands import read_config
 from fedpft_flower.config import DataConfig, FedPFTError, names_in
 from fedpft_flower.endings import one_line_end
@@ -121,6 +121,10 @@ def _describe_labels(found: Findings, rows: Dataset, labels: Sequence[str]) -> N
     shown = ", ".join(f"{label} {counts[label]}" for label in labels)
     found.lines.append(f"labels   {shown}")
     found.warnings += _odd_classes(counts, labels)
+    if alike := alike_labels(labels):
+        found.warnings.append(
+            f"labels {' and '.join(map(repr, alike))} differ in case or blanks alone"
+        )
     if look_like_values(labels, rows):
         found.warnings.append(
             f"{len(labels)} labels for {len(rows)} rows; is it the label column?"

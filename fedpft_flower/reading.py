@@ -20,6 +20,7 @@ from datasets import (
     Features,
     Image,
     Value,
+    disable_caching,
     get_dataset_split_names,
     load_dataset,
     load_from_disk,
@@ -36,6 +37,10 @@ from fedpft_flower.disk import (
 )
 from fedpft_flower.image_folders import read_image_folders
 from fedpft_flower.splits import SPLIT_NAME, Splits, by_split
+
+# Else a data set that `datasets` saved would get files of what is made of it, where it
+# may lie for reading alone.
+disable_caching()
 
 logger = logging.getLogger(__name__)
 

@@ -41,6 +41,7 @@ from fedpft_flower.descent import Schedule, Trainable
 from fedpft_flower.encoding import (
     GenerationRows,
     Rows,
+    TextRows,
     encode,
     encode_public,
     endless_batches,
@@ -749,18 +750,32 @@ def _check_fits(config: Config, fm: FoundationModel, public: Dataset | None) -> 
     check_frozen(fm.model, config.train.frozen)
 
 
+# Of a split's texts, the share that may be cut before a run says so.
+_FEW_CUTS = 0.01
+
+
 def _tell_cuts(split: str, rows: Rows, length: int) -> None:
-    prompts, responses = rows.cut if isinstance(rows, GenerationRows) else (0, 0)
-    if prompts or responses:
+    """Say how many texts of a split are cut; figures are of what is left."""
+    if isinstance(rows, GenerationRows) and any(rows.cut):
         logger.warning(
             "%s: %d prompts and %d responses of %d are cut to data.max-length = %d "
             "tokens together; figures are of what is left",
             split,
-            prompts,
-            responses,
+            *rows.cut,
             len(rows),
             length,
         )
+    if isinstance(rows, TextRows):
+        cut = sum(tokens >= length for tokens in rows.lengths())
+        if cut > _FEW_CUTS * len(rows):
+            logger.warning(
+                "%s: %d of %d texts reach data.max-length = %d tokens, what is behind "
+                "is cut; raise it if what matters may stand there",
+                split,
+                cut,
+                len(rows),
+                length,
+            )
 
 
 def _check_length(length: int, fm: FoundationModel) -> None:

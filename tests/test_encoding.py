@@ -15,6 +15,7 @@ from fedpft_flower.encoding import (
     shuffled_batches,
     within_tokens,
 )
+from fedpft_flower.server import _tell_cuts
 
 
 def test_batches_cover_an_epoch_once_in_seeded_order(bert_directory):
@@ -41,6 +42,17 @@ def test_padding_is_dynamic_and_masked(bert_directory):
     assert batch["input_ids"].shape == (2, 4)
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert "labels" not in batch
+
+
+@pytest.mark.parametrize(("long", "told"), [(1, False), (2, True)])
+def test_texts_that_are_cut_are_told_where_they_are_more_than_few(
+    bert_directory, caplog, long, told
+):
+    tokenizer = AutoTokenizer.from_pretrained(bert_directory)
+    texts = ["good " * 9] * long + ["good"] * (100 - long)
+    _tell_cuts("test", TextRows(Dataset.from_dict({"text": texts}), tokenizer, 8), 8)
+    said = "test: 2 of 100 texts reach data.max-length = 8 tokens"
+    assert (said in caplog.text) == told == bool(caplog.text)
 
 
 def test_rows_of_a_batch_are_of_similar_length(bert_directory):

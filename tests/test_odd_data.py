@@ -144,6 +144,28 @@ def test_a_refused_column_of_labels_is_called_as_in_the_data(tmp_path):
         labels_of(lists, "label", "tags")
 
 
+def test_nothing_is_written_beside_a_saved_data_set(tmp_path):
+    rows = [{"text": f"t {i}", "label": "xy"[i % 2]} for i in range(60)]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    before = sorted(tmp_path.rglob("*"))
+    task = load_task(DataConfig(task="text", path=str(tmp_path / "saved")), 0)
+    assert len(task.train) + len(task.validation) + len(task.test) == 60
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_tells_its_rows_its_labels_and_which_are_alike(tmp_path, caplog):
+    rows = [
+        {"text": f"t {i}", "label": ("yes", "Yes ", "no")[i % 3]} for i in range(60)
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    config = Config.from_run_config({"data.task": "text", "data.path": path})
+    caplog.set_level("INFO")
+    _tell_task(load_task(config.data, 0), config)
+    assert "test: 6 rows (10% of train, seeded)" in caplog.text
+    assert "3 labels: Yes , no, yes" in caplog.text
+    assert "labels 'Yes ' and 'yes' differ in case or blanks alone" in caplog.text
+
+
 # ------------------------------------------------------------------------------- images
 
 
