@@ -120,10 +120,13 @@ def _federate(grid: Grid, config: Config, directory: RunDirectory) -> None:
     own = identity(config.flat(), {**hashes, "fedpft-flower": __version__})
     if saved is not None:
         check_same(saved.state, own)
-    federation.meet(config.train.nodes_awaited)
+    train, begun = config.train, saved is not None and saved.round > 0
+    federation.meet(train.nodes_awaited, train.min_replies if begun else None)
     if saved is not None:
         check_partitions(saved.state, federation.partitions)
-    clients = clients_per_round(config.train, len(federation.nodes))
+    # Of nodes that were there when the run was begun, some may be gone.
+    nodes = max(len(federation.nodes), train.nodes_awaited if begun else 0)
+    clients = clients_per_round(train, nodes)
     inner = inner_strategy(config.strategy, config.strategy_args, clients)
     _tell_rows(federation, task, config)
     privacy = None

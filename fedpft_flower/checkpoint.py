@@ -31,20 +31,26 @@ _SPENT = "privacy.json"  # beside the checkpoints; ahead of them after a kill
 
 FORMAT = 5  # of the files; rises when older ones can no longer be read
 
-# The refinement comes after all that checkpoints are made of.
-REFINEMENT_KEYS = {key for key in flat_defaults() if key.startswith("plug-in.")}
+# What comes after all that checkpoints are made of: when a run ends before its last
+# round, which round's adapter it delivers, and how that is refined.
+END_KEYS = {
+    "early-stop",
+    "select",
+    *(key for key in flat_defaults() if key.startswith("plug-in.")),
+}
 # Settings that may differ between a run and its continuation: they say where things
-# are, how long to wait, and what a step may cost. What stands in places is compared by
-# content.
+# are, how long and for whom to wait, what a step may cost, and how the run ends. What
+# stands in places is compared by content.
 FREE_KEYS = {
     *READ_PATHS,
     *WRITTEN_PATHS,
-    *REFINEMENT_KEYS,
+    *END_KEYS,
     "server-threads",
     "timeout-seconds",
     "wait-seconds",
     "checkpoint.keep",
     "train.min-nodes",
+    "train.min-replies",
     "train.max-retries",
     "train.micro-batch-size",
     "train.recompute",
@@ -176,9 +182,12 @@ def _check_format(state: Mapping[str, Any]) -> None:
 def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a run that was another one, and name the difference.
 
+    Rounds may be fewer, so that a run can be ended early.
+
     Args:
-        saved: the identity in a checkpoint: `config` and hashes by name.
-        now: that of this run.
+        saved: the state of a checkpoint: its `round`, and the `identity` of the run,
+            `config` and hashes by name.
+        now: the identity of this run.
 
     Raises:
         FedPFTError: they differ.
@@ -194,11 +203,21 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     settings = flat_defaults() | before["config"]
     for key, new in sorted(after["config"].items()):
         old = settings[key]
-        if key not in FREE_KEYS and old != new:
+        if key == "rounds":
+            _check_rounds(saved["round"], old, new)
+        elif key not in FREE_KEYS and old != new:
             raise FedPFTError(
                 f"resume: {key} = {new!r}, the checkpoint has {old!r}; run with the "
                 "config.toml of that run directory"
             )
+
+
+def _check_rounds(done: int, before: int, now: int) -> None:
+    if not done <= now <= before:
+        raise FedPFTError(
+            f"resume: rounds = {now}, the checkpoint is of round {done} of {before}; "
+            "a run may end early, by any number from the one to the other"
+        )
 
 
 def check_partitions(saved: Mapping[str, Any], now: int) -> None:

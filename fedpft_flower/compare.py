@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fedpft_flower.checkpoint import FREE_KEYS, REFINEMENT_KEYS
+from fedpft_flower.checkpoint import END_KEYS, FREE_KEYS
 from fedpft_flower.commands import (
     CHECKOUT,
     DEFAULT_SHARE,
@@ -337,7 +337,7 @@ _PARTS = ("cell", "nodes", "config", "summary", "manifest", "rounds", "hits")
 
 # Settings that may differ between a run that ended and the spec: where things are put,
 # and how long to wait; but not what is read, nor how a run ends.
-_FREE_AT_END = FREE_KEYS - {*READ_PATHS} - REFINEMENT_KEYS
+_FREE_AT_END = FREE_KEYS - {*READ_PATHS} - END_KEYS
 # Of these the recipes are compared, which have what older results had.
 _FREE = _FREE_AT_END | {"align.sensitivity", "plug-in.validation-share"}
 

@@ -157,6 +157,8 @@ class Federation:
         # Before training a node that cannot take part ends the run; later, such a node
         # is left out instead.
         self.training = False
+        # Whether a wait for all was in vain: the next one goes on without.
+        self._waited = False
         # Node -> id of a greeting whose reply was not taken yet.
         self._greeted: dict[int, str] = {}
         # Nodes left out this time: what they are called, and why.
@@ -183,12 +185,13 @@ class Federation:
         # These live for as long as Flower lets them: loading an FM may take long.
         self._greeted = self._send_hello(sorted(self.grid.get_node_ids()), None)
 
-    def meet(self, wanted: int) -> None:
+    def meet(self, wanted: int, least: int | None = None) -> None:
         """Wait for nodes and let every new one introduce itself.
 
         Args:
             wanted: wait for so many nodes, at least one; before training, for as many
                 as the nodes say that there are partitions.
+            least: how many are enough when the wait is over; by default as many.
 
         Raises:
             FedPFTError: too few nodes came; before training, also when one refuses,
@@ -216,10 +219,12 @@ class Federation:
             new = sorted(online - known - invited)
             self._greet(new, earlier, self._waits(wanted, GRACE_SECONDS))
             invited = set()  # who did not answer is greeted again, if need be
-            enough = expected = max(1, wanted)
+            enough = max(1, wanted if least is None else least)
+            expected = max(enough, wanted)
             if not self.training:
                 self._check(wanted)
-                expected = max(enough, self.partitions)
+                if not self._waited:
+                    expected = max(expected, self.partitions)
             if len(self.nodes) >= expected:
                 return
             waited = time.monotonic() - began
@@ -234,8 +239,10 @@ class Federation:
                 f"{len(self.nodes)} nodes are here after {waited:.0f} s (wait-seconds ="
                 f" {self._wait:g}){busy if silent else ''}, {enough} are needed; wait, "
                 "start more SuperNodes, raise wait-seconds, or lower "
-                "train.clients-per-round, train.min-nodes or train.min-replies"
+                f"{'' if self.training or least else 'train.clients-per-round, '}"
+                "train.min-nodes or train.min-replies"
             )
+        self._waited = True
         logger.warning("%d of %d nodes are online", len(self.nodes), expected)
 
     def install(self, nodes: Iterable[int], apart: bool = False) -> list[int]:

@@ -210,6 +210,7 @@ def _facts(
     settings: Mapping[str, Scalar], summary: Metrics, manifest: Metrics, plan: Plan
 ) -> list[tuple[str, object]]:
     nodes, labels = manifest["nodes"], manifest["labels"]
+    planned = manifest.get("planned-rounds", settings["rounds"])
     return [
         ("method", name_of(Config.from_run_config(settings))),
         ("aggregation strategy", settings["strategy"]),
@@ -219,7 +220,7 @@ def _facts(
         ("data", last_part(str(settings["data.path"])) or "embedded"),
         ("labels", ", ".join(labels) if labels else "none: text is generated"),
         ("nodes", count_nodes(nodes)),
-        ("rounds", f"{summary['rounds']} of {settings['rounds']}"),
+        ("rounds", f"{summary['rounds']} of {planned}"),
         ("adapter of", which_adapter(summary)),
         ("seed", manifest["seed"]),
         ("platform", _platform(manifest)),

@@ -41,6 +41,7 @@ class Run:
         self._checkpoints, self._own = checkpoints, own
         self.before: Metrics = {}  # test metrics before training
         self._metric = strategy.server.metric
+        self.planned_rounds = config.rounds  # when the run was begun
         self._best_score: float | None = None
         self.best_round, self._misses = 0, 0
         self._alignment: Metrics = {}
@@ -68,7 +69,10 @@ class Run:
         strategy.federation.offer.exposure.restore(state["exposure"])
         strategy.federation.met = {**state["met"], **strategy.federation.met}
         strategy.done = saved.round
+        # One that an earlier version made was begun with as many as it has.
+        self.planned_rounds = state.get("planned-rounds", self.config.rounds)
         self.directory.go_back(saved.round)
+        self.directory.note(self.config)
         self.before = state["before"]
         best = state["best"]
         self.best_round, self._best_score = best["round"], best["score"]
@@ -133,10 +137,12 @@ class Run:
         logger.info("%s", self._line(current, entry))
         self._tell_guessing(current, entry.get("train-loss"))
         if self.strategy.stopped:
+            last = self.config.select == "last" and current != self.best_round
             logger.info(
-                "early stop: %d evaluations without a better one than round %d's",
+                "early stop: %d evaluations without a better one than round %d's%s",
                 self._misses,
                 self.best_round,
+                f"; delivered is round {current}'s adapter (select = 'last')" * last,
             )
         return MetricRecord(scores) if scores else None
 
@@ -197,6 +203,7 @@ class Run:
             "strategy": form,
             "privacy": strategy.privacy and strategy.privacy.state(),
             "before": self.before,
+            "planned-rounds": self.planned_rounds,
             "best": {
                 "round": self.best_round,
                 "score": self._best_score,

@@ -31,9 +31,7 @@ class RunDirectory:
         Raises:
             FedPFTError: the directory cannot be written, or another run writes there.
         """
-        root = runs_root(config.out_dir)
-        config = replace(config, out_dir=str(root))
-        self.path = root / str(run_id)
+        self.path = runs_root(config.out_dir) / str(run_id)
         if config.resume:
             self.path = from_home(config.resume)
             if not _is_there(self.path / "config.toml"):
@@ -52,11 +50,16 @@ class RunDirectory:
         except OSError as error:
             raise self._refused(error) from error
         if not config.resume:
-            self._write("config.toml", tomli_w.dumps(nest(config.flat())))
+            self.note(config)
 
     def close(self) -> None:
         """Let another run continue in this directory."""
         self._lock.close()
+
+    def note(self, config: Config) -> None:
+        """Write the effective configuration, to run with or to resume."""
+        here = replace(config, out_dir=str(self.path.parent), resume="")
+        self._write("config.toml", tomli_w.dumps(nest(here.flat())))
 
     @property
     def rounds(self) -> list[Metrics]:

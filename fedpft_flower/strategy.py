@@ -168,9 +168,8 @@ class FedPFT(Strategy):
             if len(federation.nodes) > train.min_replies:  # the others are enough
                 federation.miss(node)
         self._silent = set()
-        federation.meet(
-            train.min_replies if federation.training else train.nodes_awaited
-        )
+        begun = federation.training or self.done > 0
+        federation.meet(train.min_replies if begun else train.nodes_awaited)
         chosen = self._choose(server_round)
         federation.offer.renew(server)
         chosen = federation.install(chosen)

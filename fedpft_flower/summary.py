@@ -113,6 +113,7 @@ def manifest_of(
         },
         "config": config.flat(),
         "seed": config.seed,
+        "planned-rounds": run.planned_rounds,
         "labels": list(task.labels),
         "splits": {
             name: {

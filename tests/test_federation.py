@@ -1045,6 +1045,38 @@ def test_sites_of_any_shape_train_on_their_own_rows(local_grid, sites, family, r
     assert set(summary["test-after"]) >= {"fm-macro-f1", "sub-fm-matthews"}
 
 
+def test_a_resumed_run_goes_on_without_a_site_that_is_gone(
+    local_grid, sites, monkeypatch
+):
+    """As one goes on that loses it between two rounds."""
+    settings, configs = sites
+    settings |= {"train.clients-per-round": 3, "wait-seconds": 0.1}
+    real = ProxyServer.end_round
+
+    def cut(self, current, *rest):
+        if current == 2:
+            raise KeyboardInterrupt
+        return real(self, current, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProxyServer, "end_round", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(local_grid, settings, nodes=3, configs=configs)
+    place = Path(settings["out-dir"]) / "7"
+    resumed = settings | {"resume": str(place)}
+    with pytest.raises(FedPFTError) as caught:
+        more = resumed | {"train.min-replies": 3}
+        run(local_grid, more, nodes=2, configs=configs)
+    assert "3 are needed" in str(caught.value)
+    assert "or lower train.min-nodes or train.min-replies" in str(caught.value)
+    run(local_grid, resumed, nodes=2, configs=configs)
+    _, rounds, _, manifest = results(settings)
+    assert rounds[1]["clients"] == ["north", "south", "west"]
+    assert rounds[2]["clients"] == ["north", "south"]
+    assert "2 of 3 nodes are online" in (place / LOG).read_text()
+    assert set(manifest["nodes"]) == {"north", "south", "west"}
+
+
 def test_what_quotes_a_sites_rows_stays_in_its_log(local_grid, sites, capsys, tmp_path):
     settings, configs = sites
     (tmp_path / "n.csv").write_text("text,label\n" + "well,Meier has gout\n" * 9)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 
 from fedpft_flower import checkpoint, disk, run_directory, strategy
 from fedpft_flower.checkpoint import FREE_KEYS, Checkpoint, Checkpoints
-from fedpft_flower.config import FedPFTError
+from fedpft_flower.config import FedPFTError, flatten
+from fedpft_flower.runs import LOG
 from fedpft_flower.server import ProxyServer
 from tests.test_federation import NODES, results, run
 
@@ -180,7 +182,8 @@ def finished(local_grid, short, tmp_path_factory):
     ("change", "said"),
     [
         ({"train.lr": 0.5}, "resume: train.lr = 0.5, the checkpoint has 0.001"),
-        ({"rounds": 9}, "resume: rounds = 9, the checkpoint has 2; run with the"),
+        ({"rounds": 9}, "resume: rounds = 9, the checkpoint is of round 2 of 2; a run"),
+        ({"rounds": 1}, "resume: rounds = 1, the checkpoint is of round 2 of 2; a run"),
         ({"seed": 1}, "resume: data (public) is"),
         ({"data.max-train-rows": 190}, "resume: data (train) is"),
         ({"sub-fm.keep-fraction": 0.4}, "resume: sub-fm.keep-fraction = 0.4, the"),
@@ -260,6 +263,49 @@ def test_two_runs_do_not_share_a_directory(finished, local_grid):
     with pytest.raises(FedPFTError, match="is in use by another run"):
         run(local_grid, finished)
     del held
+
+
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_a_run_may_end_early_with_a_result(local_grid, short, monkeypatch, rounds):
+    short |= {"rounds": 5, "method": "fedpft-n"}
+    with monkeypatch.context() as patch:
+        cut(patch, ProxyServer, "end_round", 3, False)
+        with pytest.raises(Cut):
+            run(local_grid, short)
+    ended = short | {"rounds": rounds, "resume": str(directory(short))}
+    run(local_grid, ended)
+    place, entries, summary, manifest = results(short)
+    assert len(entries) == rounds + 1 and summary["rounds"] == rounds
+    assert manifest["planned-rounds"] == 5
+    assert f">{rounds} of 5<" in (place / "report.html").read_text()
+    # What was written at first is what the run now has, to resume it once more.
+    config = flatten(tomllib.loads((place / "config.toml").read_text()))
+    assert config["rounds"] == rounds and not config["resume"]
+    run(local_grid, config | {"resume": str(place)})
+    assert results(short)[3]["planned-rounds"] == 5
+
+
+def test_a_run_that_is_over_may_deliver_another_rounds_adapter(
+    local_grid, short, monkeypatch
+):
+    scores = iter([0.1, 0.9, 0.3])
+    real = ProxyServer.evaluate
+
+    def evaluate(self, split):
+        told = real(self, split)
+        return {**told, "fm-accuracy": next(scores)} if split == "validation" else told
+
+    monkeypatch.setattr(ProxyServer, "evaluate", evaluate)
+    short |= {"rounds": 9, "early-stop": 1, "method": "fedpft-n"}
+    run(local_grid, short)
+    place, rounds, _, last = results(short)
+    assert len(rounds) == 3
+    said = "than round 1's; delivered is round 2's adapter (select = 'last')"
+    assert said in (place / LOG).read_text()
+    run(local_grid, short | {"select": "best", "resume": str(place)})
+    _, rounds, summary, best = results(short)
+    assert len(rounds) == 3 and summary["select"] == "best"
+    assert last["final-adapter-sha256"] != best["final-adapter-sha256"]
 
 
 # --------------------------------------------------------------------- the files alone
