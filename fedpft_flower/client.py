@@ -30,7 +30,7 @@ from fedpft_flower.package import Package
 from fedpft_flower.processors import load_processor
 from fedpft_flower.quantisation import quantise
 from fedpft_flower.received import config_from
-from fedpft_flower.refusals import last_line, one_line_errors
+from fedpft_flower.refusals import last_line, one_line_errors, tell
 from fedpft_flower.store import Store, package_from
 from fedpft_flower.sub_fm import build_skeleton, compressed_ffns, load_weights
 from fedpft_flower.training import train_adapter
@@ -91,6 +91,12 @@ def train(message: Message, context: Context) -> Message:
         )
     finally:
         release()  # others may share this GPU
+    tell(
+        context,
+        "run %d, round %d: trained on %d rows, %d steps, loss %.3f, %.1f s",
+        *(context.run_id, current, report.examples, report.steps),
+        *(report.loss, report.seconds),
+    )
     told = {
         "num-examples": 1 if config.weighting == "uniform" else report.examples,
         "train_loss": report.loss,  # the name that Flower's QFedAvg reads

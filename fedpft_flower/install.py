@@ -5,7 +5,7 @@ from flwr.app import ConfigRecord, Context, Message
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.delta import apply_delta
 from fedpft_flower.ledger import message_bytes
-from fedpft_flower.refusals import one_line_errors
+from fedpft_flower.refusals import one_line_errors, tell
 from fedpft_flower.store import Store
 from fedpft_flower.wire import (
     CONFIG,
@@ -53,4 +53,6 @@ def install(message: Message, context: Context) -> Message:
             received, text = apply_delta(held[0], received), held[1]
     if installed:
         store.put(wanted, received, text)
+        what = "changes of the sub-FM" if base else "the sub-FM"
+        tell(context, "run %d: installed %s, %.1f MB", context.run_id, what, size / 1e6)
     return reply(message, {CONFIG: ConfigRecord({"installed": installed})})

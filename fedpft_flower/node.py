@@ -19,7 +19,7 @@ from fedpft_flower.config import (
 )
 from fedpft_flower.images import check_images
 from fedpft_flower.install import largest_install
-from fedpft_flower.refusals import one_line_errors
+from fedpft_flower.refusals import one_line_errors, tell
 from fedpft_flower.software import source_hash, versions
 from fedpft_flower.store import Store
 from fedpft_flower.tasks import load_site
@@ -189,5 +189,12 @@ def hello(message: Message, context: Context) -> Message:
     )
     # With differential privacy it tells no more than that it has rows.
     examples = min(1, len(rows)) if config.privacy.on else len(rows)
+    tell(
+        context,
+        "run %d: %s has %d rows to train on",
+        context.run_id,
+        node.key,
+        len(rows),
+    )
     sizes = MetricRecord({"num-examples": examples, "num-partitions": node.count})
     return reply(message, {CONFIG: introduction, METRICS: sizes})

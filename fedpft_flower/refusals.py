@@ -1,4 +1,4 @@
-"""Refuse a message at a node, in one line, and read why one was refused."""
+"""Refuse a message at a node, in one line, read why one was refused, tell of others."""
 
 import functools
 import logging
@@ -55,6 +55,16 @@ def one_line_errors(handler: Handler) -> Handler:
         return refusal(message, f"{site}: {told}" if site else told)
 
     return handle
+
+
+def tell(context: Context, text: str, *values: object) -> None:
+    """Say in this node's own log what it did, if its rows are its own.
+
+    Virtual clients do not: a machine has many, and the run tells of each of them.
+    """
+    if "data-path" in context.node_config:
+        # Its logger has a handler in every process that Flower starts.
+        logging.getLogger("flwr").info(text, *values)
 
 
 def is_silence(reply: Message) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -1075,6 +1076,17 @@ def test_a_resumed_run_goes_on_without_a_site_that_is_gone(
     assert rounds[2]["clients"] == ["north", "south"]
     assert "2 of 3 nodes are online" in (place / LOG).read_text()
     assert set(manifest["nodes"]) == {"north", "south", "west"}
+
+
+def test_a_site_says_in_its_own_log_what_it_did(local_grid, sites, caplog):
+    settings, configs = sites
+    run(local_grid, settings, nodes=3, configs=configs)
+    west = [message for message in caplog.messages if "west" in message]
+    assert west == ["run 1: west has 3 rows to train on"]
+    assert sum("1: installed the sub-FM, 0." in m for m in caplog.messages) == 1
+    for current in (1, 2):
+        said = rf"run 1, round {current}: trained on 3 rows, 1 steps, loss \d\.\d+, "
+        assert sum(bool(re.match(said, m)) for m in caplog.messages) == 1
 
 
 def test_what_quotes_a_sites_rows_stays_in_its_log(local_grid, sites, capsys, tmp_path):
