@@ -92,7 +92,8 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return (
             f"memory ended ({line}); lower align.batch-size, "
-            "align.memory-mb or plug-in.batch-size, which the server needs it for"
+            "align.memory-mb or plug-in.batch-size, which the server needs it for, or, "
+            "where virtual clients share its GPU, fedpft-run --clients-per-gpu"
         )
     return f"{type(error).__name__}: {line}"
 

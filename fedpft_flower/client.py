@@ -22,7 +22,13 @@ from fedpft_flower.config import (
     TrainConfig,
     derive_seed,
 )
-from fedpft_flower.devices import device_here, move, peak_memory, release
+from fedpft_flower.devices import (
+    device_here,
+    move,
+    peak_gpu_memory,
+    peak_memory,
+    release,
+)
 from fedpft_flower.encoding import Rows, encode, shuffled_batches
 from fedpft_flower.flops import FlopMeter
 from fedpft_flower.node import Identity, identify, local_rows, own_training
@@ -59,12 +65,21 @@ class SubFM:
     meter: FlopMeter
 
 
-@one_line_errors
 def train(message: Message, context: Context) -> Message:
     """Train the received adapter on this node's rows, on the installed sub-FM.
 
     A node that has lost its copy says so instead, and gets it again.
     """
+    try:
+        return _train(message, context)
+    finally:
+        # Others may share this GPU. An error holds what it met on its way, so here it
+        # is over.
+        release()
+
+
+@one_line_errors
+def _train(message: Message, context: Context) -> Message:
     config = Config.from_run_config(context.run_config)
     request = config_of(message)
     wanted, current = request["sub-fm"], request["server-round"]
@@ -89,8 +104,13 @@ def train(message: Message, context: Context) -> Message:
         report = train_adapter(
             sub_fm.model, rows, own, request["lr"], seed, proximal_mu, sub_fm.meter
         )
-    finally:
-        release()  # others may share this GPU
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise FedPFTError(
+            f"memory ended in training ({last_line(str(error))}); set recompute or a "
+            "lower micro-batch-size in this node's config, or train.recompute or "
+            "train.micro-batch-size for all; virtual clients may share a GPU among "
+            "fewer (fedpft-run --clients-per-gpu)"
+        ) from error
     tell(
         context,
         "run %d, round %d: trained on %d rows, %d steps, loss %.3f, %.1f s",
@@ -106,6 +126,7 @@ def train(message: Message, context: Context) -> Message:
         "flops": report.flops,
         "bf16": float(report.compute.bf16),
         "peak-memory": peak_memory(),
+        "peak-gpu-memory": peak_gpu_memory(),
     }
     metrics |= {name: told[name] for name in train_metrics(config)}
     adapter, _ = pack_tensors(get_adapter(sub_fm.model))

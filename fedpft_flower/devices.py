@@ -1,22 +1,44 @@
 """Put models on the accelerator that there is, and let their inputs follow."""
 
+import logging
 import resource
 import sys
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from fedpft_flower.config import first_line
+
 if TYPE_CHECKING:  # `fedpft-run` only counts GPUs
     from transformers import PreTrainedModel
 
 
+logger = logging.getLogger(__name__)
+
+
+@cache
 def device_here() -> torch.device:
     """Return the first GPU that this process may use, or the CPU.
 
-    CUDA_VISIBLE_DEVICES says which GPUs it may use.
+    A GPU that PyTorch has no code for is none. CUDA_VISIBLE_DEVICES says which GPUs it
+    may use.
     """
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+    except torch.OutOfMemoryError:  # others have it, for now
+        pass
+    except RuntimeError as error:
+        logger.warning(
+            "PyTorch sees a GPU and cannot use it, so the CPU works (%s); install a "
+            "PyTorch that knows it, or hide it with CUDA_VISIBLE_DEVICES=",
+            first_line(error),
+        )
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
 def gpus_here() -> int:
@@ -39,9 +61,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def peak_gpu_memory() -> int:
+    """Return the most GPU memory that this process had in use, in bytes; 0 without."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+
+
 def release() -> None:
     """Give the GPU memory that this process holds and does not use back to others."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 

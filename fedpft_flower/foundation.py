@@ -121,9 +121,9 @@ def load_fm(
     complete = _complete_head(model, row, modules, report, name)
     if model.dtype == torch.float16:  # gradients through it would underflow
         model.float()
-    move(model, device_here())
     if modality == "image":
         _check_pixels(processor, model, name)
+    move(model, device_here())
     return FoundationModel(model, processor, row, complete, objective)
 
 
@@ -303,7 +303,7 @@ def _check_pixels(processor: Any, model: PreTrainedModel, name: str) -> None:
     try:
         pixels = processor(blank, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            model(pixel_values=pixels.to(model.device, model.dtype))
+            model(pixel_values=pixels.to(model.dtype))
     except Exception as error:  # a processor's config may be anything
         raise FedPFTError(
             f"fm.name = {name!r}: the model does not take what its image processor "

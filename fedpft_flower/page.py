@@ -544,10 +544,12 @@ def _time(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
         for entry in rounds
         if "seconds" in entry
     }
-    memory = {
-        name: [(x, y / 1e9) for x, y in curves.series(rounds, f"peak-memory-{key}")]
-        for name, key in (("server", "server"), ("largest client", "client"))
+    peaks = {
+        f"{name}{on}": _gigabytes(rounds, f"peak-{kind}-{side}")
+        for kind, on in (("memory", ""), ("gpu-memory", ", GPU"))
+        for name, side in (("server", "server"), ("largest client", "client"))
     }
+    memory = {name: ones for name, ones in peaks.items() if any(y for _, y in ones)}
     return [
         _figures(
             bars("Seconds a round (0: preparation)", "s", seconds),
@@ -561,6 +563,10 @@ def _time(rounds: Sequence[Metrics], summary: Metrics) -> list[Markup]:
             class_="quiet",
         ),
     ]
+
+
+def _gigabytes(rounds: Sequence[Metrics], key: str) -> list[tuple[float, float]]:
+    return [(x, y / 1e9) for x, y in curves.series(rounds, key)]
 
 
 def _protection(summary: Metrics, rounds: Sequence[Metrics]) -> list[Markup]:

@@ -4,6 +4,7 @@ Only for clients that lack memory: it is slower on a CPU, and the adapter then t
 a model that is a little off (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 
 import torch
@@ -42,11 +43,35 @@ def quantise(model: PreTrainedModel, kind: str, device: torch.device) -> None:
         model: on the CPU, before an adapter is attached; changed in place.
         kind: "int8" (a scale for each output) or "nf4" (4 bits, a scale for each 64).
         device: where the new modules lie; never more than one matrix is there whole.
+
+    Raises:
+        FedPFTError: a GPU cannot multiply matrices of these sizes.
     """
-    for layer in layers_of(model):
-        for path, module in list(layer.named_modules()):
-            if type(module) is nn.Linear:
-                layer.set_submodule(path, _quantised(module, kind, device))
+    linears = [
+        (layer, path, module)
+        for layer in layers_of(model)
+        for path, module in layer.named_modules()
+        if type(module) is nn.Linear
+    ]
+    if kind == "int8" and device.type == "cuda":
+        _check_sizes([linear for _, _, linear in linears])
+    for layer, path, linear in linears:
+        layer.set_submodule(path, _quantised(linear, kind, device))
+
+
+# Of the outputs of a product of int8 matrices on a GPU (cuBLAS, cublasLtMatmul).
+_MULTIPLE = 4
+
+
+def _check_sizes(linears: Sequence[nn.Linear]) -> None:
+    for linear in linears:
+        if linear.out_features % _MULTIPLE:
+            raise FedPFTError(
+                f"train.frozen = 'int8': a matrix has {linear.out_features} outputs, "
+                f"and a GPU takes multiples of {_MULTIPLE}; choose "
+                "sub-fm.keep-fraction or sub-fm.keep-neurons so that so many neurons "
+                "are kept"
+            )
 
 
 def _quantised(linear: nn.Linear, kind: str, device: torch.device) -> nn.Module:
@@ -60,9 +85,9 @@ def _quantised(linear: nn.Linear, kind: str, device: torch.device) -> nn.Module:
         )
         new.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        # In what numbers a step computes, `train.precision` says.
         new = bnb.Linear4bit(
-            *sizes, quant_type="nf4", compute_dtype=compute, device="meta"
+            *sizes, quant_type="nf4", compute_dtype=torch.float32, device="meta"
         )
         new.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4")
         # It would repack the matrix for inference, which has no backward pass.

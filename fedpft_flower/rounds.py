@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from fedpft_flower.checkpoint import Checkpoint, Checkpoints
 from fedpft_flower.config import Config, FedPFTError
 from fedpft_flower.curves import aligned_error
-from fedpft_flower.devices import peak_memory, release
+from fedpft_flower.devices import peak_gpu_memory, peak_memory, release
 from fedpft_flower.federation import Federation, RoundError
 from fedpft_flower.metrics import Metrics, is_better
 from fedpft_flower.run_directory import RunDirectory
@@ -121,6 +121,7 @@ class Run:
         entry |= scores
         entry |= self._gradient(current, entry)
         entry["peak-memory-server"] = peak_memory()
+        entry["peak-gpu-memory-server"] = peak_gpu_memory()
         entry["bytes"] = ledger.table(current)
         entry["bytes-down"] = ledger.total("down", current)
         entry["bytes-up"] = ledger.total("up", current)

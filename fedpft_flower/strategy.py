@@ -315,9 +315,9 @@ class FedPFT(Strategy):
                 size = federation.grid.node_bytes[current, self._numbers[name], way]
                 table[name][f"bytes-{way}"] = size
         record["per-client"] = table
-        peaks = [one["peak-memory"] for one in table.values() if "peak-memory" in one]
-        if peaks:
-            record["peak-memory-client"] = max(peaks)
+        for key in ("peak-memory", "peak-gpu-memory"):
+            if peaks := [one[key] for one in table.values() if key in one]:
+                record[f"{key}-client"] = max(peaks)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

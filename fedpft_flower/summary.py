@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from fedpft_flower.adapters import get_adapter
-from fedpft_flower.devices import peak_memory
+from fedpft_flower.devices import peak_gpu_memory, peak_memory
 from fedpft_flower.metrics import Metrics
 from fedpft_flower.rounds import Run, nodes_met
 from fedpft_flower.software import source_hash, versions
@@ -54,17 +54,24 @@ def summary_of(
         "bytes-install-per-client": strategy.federation.offer.bytes,
         "bytes-per-client-and-round": (sum(both) - install) / taken,
         "flops-per-client-and-round": _mean_flops(rounds),
-        # Of all processes of the run, if it was resumed.
-        "peak-memory-server": max(
-            [peak_memory(), *(entry.get("peak-memory-server", 0) for entry in rounds)]
-        ),
-        "peak-memory-client": max(
-            (entry.get("peak-memory-client", 0) for entry in rounds), default=0
-        ),
+        **_peaks(rounds),
         "seconds": sum(entry["seconds"] for entry in rounds),
         "failures": sum(len(entry.get("failures", ())) for entry in rounds),
         "skipped": sum("skipped" in entry for entry in rounds),
         "privacy": strategy.privacy and strategy.privacy.spent(),
+    }
+
+
+def _peaks(rounds: Sequence[Metrics]) -> dict[str, float]:
+    """Return the peaks of memory, of all processes of a run that was resumed."""
+    now = {
+        "peak-memory-server": peak_memory(),
+        "peak-gpu-memory-server": peak_gpu_memory(),
+    }
+    keys = (*now, "peak-memory-client", "peak-gpu-memory-client")
+    return {
+        key: max([now.get(key, 0), *(entry.get(key, 0) for entry in rounds)])
+        for key in keys
     }
 
 
@@ -168,6 +175,9 @@ def _lines(summary: Metrics, metric: str) -> Iterator[tuple[str, str]]:
     yield "peak memory, server", size(summary["peak-memory-server"])
     if summary["peak-memory-client"]:
         yield "peak memory, client", size(summary["peak-memory-client"])
+    for side in ("server", "client"):
+        if peak := summary[f"peak-gpu-memory-{side}"]:
+            yield f"peak GPU memory, {side}", size(peak)
     yield "client failures", str(summary["failures"])
     if spent := summary["privacy"]:
         told = f"{spent['epsilon']:.3g}, {spent['delta']:g}"

@@ -29,6 +29,7 @@ TRAIN_METRICS: dict[str, float] = {
     "flops": 1e24,
     "bf16": 1.0,
     "peak-memory": 1e15,
+    "peak-gpu-memory": 1e15,
 }
 RATES = "inactive-rates."  # prefix of activity statistics among the metrics
 

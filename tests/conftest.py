@@ -5,8 +5,17 @@ import itertools
 import json
 import logging
 import os
+import re
 import resource
+import sys
 from contextlib import contextmanager
+
+# Hide GPUs, whose sums have another order, but from tests that need one (-m gpu),
+# before a library below looks for them. Workers have it from what starts them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    asked = re.findall(r"(?:not )?\bgpu\b", " ".join(sys.argv))
+    if "gpu" not in asked:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import datasets
 import huggingface_hub
@@ -23,12 +32,10 @@ torch.set_num_threads(1)  # the same sums in the same order everywhere
 
 
 def pytest_configure(config):
-    """Hide GPUs, whose sums have another order, and hubs, but from tests that need one.
+    """Hide hubs, but from tests that need one.
 
     The libraries have read the environment when this file imported them.
     """
-    if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if config.option.markexpr != "network":
         os.environ["HF_HUB_OFFLINE"] = "1"
         huggingface_hub.constants.HF_HUB_OFFLINE = True

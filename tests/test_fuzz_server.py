@@ -208,6 +208,7 @@ BAD_NUMBERS = {
     "step-seconds": [-1.0, 1e300],
     "flops": [-1.0, 1e300],
     "peak-memory": [-1, 1e300],
+    "peak-gpu-memory": [-1, 1e300],
     "bf16": [-1.0, 2.0],
 }
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]

@@ -10,7 +10,10 @@ from fedpft_flower.client import forget_sub_fm
 from tests.deployment import SITES, prepare, rounds_of, run_directory, start_site
 from tests.test_federation import results, run
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU"),
+]
 
 
 @pytest.mark.parametrize("method", ["fedpft", "fedpft-ls", "fedot", "fedpetuning"])
@@ -29,6 +32,8 @@ def test_a_run_on_the_gpu_gives_what_one_on_the_cpu_does(
         out = {"out-dir": str(tmp_path / where), "method": method, "plug-in.steps": 3}
         run(local_grid, settings | out)
         _, _, found[where], _ = results(settings | out)
+        for side in ("server", "client"):
+            assert where == "cpu" or found[where][f"peak-gpu-memory-{side}"]
         (held,) = client._HELD.values()
         assert {p.device.type for p in held.model.parameters()} == {where}
     for name, value in found["cpu"]["test-after"].items():
