@@ -40,13 +40,15 @@ class MeanPooled(nn.Module):
         )
         torch.manual_seed(derive_seed(seed, "lora"))
         self.base = peft.get_peft_model(fm.get_submodule("bert"), lora)
-        self.classifier = nn.Linear(fm.config.hidden_size, len(labels))
+        classifier = nn.Linear(fm.config.hidden_size, len(labels))
+        self.classifier = classifier.to(fm.device)
 
     def forward(self, **batch: Tensor) -> SequenceClassifierOutput:
         """Return logits [B, C], as a stock model does."""
-        mask = batch["attention_mask"].unsqueeze(-1)
-        states = self.base(**batch).last_hidden_state * mask
-        logits = self.classifier(states.sum(dim=1) / mask.sum(dim=1))
+        states = self.base(**batch).last_hidden_state
+        mask = batch["attention_mask"].to(states.device).unsqueeze(-1)
+        means = (states * mask).sum(dim=1) / mask.sum(dim=1)
+        logits = self.classifier(means)
         return SequenceClassifierOutput(logits=logits)
 
 
@@ -96,7 +98,8 @@ def fit(
     for step, batch in enumerate(islice(batches, steps)):
         optimiser.param_groups[0]["lr"] = config.train.lr * (1 - step / steps)
         labels = batch.pop("labels")
-        loss = nn.functional.cross_entropy(model(**batch).logits, labels)
+        logits = model(**batch).logits
+        loss = nn.functional.cross_entropy(logits, labels.to(logits.device))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
