@@ -40,7 +40,7 @@ drills: .venv/installed ## what a deployment meets: kills, cut networks, full di
 	@$(BIN)/python -m pytest -v -m 'slow or not slow' tests/test_drills.py tests/test_deploy.py
 
 compare: .venv/installed ## every method on the embedded task, 3 seeds: table and plots
-	@$(BIN)/fedpft-compare conf/compare/embedded.toml $(SET)
+	@$(BIN)/fedpft-compare conf/compare/quick.toml $(SET)
 
 bench: .venv/installed ## rounds, a client's step and the server's work against bare loops; idle cores, 10 minutes
 	@$(BIN)/python -m benchmarks.overhead --rounds 3 --repeats 2 --nodes $(NODES) \
