@@ -449,7 +449,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedpft-compare",
         description="Run a comparison of methods from a spec, e.g. "
-        "conf/compare/embedded.toml, and write its tables and plots.",
+        "conf/compare/quick.toml, and write its tables and plots.",
     )
     parser.add_argument("spec", type=Path, help="the comparison, a TOML file")
     parser.add_argument(

@@ -73,7 +73,7 @@ def test_the_lists_in_the_documents_are_whole():
     assert named == set(SELECTIONS)
     families = (ROOT / "docs/families.md").read_text()
     assert {name for name in model_types() if f"`{name}`" not in families} == set()
-    compared = Spec(ROOT / "conf/compare/embedded.toml").methods
+    compared = Spec(ROOT / "conf/compare/quick.toml").methods
     assert set(compared) >= set(METHODS)
 
 
