@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from benchmarks import ROOT, header, line, parser
-from fedpft_flower.app import load_rows, load_server
+from fedpft_flower.loading import load_rows, load_server
 from fedpft_flower.metrics import Metrics
 from fedpft_flower.plan import Plan
 from fedpft_flower.runs import ROUNDS, FinishedRun, read_rounds

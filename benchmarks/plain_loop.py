@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedpft_flower.activity import average_rates, inactive_rates
 from fedpft_flower.adapters import Adapter, base_model, get_adapter, load_adapter
-from fedpft_flower.app import load_rows, load_server
 from fedpft_flower.config import Config, FedPFTError, derive_seed
 from fedpft_flower.encoding import Rows, shuffled_batches
+from fedpft_flower.loading import load_rows, load_server
 from fedpft_flower.metrics import Metrics
 from fedpft_flower.partitions import load_partition
 from fedpft_flower.sampling import sample

@@ -97,7 +97,9 @@ def read_splits(
         if place is not None:
             return _read_directory(place, images, subset, separator)
         if not (hub and is_on_hub(path)):
-            remedy = "does not exist; give a path or hub name"
+            remedy = (
+                "does not exist; give a path, a whole one for `flwr run`, or hub name"
+            )
             raise OwnRowsError(f"{key} = {path!r} {remedy}", f"{key} {remedy}")
         return _read_hub(path, subset)
 
@@ -305,7 +307,9 @@ def _read_directory(place: Path, images: str, subset: str, separator: str) -> Sp
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     found = _all_below(place)
     tables = sorted(path for path in found if _suffix(path) in _TABLES)
-    if images and not any(path.stem.lower() == "metadata" for path in tables):
+    # What `datasets` reads as the rows of images beside it.
+    told = images and any(path.stem.lower() == "metadata" for path in tables)
+    if images and not told:
         if any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in found):
             tables = _tables_of_images(tables, images, separator)
         if not tables:
@@ -313,14 +317,15 @@ def _read_directory(place: Path, images: str, subset: str, separator: str) -> Sp
     if _is_described(place):  # else a hub's subset, as of the run, means nothing here
         described: Splits = _loaded(str(place), subset or None)
         return described
+    splits = _split_files(place, tables) or _split_below(place, tables, found)
+    if told or not splits:
+        rows: Splits = _loaded(str(place))
+        return rows
     literal = _quotes_are_signs(tables)
-    if splits := _split_files(place, tables) or _split_below(place, tables, found):
-        return {
-            name: _with_places(_read_tables(ones, separator, literal), images, ones)
-            for name, ones in splits.items()
-        }
-    rows: Splits = _loaded(str(place))
-    return rows
+    return {
+        name: _with_places(_read_tables(ones, separator, literal), images, ones)
+        for name, ones in splits.items()
+    }
 
 
 def _tables_of_images(
@@ -358,13 +363,15 @@ def _split_below(
     texts = [path for path in found if _suffix(path) == ".txt" and path.is_file()]
     if len(formats) != 1 or None in formats or len(texts) >= len(tables):
         return {}
-    base = glob.escape(str(place.absolute()))
+    base = glob.escape(str(place.resolve()))
     files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
-    known = {str(path.absolute()): path for path in tables}
+    known = {str(place.resolve() / path.relative_to(place)): path for path in tables}
     splits = {
         split: [known[name] for name in names if name in known]
         for split, names in files.items()
     }
+    for name in known.keys() - {name for names in files.values() for name in names}:
+        logger.warning("%s is called like no split: left out", known[name])
     return {str(split): ones for split, ones in splits.items() if ones}
 
 

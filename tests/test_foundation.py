@@ -10,11 +10,11 @@ from sentencepiece import SentencePieceTrainer
 from transformers import AutoTokenizer, BertweetTokenizer, PreTrainedModel
 
 from fedpft_flower import foundation
-from fedpft_flower.app import load_rows
 from fedpft_flower.architectures import ARCHITECTURES, ffns_of, new_model
 from fedpft_flower.config import Config, DataConfig, FedPFTError, SubFMConfig
 from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import load_fm, load_fm_of
+from fedpft_flower.loading import load_rows
 from fedpft_flower.package import check_processor_file
 from fedpft_flower.planners import keep_all
 from fedpft_flower.processors import check_same_tokens, processor_files, processor_from

@@ -18,12 +18,12 @@ from datasets import Dataset
 from PIL import Image as Picture
 from transformers import AutoTokenizer
 
-from fedpft_flower.app import _apart, _tell_task
 from fedpft_flower.columns import labels_of, texts_in_common
 from fedpft_flower.config import Config, DataConfig, FedPFTError
 from fedpft_flower.disk import existing_path
 from fedpft_flower.encoding import encode
 from fedpft_flower.foundation import source_of_fm
+from fedpft_flower.loading import _apart, tell_task
 from fedpft_flower.public import load_public
 from fedpft_flower.reading import read_splits
 from fedpft_flower.run_directory import RunDirectory
@@ -160,7 +160,7 @@ def test_a_run_tells_its_rows_its_labels_and_which_are_alike(tmp_path, caplog):
     path = write_lines(tmp_path / "a.jsonl", rows)
     config = Config.from_run_config({"data.task": "text", "data.path": path})
     caplog.set_level("INFO")
-    _tell_task(load_task(config.data, 0), config)
+    tell_task(load_task(config.data, 0), config)
     assert "test: 6 rows (10% of train, seeded)" in caplog.text
     assert "3 labels: Yes , no, yes" in caplog.text
     assert "labels 'Yes ' and 'yes' differ in case or blanks alone" in caplog.text
@@ -270,6 +270,18 @@ def test_a_table_names_images_beside_it(tmp_path, whole, monkeypatch):
         assert test["file"][0] == str(tmp_path / "set" / "part_2" / "0.png")
 
 
+def test_metadata_beside_images_are_read_as_datasets_does(tmp_path):
+    path = draw(tmp_path, "train", count=4)
+    rows = [f"{i}.png,{'xy'[i % 2]}" for i in range(4)]
+    table = tmp_path / "train" / "metadata.csv"
+    table.write_text("\n".join(["file_name,kind", *rows]) + "\n")
+    part = load_site(
+        DataConfig(task="image", path=path, label_column="kind"), ("x", "y"), 0
+    )
+    assert [row["image"].getpixel((0, 0))[1] for row in part] == [0, 1, 2, 3]
+    assert part["label"][:] == [0, 1, 0, 1]
+
+
 def test_a_column_of_images_that_no_table_has_is_named(tmp_path):
     (tmp_path / "train.csv").write_text("file,kind\n1.png,x\n2.png,y\n")
     config = DataConfig(task="image", path=str(tmp_path))
@@ -355,12 +367,17 @@ def test_what_lies_beside_a_table_changes_nothing_of_it(tmp_path, table, stray):
     assert part["text"][:] == ["NA", "None"] and part["label"][:] == ["1", "x"]
 
 
-def test_splits_that_only_parts_of_names_tell_may_have_unlike_columns(tmp_path):
-    (tmp_path / "sst_train.csv").write_text("id,text,label\n1,a,x\n2,b,y\n")
-    (tmp_path / "sst_test.csv").write_text("id,text\n3,c\n")
-    found = read_splits(str(tmp_path), "data.path")
+def test_splits_that_only_parts_of_names_tell_may_have_unlike_columns(tmp_path, caplog):
+    place = tmp_path / "rows"
+    place.mkdir()
+    (place / "sst_train.csv").write_text("id,text,label\n1,a,x\n2,b,y\n")
+    (place / "sst_test.csv").write_text("id,text\n3,c\n")
+    (place / "more.csv").write_text("id\n4\n")
+    (tmp_path / "link").symlink_to(place)
+    found = read_splits(str(tmp_path / "rows" / ".." / "link"), "data.path")
     assert found["train"]["label"][:] == ["x", "y"]
     assert found["test"].column_names == ["id", "text"]
+    assert "more.csv is called like no split: left out" in caplog.text
 
 
 def test_texts_beside_one_table_are_the_rows(tmp_path):
@@ -459,14 +476,14 @@ def test_repeats_and_a_column_that_holds_no_classes_are_told(caplog):
         ["same", "b", "c"], ["same", "new"], tuple(map(str, range(20)))
     )
     config = Config(data=DataConfig(task="text", label_column="year"))
-    _tell_task(task, config)
+    tell_task(task, config)
     assert "1 of 2 rows of test have the texts of training rows" in caplog.text
     assert "20 labels for 3 training rows" in caplog.text and "'year'" in caplog.text
     caplog.clear()
     private = Config.from_run_config(
         {"privacy.mechanism": "server", "weighting": "uniform", "data.task": "text"}
     )
-    _tell_task(task, private)
+    tell_task(task, private)
     assert not caplog.text
 
 
