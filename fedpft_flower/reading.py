@@ -361,7 +361,7 @@ def _split_below(
     """
     formats = {_FORMATS.get(_suffix(path)) for path in tables}
     texts = [path for path in found if _suffix(path) == ".txt" and path.is_file()]
-    if len(formats) != 1 or None in formats or len(texts) >= len(tables):
+    if len(formats) != 1 or None in formats or len(texts) > len(tables):
         return {}
     base = glob.escape(str(place.resolve()))
     files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
