@@ -105,8 +105,9 @@ def _train(message: Message, context: Context) -> Message:
             sub_fm.model, rows, own, request["lr"], seed, proximal_mu, sub_fm.meter
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
+        what = last_line(str(error) or type(error).__name__)
         raise FedPFTError(
-            f"memory ended in training ({last_line(str(error))}); set recompute or a "
+            f"memory ended in training ({what}); set recompute or a "
             "lower micro-batch-size in this node's config, or train.recompute or "
             "train.micro-batch-size for all; virtual clients may share a GPU among "
             "fewer (fedpft-run --clients-per-gpu)"

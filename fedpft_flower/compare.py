@@ -34,9 +34,9 @@ from fedpft_flower.methods import method_of
 from fedpft_flower.metrics import metric_of
 from fedpft_flower.results import Result, best_of, row_of
 from fedpft_flower.runs import FinishedRun, is_finished, runs_root
-from fedpft_flower.spec import Cell, Spec
+from fedpft_flower.spec import Cell, Spec, unnamed
 from fedpft_flower.tables import write_tables
-from fedpft_flower.wording import duration, shown_settings
+from fedpft_flower.wording import duration
 
 # How often a cell's own progress is shown.
 PROGRESS_SECONDS = 30.0
@@ -214,8 +214,8 @@ class Comparison:
         result |= {"cell": asdict(cell), "nodes": self.spec.nodes}
         result |= {"config": self.spec.unfilled(config), "recipe": recipe_of(config)}
         self._write(cell, ".json", result)
-        self._check_read()  # the data may have changed since the last cell
         shutil.rmtree(found / "checkpoints", ignore_errors=True)
+        self._check_read()  # the data may have changed since the last cell
         metric, test = metric_of(config.data), result["summary"]["test-after"]
         return (
             f"FM {test[f'fm-{metric}']:.3f}, sub-FM {test[f'sub-fm-{metric}']:.3f} "
@@ -250,7 +250,7 @@ class Comparison:
         config = self.spec.config(cell)
         now, recipe = self.spec.unfilled(config), recipe_of(config)
         # What this version added has its default in older results.
-        earlier = shown_settings({**flat_defaults(), **result["config"]})
+        earlier = unnamed({**flat_defaults(), **result["config"]})
         told: dict[str, tuple[Any, Any]] = {
             "nodes": (result["nodes"], self.spec.nodes),
             # What settings leave to the row of a method, which versions may change.

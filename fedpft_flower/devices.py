@@ -3,6 +3,7 @@
 import logging
 import resource
 import sys
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,9 @@ def device_here() -> torch.device:
         return torch.device("cpu")
     try:
         torch.zeros(1, device="cuda").add_(1)
-    except torch.OutOfMemoryError:  # others have it, for now
-        pass
     except RuntimeError as error:
+        if "no kernel image" not in str(error):  # others have it, for now, perhaps
+            return torch.device("cuda")
         logger.warning(
             "PyTorch sees a GPU and cannot use it, so the CPU works (%s); install a "
             "PyTorch that knows it, or hide it with CUDA_VISIBLE_DEVICES=",
@@ -69,7 +70,9 @@ def peak_gpu_memory() -> int:
 def release() -> None:
     """Give the GPU memory that this process holds and does not use back to others."""
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        # After some errors nothing works on it; the reply that tells them must leave.
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def move(model: "PreTrainedModel", device: torch.device) -> None:

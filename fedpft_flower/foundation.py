@@ -124,6 +124,9 @@ def load_fm(
     own_head = row.head if objective == "classify" else ()
     modules = _named(model, head or own_head)
     complete = _complete_head(model, row, modules, report, name)
+    lacking = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    if own_head and not any(is_within(key, own_head) for key in lacking):
+        _order_outputs(model, row, source, labels, complete, name)
     if model.dtype == torch.float16:  # gradients through it would underflow
         model.float()
     if modality == "image":
@@ -161,20 +164,17 @@ def _read(
                 **(classifier if objective == "classify" else {}),
             )
             processor = AUTO_PROCESSORS[row.modality].from_pretrained(source)
-            named = AutoConfig.from_pretrained(source).id2label
         except Exception as error:  # a broken directory raises almost anything
             raise FedPFTError(_unreadable(name, error)) from error
-    lacking = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
-    if objective == "classify" and not any(is_within(key, row.head) for key in lacking):
-        _order_outputs(model, row, [named[i] for i in sorted(named)], labels, name)
     return model, processor, report
 
 
 def _order_outputs(
     model: PreTrainedModel,
     row: Architecture,
-    named: Sequence[str],
+    source: str,
     labels: Sequence[str],
+    trained: Sequence[str],
     name: str,
 ) -> None:
     """Put the outputs of a checkpoint's own head into the order of the task's labels.
@@ -182,16 +182,21 @@ def _order_outputs(
     Args:
         model: with a head that was in its checkpoint; changed in place.
         row: its family.
-        named: what the checkpoint calls its outputs [C].
+        source: the checkpoint, whose config names its outputs.
         labels: the task's [C].
+        trained: the modules that train in full.
         name: the FM's, for messages.
+
+    Raises:
+        FedPFTError: the order is another one, and the head does not train, so that
+            nobody would get it as it is then.
     """
-    theirs, ours = (
-        [one.casefold().strip() for one in ones] for ones in (named, labels)
-    )
-    if theirs == ours or all(re.fullmatch(r"label_\d+", one) for one in theirs):
+    outputs = AutoConfig.from_pretrained(source).id2label
+    named = [str(outputs[i]) for i in sorted(outputs)]
+    if all(re.fullmatch(r"(label_)?\d+", one.casefold()) for one in named):
         return
-    if sorted(theirs) != sorted(ours):
+    order = _order_of(named, labels)
+    if order is None:
         logger.warning(
             "fm.name = %r has a classification head for other labels (%s); it starts "
             "as it is, for %s in turn",
@@ -200,18 +205,32 @@ def _order_outputs(
             ", ".join(labels),
         )
         return
+    if order == sorted(order):
+        return
+    if not is_within(f"{row.head[-1]}.weight", trained):
+        raise FedPFTError(
+            f"fm.name = {name!r} has a head for {', '.join(named)} in this order; set "
+            "data.labels to it, or let lora.head train the head"
+        )
     last = [
         module
-        for path in row.head
-        for module in model.get_submodule(path).modules()
+        for module in model.get_submodule(row.head[-1]).modules()
         if isinstance(module, nn.Linear) and module.out_features == len(labels)
     ][-1]
-    order = [theirs.index(one) for one in ours]
     with torch.no_grad():
         for values in (last.weight, last.bias):
             if values is not None:
                 values.copy_(values[order].clone())
     logger.info("the outputs of the FM's head were put into the order of the labels")
+
+
+def _order_of(named: Sequence[str], labels: Sequence[str]) -> list[int] | None:
+    """Return where each label stands among names, maybe in another case, or None."""
+    for same in (str, lambda one: one.casefold().strip()):
+        theirs, ours = ([same(one) for one in ones] for ones in (named, labels))
+        if len({*theirs}) == len(theirs) and sorted(theirs) == sorted(ours):
+            return [theirs.index(one) for one in ours]
+    return None
 
 
 def _complete_head(

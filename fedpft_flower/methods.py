@@ -126,10 +126,12 @@ def changes_of(config: Config) -> dict[str, Scalar]:
     """
     used, flat = method_of(config), config.flat()
     row = METHODS[config.method]
+    # Without a distillation there is nothing to be patient with.
+    idle = {"patience"} if "distill" not in used.before + used.during else set()
     return {
         key: flat[key]
         for part, key in _IN_PLACE.items()
-        if getattr(row, part) != getattr(used, part)
+        if getattr(row, part) != getattr(used, part) and part not in idle
     }
 
 

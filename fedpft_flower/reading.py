@@ -5,6 +5,7 @@ import glob
 import gzip
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,8 +26,8 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.table import InMemoryTable
 
 from fedpft_flower.config import FedPFTError, OwnRowsError, first_line
 from fedpft_flower.disk import (
@@ -177,8 +178,8 @@ def _read_file(place: Path, images: str, separator: str) -> Splits:
         raise FedPFTError(
             f"unknown file type {_suffix(place)!r}; give one of {', '.join(_FORMATS)}"
         )
-    rows = _read_tables([place], separator, _quotes_are_signs([place]))
-    return {"train": _with_places(rows, images, [place])}
+    literal = _quotes_are_signs([place])
+    return {"train": _read_split([place], images, separator, literal)}
 
 
 def _read_tables(files: Sequence[Path], separator: str, literal: bool) -> Dataset:
@@ -199,24 +200,35 @@ def _read_tables(files: Sequence[Path], separator: str, literal: bool) -> Datase
     return _with_numbers(rows) if _FORMATS[suffix] == "csv" else rows
 
 
-def _with_places(rows: Dataset, images: str, files: Sequence[Path]) -> Dataset:
-    """Look for images that a table names beside it, then where the process is.
+def _read_split(
+    files: Sequence[Path], images: str, separator: str, literal: bool
+) -> Dataset:
+    """Read the tables of a split; images that one names are looked for beside it.
+
+    Those that are not there are where the process is, or not at all.
 
     Args:
-        rows: of the tables.
-        images: their column of images; "" where inputs are texts.
-        files: the tables.
+        files: of one type.
+        images: the column of images; "" where inputs are texts.
+        separator: of the columns of CSV files.
+        literal: whether quotes are signs like others.
     """
+    rows = _read_tables(files, separator, literal)
     if not images or rows.features.get(images) not in _TEXTS:
         return rows
-    folders = list(dict.fromkeys(file.parent.absolute() for file in files))
-    placed = [
-        next((str(at) for f in folders if (at := f / name).is_file()), name)
-        if name
-        else name
-        for name in rows[images][:]
-    ]
-    return rows.remove_columns(images).add_column(images, placed)
+    placed: list[str | None] = []
+    for file in files:  # in whose order the rows come
+        part = rows if len(files) == 1 else _read_tables([file], separator, literal)
+        placed += [_placed(name, file.parent.absolute()) for name in part[images][:]]
+    # A whole new table: of one whose columns were removed and added the rows may lack.
+    table: pa.Table = rows.with_format("arrow")[:]
+    at = table.schema.get_field_index(images)
+    column = pa.array(placed, table.schema.field(at).type)
+    return Dataset(InMemoryTable(table.set_column(at, images, column)))
+
+
+def _placed(name: str | None, folder: Path) -> str | None:
+    return str(at) if name and (at := folder / name).is_file() else name
 
 
 def _options(files: Sequence[Path], separator: str, literal: bool) -> dict[str, Any]:
@@ -308,9 +320,11 @@ def _read_directory(place: Path, images: str, subset: str, separator: str) -> Sp
     found = _all_below(place)
     tables = sorted(path for path in found if _suffix(path) in _TABLES)
     # What `datasets` reads as the rows of images beside it.
-    told = images and any(path.stem.lower() == "metadata" for path in tables)
+    are_images = any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in found)
+    named = any(path.stem.lower() == "metadata" for path in tables)
+    told = bool(images) and are_images and named
     if images and not told:
-        if any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in found):
+        if are_images:
             tables = _tables_of_images(tables, images, separator)
         if not tables:
             return read_image_folders(place, found, str(private_cache("rows")))
@@ -323,7 +337,7 @@ def _read_directory(place: Path, images: str, subset: str, separator: str) -> Sp
         return rows
     literal = _quotes_are_signs(tables)
     return {
-        name: _with_places(_read_tables(ones, separator, literal), images, ones)
+        name: _read_split(ones, images, separator, literal)
         for name, ones in splits.items()
     }
 
@@ -356,23 +370,40 @@ def _split_below(
 ) -> dict[str, list[Path]]:
     """Return split -> files of a directory of tables of one format.
 
-    Which split one is of, names of files and folders tell as `datasets` reads them.
-    Nothing where it is more a directory of texts.
+    Which split one is of, words in names of folders and files tell, as `datasets` has
+    it. Nothing where it is more a directory of texts.
     """
     formats = {_FORMATS.get(_suffix(path)) for path in tables}
     texts = [path for path in found if _suffix(path) == ".txt" and path.is_file()]
     if len(formats) != 1 or None in formats or len(texts) > len(tables):
         return {}
-    base = glob.escape(str(place.resolve()))
-    files = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
-    known = {str(place.resolve() / path.relative_to(place)): path for path in tables}
-    splits = {
-        split: [known[name] for name in names if name in known]
-        for split, names in files.items()
-    }
-    for name in known.keys() - {name for names in files.values() for name in names}:
-        logger.warning("%s is called like no split: left out", known[name])
-    return {str(split): ones for split, ones in splits.items() if ones}
+    splits: dict[str, list[Path]] = {}
+    for path in tables:
+        splits.setdefault(_split_in(path.relative_to(place)), []).append(path)
+    others = splits.pop("", [])
+    if not splits:
+        return {"train": others}
+    for path in others:
+        logger.warning("%s is called like no split: left out", path)
+    return splits
+
+
+def _split_in(path: Path) -> str:
+    """Return the split that a word in a file's or folder's name tells, or ""."""
+    for name in (*path.parts[:-1][::-1], path.name):
+        words = re.split(r"[-_. 0-9]+", name.lower())
+        for role, called in _WORDS.items():
+            if called & {*words}:
+                return role
+    return ""
+
+
+# How `datasets` knows splits too, where no whole name tells them.
+_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
 
 
 def _all_below(place: Path) -> list[Path]:

@@ -70,7 +70,8 @@ class Run:
         strategy.federation.met = {**state["met"], **strategy.federation.met}
         strategy.done = saved.round
         # One that an earlier version made was begun with as many as it has.
-        self.planned_rounds = state.get("planned-rounds", self.config.rounds)
+        begun = state["identity"]["config"]["rounds"]
+        self.planned_rounds = state.get("planned-rounds", begun)
         self.directory.go_back(saved.round)
         self.directory.note(self.config)
         self.before = state["before"]
@@ -87,6 +88,8 @@ class Run:
             FedPFTError: a round has too few nodes or replies; the run can be resumed.
         """
         strategy = self.strategy
+        if strategy.done >= self.config.rounds or strategy.stopped:
+            self._end_here(strategy.done)
         try:
             strategy.start(
                 strategy.federation.grid,
@@ -100,6 +103,19 @@ class Run:
                 f"{error}; the last checkpoint is of round {strategy.done}, go on with "
                 f"resume={self.directory.path}"
             ) from error
+
+    def _end_here(self, current: int) -> None:
+        """Make a round the last one that was not to be it when it was closed."""
+        entry = self.directory.rounds[-1]
+        if entry.get("last"):
+            return
+        if f"fm-{self._metric}" not in entry:
+            scores = self.strategy.server.evaluate("validation")
+            self._note_score(current, scores[f"fm-{self._metric}"])
+            entry |= scores
+        self.directory.go_back(current - 1)
+        self.directory.add_round(entry | {"last": True})
+        logger.info("the run ends after round %d", current)
 
     def plug_in_chosen(self) -> None:
         """Go back to the best round, where the run is to end with its adapter."""

@@ -30,6 +30,7 @@ partition and kept fraction, the one that is best on validation with the first s
 method that keeps the whole FM runs once for all kept fractions.
 """
 
+import hashlib
 import os
 import re
 import tomllib
@@ -44,7 +45,7 @@ from fedpft_flower.config import READ_PATHS, Config, FedPFTError, flatten
 from fedpft_flower.disk import shell_path
 from fedpft_flower.methods import METHODS, method_of, name_of
 from fedpft_flower.planners import keep_all
-from fedpft_flower.wording import shown_settings
+from fedpft_flower.wording import last_part, shown_settings
 
 _VARIABLE = re.compile(r"\{([A-Z][A-Z0-9_]*)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -182,7 +183,7 @@ class Spec:
     def unfilled(self, config: Config) -> dict[str, Any]:
         """Return settings to hand on: of places the variable that names them.
 
-        Of one that none names it is the last part only.
+        Of one that none names it is the last part, and what tells it from others.
         """
         flat = config.flat() | {"out-dir": Config().out_dir}
         longest_first = sorted(self._variables.items(), key=lambda v: -len(v[1]))
@@ -190,7 +191,7 @@ class Spec:
             for name, value in longest_first:
                 if str(flat[key]) == value or str(flat[key]).startswith(f"{value}/"):
                     flat[key] = f"{{{name}}}{str(flat[key]).removeprefix(value)}"
-        return shown_settings(flat)
+        return unnamed(flat)
 
     def name_of(self, task: str, partition: str, method: str) -> str:
         """Return what is run under the name of a method of this spec."""
@@ -254,6 +255,16 @@ class Spec:
     def _check(self, table: Mapping[str, Any]) -> None:
         for problem in _problems(table):
             raise FedPFTError(f"{self.place}: {problem}")
+
+
+def unnamed(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings whose places are the last part and a hash of the whole."""
+    told = dict(flat)
+    for key in READ_PATHS:
+        whole = str(flat[key])
+        if (last := last_part(whole)) != whole:
+            told[key] = f"{last}~{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return told
 
 
 def _uncommented(text: str) -> str:

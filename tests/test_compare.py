@@ -452,12 +452,20 @@ def test_of_places_that_no_variable_names_cells_hold_the_last_part(
     compared(spec_file, out, *only)
     (place,) = out.glob("cells/*.json")
     found = json.loads(place.read_text())
-    assert found["config"]["fm.name"] == directory.name
+    last, _, told = found["config"]["fm.name"].partition("~")
+    assert last == directory.name and len(told) == 8
     # Older ones held the whole, and stay what they were.
     found["config"]["fm.name"] = str(directory)
     place.write_text(json.dumps(found))
     compared(spec_file, out, *only)
     assert len(engine) == 1 and not errors(capsys)
+    # Another place is another one, if it is called alike.
+    other = tmp_path / directory.name
+    shutil.copytree(directory, other)
+    spec_file.write_text(SPEC.replace("{FM_OF_TEST}", str(other)))
+    assert compared(spec_file, out, *only) == 2
+    (error,) = errors(capsys)
+    assert f"was made with fm.name = '{directory.name}~" in error
 
 
 def test_tables_say_what_runs_under_a_name_that_settings_changed(spec_file):

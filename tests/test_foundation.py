@@ -87,6 +87,39 @@ def test_every_head_is_put_into_order(tmp_path, family, request):
     assert torch.equal(one, other.flip(0)) and not torch.equal(one, other)
 
 
+def test_a_head_in_another_order_that_does_not_train_is_refused(
+    bert_directory, tmp_path
+):
+    place = named_outputs(bert_directory, tmp_path / "fm", list("dbac"))
+    with pytest.raises(FedPFTError, match="a head for d, b, a, c in this order"):
+        load_fm(str(place), tuple("abcd"), "text", 0, ["bert.pooler"])
+
+
+@pytest.mark.parametrize(
+    ("named", "labels", "order"),
+    [
+        (["Yes", "yes"], ["yes", "Yes"], [1, 0]),
+        (["No", "YES "], ["yes", "no"], [1, 0]),
+        (["x", "X"], ["x", "y"], None),
+        (["a", "b"], ["a", "b"], [0, 1]),
+    ],
+)
+def test_labels_are_found_among_names_as_they_are_or_in_another_case(
+    named, labels, order
+):
+    assert foundation._order_of(named, labels) == order
+
+
+@pytest.mark.parametrize("names", [[0, 1, 2, 3], [None] * 4])
+def test_a_head_whose_outputs_have_no_names_starts_as_it_is(
+    bert_directory, tmp_path, names
+):
+    place = named_outputs(bert_directory, tmp_path / "fm", names)
+    stored = load_file(bert_directory / "model.safetensors")["classifier.weight"]
+    fm = load_fm(str(place), tuple("abcd"), "text", 0)
+    torch.testing.assert_close(fm.model.classifier.weight, stored, atol=0, rtol=0)
+
+
 def test_a_head_for_other_labels_is_told(bert_directory, tmp_path, caplog):
     place = named_outputs(bert_directory, tmp_path / "fm", ["x", "y", "z", "a"])
     load_fm(str(place), ("a", "b", "c", "d"), "text", 0)

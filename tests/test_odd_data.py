@@ -270,6 +270,28 @@ def test_a_table_names_images_beside_it(tmp_path, whole, monkeypatch):
         assert test["file"][0] == str(tmp_path / "set" / "part_2" / "0.png")
 
 
+def test_tables_in_folders_name_images_of_their_own_folder(tmp_path):
+    draw(tmp_path, "part_1", "part_2", count=2)
+    for part in (1, 2):
+        rows = [f"{i}.png,{part}" for i in range(2)]
+        table = tmp_path / f"part_{part}" / "rows.csv"
+        table.write_text("\n".join(["image,label", *rows]) + "\n")
+    part = load_site(DataConfig(task="image", path=str(tmp_path)), ("1", "2"), 0)
+    for row in part:
+        assert row["image"].getpixel((0, 0))[0] == row["label"]
+    assert len(part) == 4
+
+
+def test_images_that_are_called_like_splits_decide_nothing_of_a_table(tmp_path):
+    draw(tmp_path, "images/a", "images/test", count=2)
+    Picture.new("RGB", (8, 8)).save(tmp_path / "images" / "dog_test_2.png")
+    rows = ["images/a/0.png,x", "images/test/1.png,y", "images/dog_test_2.png,x"]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    found = read_splits(str(tmp_path), "data.path", "image")
+    assert {split: len(part) for split, part in found.items()} == {"train": 3}
+    assert found["train"]["label"][:] == ["x", "y", "x"]
+
+
 def test_metadata_beside_images_are_read_as_datasets_does(tmp_path):
     path = draw(tmp_path, "train", count=4)
     rows = [f"{i}.png,{'xy'[i % 2]}" for i in range(4)]
@@ -355,7 +377,8 @@ def test_a_sample_to_submit_decides_nothing(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "stray", ["._train.csv", ".ipynb_checkpoints/train.csv", "a.xlsx", "LICENSE.txt"]
+    "stray",
+    ["._train.csv", ".ipynb_checkpoints/train.csv", "a_test.pdf", "test/LICENSE.txt"],
 )
 @pytest.mark.parametrize("table", ["sst_train.csv", "train/a [1].csv", "mine.csv"])
 def test_what_lies_beside_a_table_changes_nothing_of_it(tmp_path, table, stray):

@@ -267,7 +267,7 @@ def test_two_runs_do_not_share_a_directory(finished, local_grid):
 
 @pytest.mark.parametrize("rounds", [2, 3])
 def test_a_run_may_end_early_with_a_result(local_grid, short, monkeypatch, rounds):
-    short |= {"rounds": 5, "method": "fedpft-n"}
+    short |= {"rounds": 5, "method": "fedpft-n", "eval-every": 5}
     with monkeypatch.context() as patch:
         cut(patch, ProxyServer, "end_round", 3, False)
         with pytest.raises(Cut):
@@ -276,6 +276,8 @@ def test_a_run_may_end_early_with_a_result(local_grid, short, monkeypatch, round
     run(local_grid, ended)
     place, entries, summary, manifest = results(short)
     assert len(entries) == rounds + 1 and summary["rounds"] == rounds
+    assert [entry["last"] for entry in entries] == [False] * rounds + [True]
+    assert "fm-accuracy" in entries[-1]
     assert manifest["planned-rounds"] == 5
     assert f">{rounds} of 5<" in (place / "report.html").read_text()
     # What was written at first is what the run now has, to resume it once more.
