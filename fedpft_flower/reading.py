@@ -5,7 +5,6 @@ import glob
 import gzip
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,7 +36,7 @@ from fedpft_flower.disk import (
     reachable_path,
 )
 from fedpft_flower.image_folders import read_image_folders
-from fedpft_flower.splits import SPLIT_NAME, Splits, by_split
+from fedpft_flower.splits import SPLIT_NAME, Splits, by_split, split_in
 
 # Else a data set that `datasets` saved would get files of what is made of it, where it
 # may lie for reading alone.
@@ -379,31 +378,13 @@ def _split_below(
         return {}
     splits: dict[str, list[Path]] = {}
     for path in tables:
-        splits.setdefault(_split_in(path.relative_to(place)), []).append(path)
+        splits.setdefault(split_in(path.relative_to(place)), []).append(path)
     others = splits.pop("", [])
     if not splits:
         return {"train": others}
     for path in others:
         logger.warning("%s is called like no split: left out", path)
     return splits
-
-
-def _split_in(path: Path) -> str:
-    """Return the split that a word in a file's or folder's name tells, or ""."""
-    for name in (*path.parts[:-1][::-1], path.name):
-        words = re.split(r"[-_. 0-9]+", name.lower())
-        for role, called in _WORDS.items():
-            if called & {*words}:
-                return role
-    return ""
-
-
-# How `datasets` knows splits too, where no whole name tells them.
-_WORDS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "dev", "val"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
 
 
 def _all_below(place: Path) -> list[Path]:

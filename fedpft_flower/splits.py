@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from datasets import Dataset
@@ -43,6 +44,22 @@ def by_split(named: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
         else:
             splits |= by_name
     return splits
+
+
+# Words that tell a role within a longer name, as `datasets` has it.
+_ROLES = {role: role for role in ("train", "validation", "test")}
+_ROLE_OF = {**_ROLES, **_SYNONYMS, "evaluation": "test"}
+
+
+def split_in(path: Path) -> str:
+    """Return the split that a word in a folder's or file's name tells, or ""."""
+    for name in (*path.parts[:-1][::-1], path.name):
+        words = re.split(r"[-_. 0-9]+", name.lower())
+        told = {_ROLE_OF[word] for word in words if word in _ROLE_OF}
+        for role in _ROLES:
+            if role in told:
+                return role
+    return ""
 
 
 def split_called(source: Splits, name: str, key: str) -> Dataset:
