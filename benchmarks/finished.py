@@ -41,17 +41,18 @@ def measure_runs(
         print(line(row(FinishedRun.read(place.absolute()))), flush=True)
 
 
-def run_app(spec: Path, pairs: Sequence[str], nodes: int) -> None:
+def run_app(spec: Path, pairs: Sequence[str], nodes: int, *options: str) -> None:
     """Run an experiment by `fedpft-run`, whose progress goes to standard error.
 
     Args:
         spec: a TOML file of settings.
         pairs: settings over it, key=value.
         nodes: how many virtual clients.
+        options: more options of `fedpft-run`.
     """
     command: list[str | Path] = [Path(sys.executable).with_name("fedpft-run"), spec]
-    options = [f"--nodes={nodes}", f"--app={ROOT}"]
-    ended = subprocess.run([*command, *pairs, *options], stdout=sys.stderr, check=False)
+    command += [*pairs, f"--nodes={nodes}", f"--app={ROOT}", *options]
+    ended = subprocess.run(command, stdout=sys.stderr, check=False)
     if ended.returncode:
         sys.exit(f"the run of {spec} failed")
 

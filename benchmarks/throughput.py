@@ -3,9 +3,9 @@
 python -m benchmarks.throughput [--layers N] [--hidden D] [--rows B] [--length T]
 
 A random BERT (BERT-base's size unless told otherwise) on the GPU that there is, or the
-CPU: a client's training, the distillation and the evaluation, as this package does them
-and as a bare PyTorch loop does, in turns, in float32, and in bfloat16 where the device
-multiplies it itself. The share of peak is the operations that PyTorch counts, by what a
+CPU: a client's training, the same of the whole FM, the distillation and the evaluation,
+as this package does them and as a bare PyTorch loop does, in turns, in float32, and in
+bfloat16 where the device multiplies it itself. The share of peak is the operations that PyTorch counts, by what a
 product of two large matrices reaches in the same numbers; the bare loop does the same
 operations.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from benchmarks import markdown_table, parser, run_main, spread
@@ -92,8 +93,15 @@ class Work:
 
     def train(self, precision: str) -> None:
         """Train as a client does."""
+        self._train(self.sub_fm, precision)
+
+    def train_fm(self, precision: str) -> None:
+        """Train the FM itself, as a client of full-model tuning does."""
+        self._train(self.fm, precision)
+
+    def _train(self, model: PeftModel, precision: str) -> None:
         config = TrainConfig(batch_size=self.size, lr=1e-5, precision=precision)
-        train_adapter(self.sub_fm, self.rows, config, config.lr, seed=0)
+        train_adapter(model, self.rows, config, config.lr, seed=0)
 
     def align(self, precision: str) -> None:
         """Distil as the server does."""
@@ -122,17 +130,24 @@ class Work:
 
     def bare_train(self, precision: str) -> None:
         """Train by a bare loop."""
-        trained = [p for p in self.sub_fm.parameters() if p.requires_grad]
+        self._bare_train(self.sub_fm, precision)
+
+    def bare_train_fm(self, precision: str) -> None:
+        """Train the FM itself by a bare loop."""
+        self._bare_train(self.fm, precision)
+
+    def _bare_train(self, model: PeftModel, precision: str) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=1e-5)
-        train_mode(self.sub_fm, frozen_dropout=False)
+        train_mode(model, frozen_dropout=False)
         for batch in self.on_device(self.rows, self.size):
             with Compute(precision == "bf16").step(self.device):
-                loss = self.sub_fm(**batch).loss
+                loss = model(**batch).loss
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             optimiser.zero_grad()
-        self.sub_fm.eval()
+        model.eval()
 
     def bare_align(self, precision: str) -> None:
         """Distil by a bare loop: all hidden states, the same FFN weights."""
@@ -202,6 +217,7 @@ def table(work: Work, repeats: int) -> str:
         peak = peak_rate(work.device, precision)
         for name, ours, bare, rows in (
             ("client's training", work.train, work.bare_train, work.rows),
+            ("the same of the FM", work.train_fm, work.bare_train_fm, work.rows),
             ("distillation", work.align, work.bare_align, work.rows),
             ("evaluation", work.evaluate, work.bare_evaluate, work.evaluated),
         ):
