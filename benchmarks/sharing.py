@@ -89,9 +89,11 @@ def watched() -> Iterator[list[int]]:
     used: list[int] = []
     command = [*TELL_MEMORY.split(), "--loop-ms=100"]
     with TemporaryFile("w+") as told, subprocess.Popen(command, stdout=told) as telling:
-        yield used
-        telling.terminate()
-        telling.wait()
+        try:
+            yield used
+        finally:
+            telling.terminate()
+            telling.wait()
         told.seek(0)
         used += map(int, told.read().split()[:-1])  # the last may be half a number
 

@@ -34,7 +34,7 @@ from fedpft_flower.descent import Schedule
 from fedpft_flower.devices import device_here, has_bf16
 from fedpft_flower.encoding import Rows, endless_batches
 from fedpft_flower.evaluation import EVALUATION_BATCH, predict
-from fedpft_flower.flops import flops_of
+from fedpft_flower.flops import FlopMeter, flops_of
 from fedpft_flower.foundation import load_fm
 from fedpft_flower.planners import keep_salient, size_of
 from fedpft_flower.software import quiet
@@ -89,6 +89,8 @@ class Work:
         words = self.fm.config.vocab_size
         self.rows = RandomRows(rows * batches, length, words)
         self.device = device_here()
+        # As clients do, who count the operations of a shape once.
+        self.meters = {m: FlopMeter() for m in (self.fm, self.sub_fm)}
         self.evaluated = RandomRows(EVALUATION_BATCH * batches, length, words)
 
     def train(self, precision: str) -> None:
@@ -101,7 +103,8 @@ class Work:
 
     def _train(self, model: PeftModel, precision: str) -> None:
         config = TrainConfig(batch_size=self.size, lr=1e-5, precision=precision)
-        train_adapter(model, self.rows, config, config.lr, seed=0)
+        meter = self.meters[model]
+        train_adapter(model, self.rows, config, config.lr, seed=0, meter=meter)
 
     def align(self, precision: str) -> None:
         """Distil as the server does."""

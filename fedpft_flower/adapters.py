@@ -13,6 +13,7 @@ from typing import cast
 import peft
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ from fedpft_flower.config import (
     names_in,
 )
 from fedpft_flower.devices import let_inputs_follow
+from fedpft_flower.dropout import replace_dropout
 from fedpft_flower.plan import Plan
 
 Adapter = dict[str, Tensor]
@@ -77,6 +79,8 @@ def attach_adapter(
             ) from error
     _check_head(adapted, head)
     for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            replace_dropout(module.lora_dropout)
         if isinstance(module, ModulesToSaveWrapper):
             for trained in module.modules_to_save.values():
                 let_inputs_follow(trained.float())

@@ -108,9 +108,10 @@ def train_adapter(
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimiser.step()
+            # A GPU may be at work still; the next step's inputs wait for it.
             ends.append(time.monotonic())
     model.eval()
-    mean = sum(losses) / len(losses)
+    mean = sum(torch.stack(losses).tolist()) / len(losses)
     _check_finite(mean, parameters, config.lr)
     steps = [end - before for before, end in pairwise([began, *ends])]
     return TrainReport(
@@ -157,7 +158,7 @@ def _best_here(model: PeftModel, rows: Rows, config: TrainConfig) -> Compute:
     return found
 
 
-def add_gradients(model: nn.Module, batch: Batch, size: int) -> float:
+def add_gradients(model: nn.Module, batch: Batch, size: int) -> Tensor:
     """Add the gradients of a batch's loss to its model's, some rows at a time.
 
     The loss is a mean over rows, or over the tokens that are learnt where every token
@@ -169,17 +170,18 @@ def add_gradients(model: nn.Module, batch: Batch, size: int) -> float:
         size: rows at a time; 0 takes all at once.
 
     Returns:
-        The loss of the whole batch.
+        The loss of the whole batch [], float64, where the model is: who reads it waits
+        for a GPU.
     """
     rows = len(batch["labels"])
     size = size or rows
-    whole, total = _learnt(batch["labels"]), 0.0
+    whole, total = _learnt(batch["labels"]), torch.zeros((), dtype=torch.float64)
     for first in range(0, rows, size):
         part = {name: one[first : first + size] for name, one in batch.items()}
         if share := _learnt(part["labels"]) / whole:  # the mean of nothing is NaN
             loss = model(**part).loss * share
             loss.backward()
-            total += float(loss.detach())
+            total = total + loss.detach()
     return total
 
 
