@@ -12,7 +12,6 @@ server and clients are what PyTorch gave each of them, without what it keeps rea
 import argparse
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from tempfile import TemporaryDirectory, TemporaryFile
 
 import torch
 
-from benchmarks import ROOT, markdown_table, parser, run_main, spread
+from benchmarks import ROOT, header, line, parser, run_main, spread
 from benchmarks.finished import only_run, run_app
 from benchmarks.scaling import write_fm
 from fedpft_flower.config import FedPFTError
@@ -31,21 +30,18 @@ MIB = 2**20 / 1e9  # in GB
 
 
 def main() -> None:
-    """Run the experiment for every number of clients at a time; print the table."""
+    """Run the experiment for every number of clients at a time; print a row of each."""
     options = _options()
     if not gpus_here():
         raise FedPFTError("PyTorch sees no GPU: run this where there is one")
-    rows = []
+    print(f"on {torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n")
+    titles = ("clients at a time", "steady round, s", "aligned, s", "GPU, median, GB")
+    print(header([*titles, "peak", "server's peak", "a client's"]), flush=True)
     with TemporaryDirectory() as name:
         place = Path(name)
         write_fm(place / "fm", options.layers, options.hidden, 512)
         for count in options.at_a_time:
-            rows.append(measure(options, count, place))
-            print(rows[-1], file=sys.stderr, flush=True)
-    titles = ("clients at a time", "steady round, s", "aligned, s", "GPU, median, GB")
-    more = ("peak", "server's peak", "a client's")
-    print(f"on {torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n")
-    print(markdown_table([*titles, *more], rows))
+            print(line(measure(options, count, place)), flush=True)
 
 
 def _options() -> argparse.Namespace:

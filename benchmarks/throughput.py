@@ -5,9 +5,9 @@ python -m benchmarks.throughput [--layers N] [--hidden D] [--rows B] [--length T
 A random BERT (BERT-base's size unless told otherwise) on the GPU that there is, or the
 CPU: a client's training, the same of the whole FM, the distillation and the evaluation,
 as this package does them and as a bare PyTorch loop does, in turns, in float32, and in
-bfloat16 where the device multiplies it itself. The share of peak is the operations that PyTorch counts, by what a
-product of two large matrices reaches in the same numbers; the bare loop does the same
-operations.
+bfloat16 where the device multiplies it itself. The share of peak is the operations that
+PyTorch counts, by what a product of two large matrices reaches in the same numbers; the
+bare loop does the same operations.
 """
 
 import statistics

@@ -1,9 +1,14 @@
 """The benchmarks' functions, on the tiny ViT: what is compared, and what is matched."""
 
+import json
+import os
 import statistics
 import sys
+import time
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from benchmarks import (
     pooling,
     pretrain_vit,
     scaling,
+    sharing,
     throughput,
 )
 from benchmarks.plain_loop import PlainLoop
@@ -268,6 +274,7 @@ def work(tmp_path):
 def test_the_bare_loops_do_the_same_operations(work):
     pairs = [
         (work.train, work.bare_train),
+        (work.train_fm, work.bare_train_fm),
         (work.align, work.bare_align),
         (work.evaluate, work.bare_evaluate),
     ]
@@ -283,9 +290,11 @@ def test_the_throughput_table_has_a_row_for_every_kind_of_work(work, monkeypatch
     kinds = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines[4:]]
     assert kinds == [
         ("client's training", "fp32"),
+        ("the same of the FM", "fp32"),
         ("distillation", "fp32"),
         ("evaluation", "fp32"),
         ("client's training", "bf16"),
+        ("the same of the FM", "bf16"),
         ("distillation", "bf16"),
     ]
 
@@ -353,3 +362,50 @@ def test_every_head_is_trained_and_judged(
     for _, *found in cells:
         one, other, mean = map(float, found)
         assert mean == pytest.approx((one + other) / 2, abs=1e-3)
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """A GPU's driver that tells of 1234 MiB for ever."""
+    (tmp_path / "bin").mkdir()
+    tells = tmp_path / "bin" / "nvidia-smi"
+    tells.write_text("#!/bin/sh\nwhile :; do echo 1234; sleep 0.02; done\n")
+    tells.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tells.parent}:{os.environ['PATH']}")
+
+
+def test_a_gpus_memory_is_watched_while_a_run_lasts(driver):
+    with sharing.watched() as used:
+        time.sleep(0.5)
+    assert len(used) > 1 and set(used) == {1234}
+    with pytest.raises(SystemExit), sharing.watched():  # it ends, too
+        sys.exit("the run failed")
+
+
+def test_a_row_tells_rounds_and_memory_of_clients_that_share(
+    driver, tmp_path, monkeypatch
+):
+    entries = [
+        {"round": 0, "seconds": 9.0, "alignment": {}},
+        {"round": 1, "seconds": 8.0},
+        {"round": 2, "seconds": 1.0, "peak-gpu-memory-client": 2.5e9},
+        {"round": 3, "seconds": 3.0, "alignment": {}},
+        {"round": 4, "seconds": 2.0, "peak-gpu-memory-server": 1.5e9},
+    ]
+    asked = []
+
+    def run_app(spec, pairs, nodes, *options):
+        asked.append((spec, nodes, *options))
+        place = Path(pairs[1].removeprefix("out-dir=")) / "1"
+        place.mkdir(parents=True)
+        lines = map(json.dumps, entries)
+        (place / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        time.sleep(0.5)
+
+    monkeypatch.setattr(sharing, "run_app", run_app)
+    options = SimpleNamespace(conf=Path("x.toml"), nodes=7, rounds=4, set=["a=b"])
+    row = sharing.measure(options, 4, tmp_path)
+    steady, aligned = "1.50 (1.00 to 2.00)", "3.00 (3.00 to 3.00)"
+    assert row == [4, steady, aligned, "1.29", "1.29", "1.50", "2.50"]
+    assert sharing.measure(options, 0, tmp_path)[0] == "on the CPU"
+    assert asked[1] == (Path("x.toml"), 7, "--clients-per-gpu=0")

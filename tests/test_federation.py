@@ -203,7 +203,7 @@ def test_a_run_in_which_nothing_is_learnt_says_so_once(local_grid, settings):
     run(local_grid, settings)
     said = "after 5 rounds, and guessing among 10 classes has 2.303; if it does not"
     assert log_of(settings).count(said) == 1
-    run(local_grid, settings | {"train.lr": 0.05, "out-dir": settings["out-dir"] + "b"})
+    run(local_grid, settings | {"train.lr": 0.01, "out-dir": settings["out-dir"] + "b"})
     assert "guessing" not in log_of({"out-dir": settings["out-dir"] + "b"})
 
 
