@@ -4,13 +4,14 @@ python -m benchmarks.sharing [--at-a-time N ...] [--nodes N] [--rounds N] key=va
 
 For every number of clients at a time (0: on the CPU), one `fedpft-run` of the same
 experiment, on a random BERT (BERT-base's size unless told otherwise) or, with fm.name,
-on another FM. A steady round is one after the first and without alignment. The GPU's
-memory is what its driver tells ten times a second, of all processes; the peaks of
-server and clients are what PyTorch gave each of them, without what it keeps ready.
+on another FM. A steady round is one after the first and without alignment. The peak of
+the machine's first GPU is the most that its driver told, asked ten times a second, of
+all processes; those of server and clients are what PyTorch gave each of them, without
+what it keeps ready.
 """
 
 import argparse
-import statistics
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,16 +33,17 @@ MIB = 2**20 / 1e9  # in GB
 def main() -> None:
     """Run the experiment for every number of clients at a time; print a row of each."""
     options = _options()
-    if not gpus_here():
-        raise FedPFTError("PyTorch sees no GPU: run this where there is one")
-    print(f"on {torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n")
-    titles = ("clients at a time", "steady round, s", "aligned, s", "GPU, median, GB")
-    print(header([*titles, "peak", "server's peak", "a client's"]), flush=True)
+    if not gpus_here() or shutil.which("nvidia-smi") is None:
+        raise FedPFTError("PyTorch sees no GPU, or nvidia-smi is missing: install both")
+    titles = ("clients at a time", "steady round, s", "aligned, s", "GPU's peak, GB")
+    print(header([*titles, "the server's", "a client's"]), flush=True)
     with TemporaryDirectory() as name:
         place = Path(name)
         write_fm(place / "fm", options.layers, options.hidden, 512)
         for count in options.at_a_time:
             print(line(measure(options, count, place)), flush=True)
+    # Only now: to ask may take some of its memory.
+    print(f"\non {torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
 
 
 def _options() -> argparse.Namespace:
@@ -74,7 +76,7 @@ def measure(
         max(entry.get(f"peak-gpu-memory-{side}", 0) for entry in rounds)
         for side in ("server", "client")
     ]
-    memory = (statistics.median(used) * MIB, max(used) * MIB, *(p / 1e9 for p in peaks))
+    memory = (max(used) * MIB, *(peak / 1e9 for peak in peaks))
     cells = (spread(seconds, 2) if seconds else "-" for seconds in (steady, aligned))
     return [at_a_time or "on the CPU", *cells, *(f"{gb:.2f}" for gb in memory)]
 

@@ -89,7 +89,7 @@ class Work:
         words = self.fm.config.vocab_size
         self.rows = RandomRows(rows * batches, length, words)
         self.device = device_here()
-        # As clients do, who count the operations of a shape once.
+        # As clients have, who count the operations of a model's first step alone.
         self.meters = {m: FlopMeter() for m in (self.fm, self.sub_fm)}
         self.evaluated = RandomRows(EVALUATION_BATCH * batches, length, words)
 

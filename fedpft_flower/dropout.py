@@ -1,7 +1,7 @@
 """Dropout whose draws cost little on a CPU.
 
-PyTorch's draws each entry's fate for itself, one after the other: of a client's step on
-MiniLM's sub-FM an eighth, in bfloat16 a quarter (`benchmarks/step.py`).
+PyTorch 2.13 decides about one entry after the other (on an AMD processor, at least):
+that was an eighth of a client's float32 step on MiniLM's sub-FM.
 """
 
 import torch
@@ -14,7 +14,8 @@ LEVELS = 1 << 16
 class Dropout(nn.Dropout):
     """Zero each entry with probability p, and scale the others by 1 / (1 - p).
 
-    As `torch.nn.Dropout`, but for other draws, and for p, which is rounded to 16 bits.
+    Is `torch.nn.Dropout`, but on a CPU, in training: there it draws otherwise, p is
+    rounded to 16 bits, and must be less than 1 even so.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -113,13 +113,14 @@ def train_adapter(
     model.eval()
     mean = sum(torch.stack(losses).tolist()) / len(losses)
     _check_finite(mean, parameters, config.lr)
+    seconds = time.monotonic() - began
     steps = [end - before for before, end in pairwise([began, *ends])]
     return TrainReport(
         mean,
         len(rows),
         len(losses),
-        time.monotonic() - began,
-        statistics.median(steps[1:] or steps),
+        seconds,
+        statistics.median(steps[1:] or [seconds]),
         flops,
         how,
     )

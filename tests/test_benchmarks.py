@@ -366,17 +366,25 @@ def test_every_head_is_trained_and_judged(
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    """A GPU's driver that tells of 1234 MiB for ever."""
-    (tmp_path / "bin").mkdir()
-    tells = tmp_path / "bin" / "nvidia-smi"
-    tells.write_text("#!/bin/sh\nwhile :; do echo 1234; sleep 0.02; done\n")
+    """Return what waits until a GPU's driver has told of its 1234 MiB a few times."""
+    tells, told = tmp_path / "bin" / "nvidia-smi", tmp_path / "told"
+    tells.parent.mkdir()
+    script = f"while :; do echo 1234 | tee -a '{told}'; sleep 0.02; done"
+    tells.write_text(f"#!/bin/sh\n{script}\n")
     tells.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tells.parent}:{os.environ['PATH']}")
+
+    def wait():
+        told.unlink(missing_ok=True)
+        while not told.exists() or told.read_text().count("\n") < 4:
+            time.sleep(0.01)
+
+    return wait
 
 
 def test_a_gpus_memory_is_watched_while_a_run_lasts(driver):
     with sharing.watched() as used:
-        time.sleep(0.5)
+        driver()
     assert len(used) > 1 and set(used) == {1234}
     with pytest.raises(SystemExit), sharing.watched():  # it ends, too
         sys.exit("the run failed")
@@ -400,12 +408,12 @@ def test_a_row_tells_rounds_and_memory_of_clients_that_share(
         place.mkdir(parents=True)
         lines = map(json.dumps, entries)
         (place / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        time.sleep(0.5)
+        driver()
 
     monkeypatch.setattr(sharing, "run_app", run_app)
     options = SimpleNamespace(conf=Path("x.toml"), nodes=7, rounds=4, set=["a=b"])
     row = sharing.measure(options, 4, tmp_path)
     steady, aligned = "1.50 (1.00 to 2.00)", "3.00 (3.00 to 3.00)"
-    assert row == [4, steady, aligned, "1.29", "1.29", "1.50", "2.50"]
+    assert row == [4, steady, aligned, "1.29", "1.50", "2.50"]
     assert sharing.measure(options, 0, tmp_path)[0] == "on the CPU"
     assert asked[1] == (Path("x.toml"), 7, "--clients-per-gpu=0")

@@ -52,6 +52,20 @@ def test_gradients_pass_where_entries_were_kept(dtype):
     found.sum().backward()
     assert found.shape == values.shape and found.dtype == dtype
     assert torch.equal(found, values.detach() * values.grad)
+    scales = values.grad.unique().tolist()
+    assert scales == pytest.approx(
+        [0, 1 / 0.6], rel=1e-4 if dtype.itemsize > 2 else 4e-3
+    )
+
+
+def test_elsewhere_it_is_that_of_pytorch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.nn.functional, "dropout", lambda x, p, *_: asked.append(p) or x
+    )
+    Dropout(0.4)(torch.ones(3, device="meta"))
+    Dropout(0.4)(torch.ones(3))
+    assert asked == [0.4]
 
 
 @pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "llama"])
