@@ -59,6 +59,24 @@ def works_on(deployment, site, message="train"):
     return "Start `flwr-clientapp` process" in since
 
 
+def app_that_trains(deployment, site):
+    """Wait until a site's first training has a process, and return that.
+
+    SuperNodes tell of a process before they start it, while that of the message before
+    may be ending.
+    """
+    before, found = set(), set()
+
+    def trains():
+        now = set(apps_of(deployment, site, CLIENT_APP))
+        (found if works_on(deployment, site) else before).update(now)
+        return found - before
+
+    wait_until(trains, 400, "training")
+    (app,) = found - before
+    return app
+
+
 def empty(store):
     shutil.rmtree(store)
 
@@ -312,8 +330,7 @@ def test_a_node_whose_app_is_ended_is_waited_for_once(tmp_path, settings):
     settings |= {"timeout-seconds": 50.0, "rounds": 10}
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
-        wait_until(lambda: works_on(deployment, "south"), 400, "training")
-        apps_of(deployment, "south", CLIENT_APP)[-1].terminate()
+        app_that_trains(deployment, "south").terminate()
         wait_until(lambda: "round-000003" in checkpoints(tmp_path), 400, "round 3")
         deployment.kill("south")
         start_site(deployment, "south")
@@ -345,8 +362,7 @@ def test_a_reply_that_comes_too_late_is_not_used(tmp_path, settings):
     settings |= {"timeout-seconds": 50.0}
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
-        wait_until(lambda: works_on(deployment, "south"), 400, "training")
-        app = apps_of(deployment, "south", CLIENT_APP)[-1]
+        app = app_that_trains(deployment, "south")
         app.suspend()
         wait_until(lambda: "in time" in deployment.log("run"), 400, "the timeout")
         app.resume()
