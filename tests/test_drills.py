@@ -63,7 +63,7 @@ def app_that_trains(deployment, site):
     """Wait until a site's first training has a process, and return that.
 
     SuperNodes tell of a process before they start it, while that of the message before
-    may be ending.
+    may be ending; one that has not taken its message yet would be replaced.
     """
     before, found = set(), set()
 
@@ -74,6 +74,7 @@ def app_that_trains(deployment, site):
 
     wait_until(trains, 400, "training")
     (app,) = found - before
+    wait_until(lambda: app.cpu_times().user > 2.5, 400, "libraries to be loaded")
     return app
 
 
