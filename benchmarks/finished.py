@@ -63,6 +63,12 @@ def only_run(root: Path) -> tuple[Path, list[Metrics]]:
     return metrics.parent, read_rounds(metrics.parent)
 
 
+def seconds_after_first(rounds: Sequence[Metrics], aligned: bool) -> list[float]:
+    """Return the seconds of rounds after the first, with alignment or steady ones."""
+    later = rounds[2:]
+    return [entry["seconds"] for entry in later if ("alignment" in entry) is aligned]
+
+
 def start_up(place: Path, rounds: Sequence[Metrics], began: float) -> float:
     """Return the seconds from `began` (clock time) until a run's first round."""
     # The file was last written when the last round ended.

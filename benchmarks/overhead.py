@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import ROOT, markdown_table, parser, run_main, spread
-from benchmarks.finished import only_run, run_app, start_up
+from benchmarks.finished import only_run, run_app, seconds_after_first, start_up
 from benchmarks.plain_loop import PlainLoop
 from fedpft_flower.adapters import Adapter, export_adapter
 from fedpft_flower.commands import read_config
@@ -71,16 +71,16 @@ class Side:
     @property
     def steady(self) -> float:
         """Return the median seconds of rounds after the first, without alignment."""
-        return _median([r for r in self.rounds[2:] if "alignment" not in r])
+        return _median(seconds_after_first(self.rounds, aligned=False))
 
     @property
     def aligned(self) -> float:
         """Return the median seconds of rounds after the first, with alignment."""
-        return _median([r for r in self.rounds[2:] if "alignment" in r])
+        return _median(seconds_after_first(self.rounds, aligned=True))
 
 
-def _median(rounds: list[Metrics]) -> float:
-    return float(statistics.median([r["seconds"] for r in rounds] or [math.nan]))
+def _median(seconds: list[float]) -> float:
+    return statistics.median(seconds or [math.nan])
 
 
 def main() -> None:

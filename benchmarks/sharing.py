@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory, TemporaryFile
 import torch
 
 from benchmarks import ROOT, header, line, parser, run_main, spread
-from benchmarks.finished import only_run, run_app
+from benchmarks.finished import only_run, run_app, seconds_after_first
 from benchmarks.scaling import write_fm
 from fedpft_flower.config import FedPFTError
 from fedpft_flower.devices import gpus_here
@@ -68,16 +68,13 @@ def measure(
     with watched() as used:
         run_app(options.conf, pairs, options.nodes, f"--clients-per-gpu={at_a_time}")
     rounds = only_run(out)[1]
-    aligned, steady = (
-        [r["seconds"] for r in rounds[2:] if ("alignment" in r) is whether]
-        for whether in (True, False)
-    )
+    both = [seconds_after_first(rounds, aligned) for aligned in (False, True)]
     peaks = [
         max(entry.get(f"peak-gpu-memory-{side}", 0) for entry in rounds)
         for side in ("server", "client")
     ]
     memory = (max(used) * MIB, *(peak / 1e9 for peak in peaks))
-    cells = (spread(seconds, 2) if seconds else "-" for seconds in (steady, aligned))
+    cells = (spread(seconds, 2) if seconds else "-" for seconds in both)
     return [at_a_time or "on the CPU", *cells, *(f"{gb:.2f}" for gb in memory)]
 
 
