@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import psutil
 import pytest
@@ -54,41 +53,10 @@ def settings(tmp_path, vit_directory):
     return prepare(tmp_path, vit_directory) | {"rounds": 3, "timeout-seconds": 120.0}
 
 
-# A training that outlasts what tells that it has begun: the processor's seconds of an
-# app until its libraries are loaded, and a few more.
-LONG = {"train.local-steps": 400}
-LIBRARIES_SECONDS = 7
-
-
 def works_on(deployment, site, message="train"):
     """Return whether a site works, or has worked, on a message of this type."""
     _, _, since = deployment.log(site).partition(f"Receiving: {message}")
     return "Start `flwr-clientapp` process" in since
-
-
-def app_that_trains(deployment, site):
-    """Wait until a site's first training has a process, and return that.
-
-    SuperNodes tell of a process before they start it, while that of the message before
-    may be ending; one that has not taken its message yet would be replaced.
-    """
-    import psutil
-
-    before, found = set(), []
-
-    def trains():
-        now = apps_of(deployment, site, CLIENT_APP)
-        if not works_on(deployment, site):
-            before.update(now)
-            return False
-        for app in set(now) - before:
-            with suppress(psutil.Error):  # it has just ended
-                if app.cpu_times().user > LIBRARIES_SECONDS:
-                    found.append(app)
-        return found
-
-    wait_until(trains, 400, "training")
-    return found[-1]
 
 
 def empty(store):
@@ -341,10 +309,11 @@ def test_a_node_with_a_full_disk_is_left_out_until_there_is_room(
 
 def test_a_node_whose_app_is_ended_is_waited_for_once(tmp_path, settings):
     """Its SuperNode lives and waits for that app for ever; a new one takes part."""
-    settings |= {"timeout-seconds": 50.0, "rounds": 10} | LONG
+    settings |= {"timeout-seconds": 50.0, "rounds": 10}
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
-        app_that_trains(deployment, "south").terminate()
+        wait_until(lambda: works_on(deployment, "south"), 400, "training")
+        apps_of(deployment, "south", CLIENT_APP)[-1].terminate()
         wait_until(lambda: "round-000003" in checkpoints(tmp_path), 400, "round 3")
         deployment.kill("south")
         start_site(deployment, "south")
@@ -373,10 +342,11 @@ def test_a_run_that_is_stopped_says_so_and_is_resumed(tmp_path, settings, local_
 
 
 def test_a_reply_that_comes_too_late_is_not_used(tmp_path, settings):
-    settings |= {"timeout-seconds": 50.0} | LONG
+    settings |= {"timeout-seconds": 50.0}
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
-        app = app_that_trains(deployment, "south")
+        wait_until(lambda: works_on(deployment, "south"), 400, "training")
+        app = apps_of(deployment, "south", CLIENT_APP)[-1]
         app.suspend()
         wait_until(lambda: "in time" in deployment.log("run"), 400, "the timeout")
         app.resume()
