@@ -6,6 +6,7 @@ keyed by all that decides what it is, and never by who the client is.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from fedpft_flower.flops import FlopMeter
 from fedpft_flower.node import Identity, identify, local_rows, own_training
 from fedpft_flower.package import Package
 from fedpft_flower.processors import load_processor
+from fedpft_flower.progress import StepLog
 from fedpft_flower.quantisation import quantise
 from fedpft_flower.received import config_from
 from fedpft_flower.refusals import last_line, one_line_errors, tell
@@ -100,23 +102,32 @@ def _train(message: Message, context: Context) -> Message:
         metrics |= pack_rates(_measure(sub_fm, rows, own))
     seed = derive_seed(config.seed, "client", current, node.key)
     proximal_mu = request.get("proximal-mu", 0.0)  # only Flower's FedProx sends it
+    what = f"run {context.run_id}, round {current}"
+    tell(context, "%s: training on %d rows", what, len(rows))
+    watch = StepLog(partial(tell, context), what)
     try:
         report = train_adapter(
-            sub_fm.model, rows, own, request["lr"], seed, proximal_mu, sub_fm.meter
+            sub_fm.model,
+            rows,
+            own,
+            request["lr"],
+            seed,
+            proximal_mu,
+            sub_fm.meter,
+            watch,
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
-        what = last_line(str(error) or type(error).__name__)
+        met = last_line(str(error) or type(error).__name__)
         raise FedPFTError(
-            f"memory ended in training ({what}); set recompute or a "
+            f"memory ended in training ({met}); set recompute or a "
             "lower micro-batch-size in this node's config, or train.recompute or "
             "train.micro-batch-size for all; virtual clients may share a GPU among "
             "fewer (fedpft-run --clients-per-gpu)"
         ) from error
     tell(
         context,
-        "run %d, round %d: trained on %d rows, %d steps, loss %.3f, %.1f s",
-        *(context.run_id, current, report.examples, report.steps),
-        *(report.loss, report.seconds),
+        "%s: trained on %d rows, %d steps, loss %.3f, %.1f s",
+        *(what, report.examples, report.steps, report.loss, report.seconds),
     )
     told = {
         "num-examples": 1 if config.weighting == "uniform" else report.examples,

@@ -1,8 +1,8 @@
-"""Tell in the log how far long work at the server is."""
+"""Tell in the log how far long work is."""
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,6 +29,22 @@ class LoggedBatches:
                 shown, share = now, 100 * number / len(self._batches)
                 logger.info("%s: %3.0f %%, %.0f s", self._what, share, now - began)
             yield batch
+
+
+class StepLog:
+    """Tell every few seconds how far a training is."""
+
+    def __init__(self, tell: Callable[..., None], what: str) -> None:
+        """Take what tells, as a logger's `info` does, and the training's name."""
+        self._tell, self._what = tell, what
+        self._began = self._shown = time.monotonic()
+
+    def __call__(self, done: int, steps: int) -> None:
+        """Take how many steps are done, and of how many."""
+        now = time.monotonic()
+        if now - self._shown >= SECONDS:
+            self._shown, spent = now, now - self._began
+            self._tell("%s: step %d of %d, %.0f s", self._what, done, steps, spent)
 
 
 class DescentLog:

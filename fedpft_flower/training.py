@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +65,7 @@ def train_adapter(
     seed: int,
     proximal_mu: float = 0.0,
     meter: FlopMeter | None = None,
+    watch: Callable[[int, int], None] = lambda done, steps: None,
 ) -> TrainReport:
     """Train the adapter that a model holds, by AdamW on shuffled local batches.
 
@@ -80,6 +81,7 @@ def train_adapter(
         seed: seed of the batches and of dropout.
         proximal_mu: weight of the proximal term; 0 leaves it out.
         meter: of this model; a new one counts the operations of the first step.
+        watch: is told after every step how many are done, and of how many.
 
     Raises:
         FedPFTError: the loss or the adapter is not finite.
@@ -90,7 +92,7 @@ def train_adapter(
     device = parameters[0].device
     train_mode(model, config.frozen_dropout)
     how = asked_for(config.precision) or _best_here(model, rows, config)
-    meter, flops = meter or FlopMeter(), 0.0
+    meter, flops, steps = meter or FlopMeter(), 0.0, _steps(len(rows), config)
     began, losses, ends = time.monotonic(), [], []
     # The process is shared by virtual clients: dropout must not depend on its past.
     torch.manual_seed(derive_seed(seed, "dropout"))
@@ -110,17 +112,18 @@ def train_adapter(
             optimiser.step()
             # A GPU may be at work still; the next step's inputs wait for it.
             ends.append(time.monotonic())
+            watch(len(ends), steps)
     model.eval()
     mean = sum(torch.stack(losses).tolist()) / len(losses)
     _check_finite(mean, parameters, config.lr)
     seconds = time.monotonic() - began
-    steps = [end - before for before, end in pairwise([began, *ends])]
+    each = [end - before for before, end in pairwise([began, *ends])]
     return TrainReport(
         mean,
         len(rows),
         len(losses),
         seconds,
-        statistics.median(steps[1:] or [seconds]),
+        statistics.median(each[1:] or [seconds]),
         flops,
         how,
     )
@@ -220,6 +223,11 @@ def train_mode(model: PeftModel, frozen_dropout: bool) -> None:
     for name, module in model.named_modules():
         if name.endswith(".lora_dropout"):
             module.train()
+
+
+def _steps(rows: int, config: TrainConfig) -> int:
+    epoch = math.ceil(rows / config.batch_size)
+    return config.local_steps or config.local_epochs * epoch
 
 
 def _batches(rows: Rows, config: TrainConfig, seed: int) -> Iterator[Batch]:

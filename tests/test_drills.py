@@ -59,6 +59,11 @@ def works_on(deployment, site, message="train"):
     return "Start `flwr-clientapp` process" in since
 
 
+def trains(deployment, site):
+    """Return whether a site's app has begun to train."""
+    return "round 1: training on" in deployment.log(site)
+
+
 def empty(store):
     shutil.rmtree(store)
 
@@ -309,10 +314,10 @@ def test_a_node_with_a_full_disk_is_left_out_until_there_is_room(
 
 def test_a_node_whose_app_is_ended_is_waited_for_once(tmp_path, settings):
     """Its SuperNode lives and waits for that app for ever; a new one takes part."""
-    settings |= {"timeout-seconds": 50.0, "rounds": 10}
+    settings |= {"timeout-seconds": 50.0, "rounds": 10, "train.local-steps": 600}
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
-        wait_until(lambda: works_on(deployment, "south"), 400, "training")
+        wait_until(lambda: trains(deployment, "south"), 400, "training")
         apps_of(deployment, "south", CLIENT_APP)[-1].terminate()
         wait_until(lambda: "round-000003" in checkpoints(tmp_path), 400, "round 3")
         deployment.kill("south")
@@ -342,10 +347,10 @@ def test_a_run_that_is_stopped_says_so_and_is_resumed(tmp_path, settings, local_
 
 
 def test_a_reply_that_comes_too_late_is_not_used(tmp_path, settings):
-    settings |= {"timeout-seconds": 50.0}
+    settings |= {"timeout-seconds": 50.0, "train.local-steps": 600}
     with deploy(tmp_path) as deployment:
         deployment.submit("run", settings)
-        wait_until(lambda: works_on(deployment, "south"), 400, "training")
+        wait_until(lambda: trains(deployment, "south"), 400, "training")
         app = apps_of(deployment, "south", CLIENT_APP)[-1]
         app.suspend()
         wait_until(lambda: "in time" in deployment.log("run"), 400, "the timeout")

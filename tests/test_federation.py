@@ -1085,6 +1085,8 @@ def test_a_site_says_in_its_own_log_what_it_did(local_grid, sites, caplog):
     assert west == ["run 1: west has 3 rows to train on"]
     assert sum("1: installed the sub-FM, 0." in m for m in caplog.messages) == 1
     for current in (1, 2):
+        began = f"run 1, round {current}: training on 3 rows"
+        assert caplog.messages.count(began) == 1
         said = rf"run 1, round {current}: trained on 3 rows, 1 steps, loss \d\.\d+, "
         assert sum(bool(re.match(said, m)) for m in caplog.messages) == 1
 

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from fedpft_flower import progress
 from fedpft_flower.adapters import attach_adapter, base_model, get_adapter
 from fedpft_flower.architectures import ARCHITECTURES, ffns_of, layers_of
 from fedpft_flower.config import FedPFTError, LoraConfig, TrainConfig
@@ -77,9 +78,30 @@ def test_counting_changes_nothing_and_a_training_tells(rows):
         assert torch.equal(one, other)
 
 
-def test_steps_take_the_place_of_epochs(rows):
-    config = TrainConfig(local_epochs=9, local_steps=3, batch_size=8)
-    assert train_adapter(model(), rows, config, 0.01, 0).steps == 3
+@pytest.mark.parametrize(
+    ("lasting", "steps"),
+    [({"local_epochs": 9, "local_steps": 3}, 3), ({"local_epochs": 2}, 2 * 5)],
+)
+def test_a_training_tells_how_far_it_is(rows, lasting, steps):
+    config = TrainConfig(batch_size=9, **lasting)  # of the 40 rows 4 are left
+    seen = []
+
+    def watch(*told):
+        seen.append(told)
+
+    report = train_adapter(model(), rows, config, 0.01, 0, watch=watch)
+    assert report.steps == steps
+    assert seen == [(done, steps) for done in range(1, steps + 1)]
+
+
+def test_a_line_every_few_seconds_tells_of_a_training(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    log = progress.StepLog(lambda text, *values: said.append(text % values), "round 1")
+    for step in range(1, 8):
+        now[0] += 4.0
+        log(step, 7)
+    assert said == ["round 1: step 3 of 7, 12 s", "round 1: step 6 of 7, 24 s"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 100])
