@@ -5,6 +5,8 @@ process, in simulation one process serves many virtual clients: what is held her
 keyed by all that decides what it is, and never by who the client is.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -80,7 +82,27 @@ def train(message: Message, context: Context) -> Message:
         release()
 
 
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    """Say what helps where memory ends.
+
+    Raises:
+        FedPFTError: it ended.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        met = last_line(str(error) or type(error).__name__)
+        raise FedPFTError(
+            f"memory ended in training ({met}); set recompute or a "
+            "lower micro-batch-size in this node's config, or train.recompute, "
+            "train.micro-batch-size or train.frozen for all; virtual clients may share "
+            "a GPU among fewer (fedpft-run --clients-per-gpu)"
+        ) from error
+
+
 @one_line_errors
+@_memory_told()
 def _train(message: Message, context: Context) -> Message:
     config = Config.from_run_config(context.run_config)
     request = config_of(message)
@@ -105,25 +127,16 @@ def _train(message: Message, context: Context) -> Message:
     what = f"run {context.run_id}, round {current}"
     tell(context, "%s: training on %d rows", what, len(rows))
     watch = StepLog(partial(tell, context), what)
-    try:
-        report = train_adapter(
-            sub_fm.model,
-            rows,
-            own,
-            request["lr"],
-            seed,
-            proximal_mu,
-            sub_fm.meter,
-            watch,
-        )
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        met = last_line(str(error) or type(error).__name__)
-        raise FedPFTError(
-            f"memory ended in training ({met}); set recompute or a "
-            "lower micro-batch-size in this node's config, or train.recompute or "
-            "train.micro-batch-size for all; virtual clients may share a GPU among "
-            "fewer (fedpft-run --clients-per-gpu)"
-        ) from error
+    report = train_adapter(
+        sub_fm.model,
+        rows,
+        own,
+        request["lr"],
+        seed,
+        proximal_mu,
+        sub_fm.meter,
+        watch,
+    )
     tell(
         context,
         "%s: trained on %d rows, %d steps, loss %.3f, %.1f s",

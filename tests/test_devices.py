@@ -38,15 +38,16 @@ def test_a_gpu_that_cannot_be_used_is_told_and_none(monkeypatch, caplog, error, 
     )
 
 
+@pytest.mark.parametrize("where", ["build_from_package", "train_adapter"])
 def test_a_client_whose_memory_ends_says_what_helps_and_lets_it_go(
-    local_grid, settings, monkeypatch
+    local_grid, settings, monkeypatch, where
 ):
     held, free = [], []
 
     class Large:
         pass
 
-    def train_adapter(*given):
+    def too_large(*given):
         large = Large()
         held.append(weakref.ref(large))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -55,7 +56,9 @@ def test_a_client_whose_memory_ends_says_what_helps_and_lets_it_go(
     monkeypatch.setattr(
         client, "release", lambda: free.append([one() is None for one in held])
     )
-    monkeypatch.setattr(client, "train_adapter", train_adapter)
+    monkeypatch.setattr(client, where, too_large)
+    client.forget_sub_fm()
+    free.clear()
     with pytest.raises(FedPFTError, match="memory ended in training"):
         run(local_grid, settings | {"train.max-retries": 0})
     assert held and all(free[-1])

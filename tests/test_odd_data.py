@@ -221,6 +221,20 @@ def test_a_file_may_be_called_like_a_split(tmp_path):
     assert {split: len(part) for split, part in found.items()} == {"train": 14}
 
 
+@pytest.mark.parametrize("only", [False, True])
+def test_a_class_that_is_a_link_is_refused(tmp_path, only):
+    draw(tmp_path / "elsewhere", "dog")
+    path = draw(tmp_path / "rows", *(() if only else ("cat",)))
+    (tmp_path / "rows").mkdir(exist_ok=True)
+    (tmp_path / "rows" / "dog").symlink_to(tmp_path / "elsewhere" / "dog")
+    with pytest.raises(FedPFTError, match="dog is a link, which is not foll") as caught:
+        load_task(DataConfig(task="image", path=path), 0)
+    assert "dog" not in caught.value.told
+    (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
+    linked = str(tmp_path / "linked")
+    assert len(read_splits(linked, "data.path", "image")["train"]) == 6
+
+
 @pytest.mark.parametrize("unlabelled", ["test", "test/unknown"])
 def test_images_without_classes_are_nothing_to_test_on(tmp_path, unlabelled, caplog):
     path = draw(tmp_path, "train/cat", "train/dog", unlabelled, count=20)
