@@ -10,8 +10,6 @@ from fedpft_flower.disk import from_home
 from fedpft_flower.metrics import Metrics
 
 LOG = "run.log"  # what the run said, with the time
-
-
 ROUNDS, SUMMARY = "metrics.jsonl", "summary.json"
 
 
