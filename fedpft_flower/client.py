@@ -126,7 +126,6 @@ def _train(message: Message, context: Context) -> Message:
     proximal_mu = request.get("proximal-mu", 0.0)  # only Flower's FedProx sends it
     what = f"run {context.run_id}, round {current}"
     tell(context, "%s: training on %d rows", what, len(rows))
-    watch = StepLog(partial(tell, context), what)
     report = train_adapter(
         sub_fm.model,
         rows,
@@ -135,7 +134,7 @@ def _train(message: Message, context: Context) -> Message:
         seed,
         proximal_mu,
         sub_fm.meter,
-        watch,
+        StepLog(partial(tell, context), what),
     )
     tell(
         context,

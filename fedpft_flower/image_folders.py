@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import ClassLabel, Image, load_dataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from fedpft_flower.config import FedPFTError, OwnRowsError
+from fedpft_flower.config import FedPFTError
 from fedpft_flower.splits import SPLIT_NAME, Splits, by_split
 
 logger = logging.getLogger(__name__)
@@ -21,11 +21,7 @@ def read_image_folders(place: Path, found: Sequence[Path], cache: str) -> Splits
     In the layout CLASS/images/FILE, as Tiny-ImageNet has it, the class is the folder
     above. A split without a class that there is to train on (all its images in one
     folder, perhaps) has no labels and is left out.
-
-    Raises:
-        FedPFTError: folders are links, or in the layout CLASS/SPLIT.
     """
-    _refuse_links(found)
     splits = _image_splits(place, found)
     read = _load_folders(place, splits, cache)
     above = all(part.features["label"].names == ["images"] for part in read.values())
@@ -56,14 +52,6 @@ def read_image_folders(place: Path, found: Sequence[Path], cache: str) -> Splits
         for split in read
         if split in classed
     }
-
-
-def _refuse_links(found: Sequence[Path]) -> None:
-    """Refuse links to folders: `datasets` looks into none, so a class would lack."""
-    for path in found:
-        if path.is_symlink() and path.is_dir():
-            why = "is a link, which is not followed; put the folder itself there"
-            raise OwnRowsError(f"{path} {why}", f"a folder in it {why}")
 
 
 def _load_folders(

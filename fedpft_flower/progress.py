@@ -15,6 +15,26 @@ logger = logging.getLogger(__name__)
 SECONDS = 10.0  # between two lines
 
 
+class _Pace:
+    """Say when a line is due, and how long the work takes."""
+
+    def __init__(self) -> None:
+        self._began = self._shown = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds since the work began."""
+        return time.monotonic() - self._began
+
+    def due(self) -> bool:
+        """Tell whether a line is due, which is then taken to be shown."""
+        now = time.monotonic()
+        if now - self._shown < SECONDS:
+            return False
+        self._shown = now
+        return True
+
+
 class LoggedBatches:
     """Hold batches that tell every few seconds how far a pass over them is."""
 
@@ -22,12 +42,11 @@ class LoggedBatches:
         self._batches, self._what = batches, what
 
     def __iter__(self) -> Iterator[Batch]:
-        began = shown = time.monotonic()
+        pace = _Pace()
         for number, batch in enumerate(self._batches):
-            now = time.monotonic()
-            if now - shown >= SECONDS:
-                shown, share = now, 100 * number / len(self._batches)
-                logger.info("%s: %3.0f %%, %.0f s", self._what, share, now - began)
+            if pace.due():
+                share = 100 * number / len(self._batches)
+                logger.info("%s: %3.0f %%, %.0f s", self._what, share, pace.seconds)
             yield batch
 
 
@@ -36,14 +55,12 @@ class StepLog:
 
     def __init__(self, tell: Callable[..., None], what: str) -> None:
         """Take what tells, as a logger's `info` does, and the training's name."""
-        self._tell, self._what = tell, what
-        self._began = self._shown = time.monotonic()
+        self._tell, self._what, self._pace = tell, what, _Pace()
 
     def __call__(self, done: int, steps: int) -> None:
         """Take how many steps are done, and of how many."""
-        now = time.monotonic()
-        if now - self._shown >= SECONDS:
-            self._shown, spent = now, now - self._began
+        if self._pace.due():
+            spent = self._pace.seconds
             self._tell("%s: step %d of %d, %.0f s", self._what, done, steps, spent)
 
 
@@ -51,15 +68,14 @@ class DescentLog:
     """Log a line every few seconds, and the last one; remember first and last step."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._shown = what, time.monotonic()
+        self._what, self._pace = what, _Pace()
         self._steps: list[Progress] = []
 
     def __call__(self, progress: Progress) -> None:
         """Take the progress of a step, and log it where that is due."""
         self._steps = [*self._steps[:1], progress]
-        now, held_out = time.monotonic(), progress.held_out
-        if progress.done or now - self._shown >= SECONDS:
-            self._shown = now
+        held_out = progress.held_out
+        if self._pace.due() or progress.done:
             logger.info(
                 "%s: %3.0f %%, %d steps, %d tokens, loss %.4f%s, %.0f s",
                 self._what,
@@ -92,7 +108,7 @@ class FitLog:
     """Log what least squares did to every layer, and remember it."""
 
     def __init__(self) -> None:
-        self._began, self._fits = time.monotonic(), list[Fit]()
+        self._pace, self._fits = _Pace(), list[Fit]()
 
     def __call__(self, fit: Fit) -> None:
         """Take the fit of a layer."""
@@ -106,7 +122,7 @@ class FitLog:
             fit.held_out_before,
             fit.held_out_after,
             fit.tokens,
-            time.monotonic() - self._began,
+            self._pace.seconds,
         )
         if fit.held_out_after > fit.held_out_before:
             logger.warning(
@@ -119,6 +135,6 @@ class FitLog:
     def metrics(self) -> dict[str, Any]:
         """Return the seconds, and every layer's fit."""
         return {
-            "seconds": time.monotonic() - self._began,
+            "seconds": self._pace.seconds,
             "layers": [asdict(fit) for fit in self._fits],
         }

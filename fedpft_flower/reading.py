@@ -316,7 +316,7 @@ def _read_directory(place: Path, images: str, subset: str, separator: str) -> Sp
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         saved: Dataset | DatasetDict = load_from_disk(str(place))
         return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-    found = _all_below(place)
+    found, links = _all_below(place)
     tables = sorted(path for path in found if _suffix(path) in _TABLES)
     # What `datasets` reads as the rows of images beside it.
     are_images = any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in found)
@@ -326,6 +326,7 @@ def _read_directory(place: Path, images: str, subset: str, separator: str) -> Sp
         if are_images:
             tables = _tables_of_images(tables, images, separator)
         if not tables:
+            _refuse_links(links)
             return read_image_folders(place, found, str(private_cache("rows")))
     if _is_described(place):  # else a hub's subset, as of the run, means nothing here
         described: Splits = _loaded(str(place), subset or None)
@@ -387,10 +388,11 @@ def _split_below(
     return splits
 
 
-def _all_below(place: Path) -> list[Path]:
-    """Return all files and folders of a directory, also those in folders of it.
+def _all_below(place: Path) -> tuple[list[Path], list[Path]]:
+    """Return all files and folders below a directory, and those that are links to some.
 
-    Hidden ones are no rows: those of a Mac beside each file, or of a notebook.
+    Nobody looks into these. Hidden ones are no rows: those of a Mac beside each file,
+    or of a notebook.
 
     Raises:
         FedPFTError: this process's user may not look into one: its rows would lack.
@@ -400,12 +402,21 @@ def _all_below(place: Path) -> list[Path]:
         folder = f"{error.filename} {OUT_OF_REACH}"
         raise OwnRowsError(folder, f"a folder in it {OUT_OF_REACH}") from error
 
-    found = []
+    found, links = [], []
     for folder, folders, files in os.walk(place, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
         seen = [name for name in files if not name.startswith(_HIDDEN)]
-        found += [Path(folder) / name for name in (*folders, *seen)]
-    return found
+        below = [Path(folder) / name for name in folders]
+        found += below + [Path(folder) / name for name in seen]
+        links += [path for path in below if path.is_symlink()]
+    return found, links
+
+
+def _refuse_links(links: Sequence[Path]) -> None:
+    """Refuse links to folders of images: a class, or a part of one, would lack."""
+    if links:
+        why = "is a link, which is not followed; put the folder itself there"
+        raise OwnRowsError(f"{links[0]} {why}", f"a folder in it {why}")
 
 
 def _is_described(place: Path) -> bool:
